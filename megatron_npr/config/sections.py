@@ -1,0 +1,215 @@
+"""The tables of a configuration file, one frozen model each; defaults are the paper's where it gives one.
+
+Nothing here imports torch: the command line has to answer `--help` and report mistakes at once.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from npr_ext.errors import UserError
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """Base of all tables: immutable, and a key that is not in the schema is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RunSettings(Section):
+    dir: Path = Field(description="folder of this run: checkpoints, metrics, the resolved configuration")
+    seed: NonNegativeInt = Field(0, description="root of every random number; samples derive theirs from it")
+    resume: bool = Field(False, description="continue from the latest checkpoint in run.dir")
+    threads: NonNegativeInt = Field(
+        0, description="CPU threads of one process; 0 shares the cores among the processes"
+    )
+
+
+class ModelSettings(Section):
+    path: Path = Field(description="Hugging Face folder: config.json, *.safetensors, tokenizer.json")
+    dtype: Literal["fp32", "bf16"] = Field("bf16", description="number format of weights and activations")
+
+
+class ParallelSettings(Section):
+    tp: PositiveInt = Field(1, description="tensor-parallel ranks")
+    pp: PositiveInt = Field(1, description="pipeline stages")
+    cp: PositiveInt = Field(1, description="context-parallel ranks")
+    sequence_parallel: bool = Field(
+        False, description="shard activations along the sequence between TP regions"
+    )
+
+    @property
+    def model_parallel(self) -> int:
+        """Ranks that hold one replica of the model."""
+        return self.tp * self.pp * self.cp
+
+    def data_parallel(self, world_size: int) -> int:
+        """Replicas in a world of `world_size` processes; UserError when the layout does not divide it."""
+        if world_size % self.model_parallel:
+            raise UserError(
+                f"world size {world_size} does not fit tp x pp x cp = {self.tp} x {self.pp} x {self.cp} = "
+                f"{self.model_parallel}: start a multiple of that many processes or change [parallel]"
+            )
+        return world_size // self.model_parallel
+
+    @model_validator(mode="after")
+    def _sequence_parallel_needs_tensor_parallel(self) -> "ParallelSettings":
+        if self.sequence_parallel and self.tp == 1:
+            raise ValueError("parallel.sequence_parallel needs parallel.tp >= 2")
+        return self
+
+
+class DataSettings(Section):
+    train: str = Field(
+        description='training problems: a JSON or JSONL file, or "demo" for the generated ones'
+    )
+    count: PositiveInt | None = Field(None, description="use only the first problems; none = all")
+    max_prompt_tokens: PositiveInt = Field(2048, description="longer prompts are skipped and counted")
+    mode: Literal["parallel", "sequential"] = Field(
+        "parallel", description="which instruction the prompt carries"
+    )
+    instruction: Path | None = Field(
+        None, description="instruction text of one's own; none = the shipped one"
+    )
+
+
+class RolloutSettings(Section):
+    prompts_per_step: PositiveInt = Field(16, description="problems of one rollout round")
+    samples_per_prompt: PositiveInt = Field(
+        16, description="responses to each of them (the group of the advantage)"
+    )
+    max_tokens: PositiveInt = Field(30_000, description="budget of one response, all branches together")
+    temperature: NonNegativeFloat = Field(1.0, description="0 = greedy")
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="nucleus; 1 = off")
+    top_k: NonNegativeInt = Field(0, description="0 = off")
+    min_p: Fraction = Field(0.0, description="0 = off")
+    repetition_penalty: PositiveFloat = Field(1.0, description="inside steps; 1 = off = strictly on-policy")
+    max_branches: PositiveInt = Field(8, description="plans of one block")
+    max_blocks: PositiveInt = Field(16, description="blocks of one response")
+    branching: bool = Field(True, description="fork at </guideline> and join after the last </step>")
+    backend: Literal["native", "sglang"] = Field("native", description="who decodes")
+    kv_slots: PositiveInt = Field(524_288, description="token slots of the KV cache of one engine")
+    block_size: PositiveInt = Field(16, description="token slots of one KV block")
+    max_running: PositiveInt = Field(256, description="branches decoded at the same time")
+    max_batch_tokens: PositiveInt = Field(16_384, description="tokens of one engine step, prefill and decode")
+
+    @model_validator(mode="after")
+    def _one_response_fits_the_cache(self) -> "RolloutSettings":
+        if self.max_tokens > self.kv_slots:
+            raise ValueError(f"rollout.max_tokens {self.max_tokens} exceeds rollout.kv_slots {self.kv_slots}")
+        return self
+
+
+class OptimizerSettings(Section):
+    lr: PositiveFloat = Field(1e-6, description="peak learning rate")
+    min_lr: NonNegativeFloat = Field(0.0, description="learning rate at the end of the schedule")
+    schedule: Literal["constant", "cosine", "linear"] = Field(
+        "constant", description="decay from lr to min_lr"
+    )
+    warmup_steps: NonNegativeInt = Field(0, description="updates of linear warm-up")
+    warmup_fraction: Fraction = Field(
+        0.0, description="the same as a share of all updates; the larger one holds"
+    )
+    weight_decay: NonNegativeFloat = Field(0.1, description="decoupled (AdamW)")
+    beta1: Fraction = Field(0.9, description="decay of the first moment")
+    beta2: Fraction = Field(0.999, description="decay of the second moment")
+    eps: PositiveFloat = Field(1e-8, description="added to the root of the second moment")
+    grad_clip: NonNegativeFloat = Field(1.0, description="largest global gradient norm; 0 = off")
+
+    @model_validator(mode="after")
+    def _decay_goes_down(self) -> "OptimizerSettings":
+        if self.min_lr > self.lr:
+            raise ValueError(f"optimizer.min_lr {self.min_lr:g} exceeds optimizer.lr {self.lr:g}")
+        return self
+
+    def warmup(self, num_updates: int) -> int:
+        """Updates of warm-up in a run of `num_updates`."""
+        return max(self.warmup_steps, round(self.warmup_fraction * num_updates))
+
+
+class BatchSettings(Section):
+    micro_batch_tokens: PositiveInt = Field(32_768, description="length T of a packed row, one micro-batch")
+    share_prompts: bool = Field(
+        True, description="pack the prompt of a group once instead of once a response"
+    )
+
+
+class RlTrainSettings(Section):
+    steps: PositiveInt = Field(200, description="rollout rounds")
+    updates_per_step: PositiveInt = Field(1, description="optimizer steps on one round's samples")
+
+
+class SftTrainSettings(Section):
+    epochs: PositiveInt = Field(1, description="passes over the samples")
+    global_batch: PositiveInt = Field(8, description="sequences of one update")
+    steps: PositiveInt | None = Field(
+        None, description="number of updates instead of epochs; none = by epochs"
+    )
+
+
+class DapoSettings(Section):
+    clip_low: Fraction = Field(0.2, description="ratio is clipped below at 1 - clip_low")
+    clip_high: NonNegativeFloat = Field(0.28, description="ratio is clipped above at 1 + clip_high")
+    dual_clip: Annotated[float, Field(gt=1)] = Field(
+        10.0, description="bound of the loss at negative advantages"
+    )
+    overlong_buffer: NonNegativeInt = Field(
+        10, description="last tokens of the budget, where length costs reward"
+    )
+    dynamic_sampling: bool = Field(True, description="drop groups whose rewards are all equal")
+
+
+class PapoSettings(Section):
+    train_forced: bool = Field(False, description="count tokens that the engine forced in the loss, too")
+    std_epsilon: PositiveFloat = Field(1e-6, description="added to the standard deviation over the batch")
+
+
+class SampleSettings(Section):
+    trials: PositiveInt = Field(8, description="tries a problem; the first right and valid response is kept")
+    target: PositiveInt | None = Field(8000, description="stop at so many samples; none = try every problem")
+    out: Path = Field(Path("samples.jsonl"), description="file of the kept samples, relative to run.dir")
+
+
+class SftSettings(Section):
+    data: Path = Field(description="samples.jsonl of `npr sample`")
+
+
+class CheckpointSettings(Section):
+    every: NonNegativeInt = Field(10, description="steps between checkpoints; 0 = only at the end")
+    keep: PositiveInt = Field(2, description="latest checkpoints that stay on disk")
+
+
+class LogSettings(Section):
+    backend: Literal["tensorboard", "wandb", "none"] = Field(
+        "tensorboard", description="besides metrics.jsonl"
+    )
+    progress: bool = Field(True, description="progress bar with throughput and remaining time")
+
+
+EvalMode = Literal["parallel", "unforced", "sequential"]
+
+
+class EvalSettings(Section):
+    problems: str = Field(
+        description='problems: a JSON or JSONL file, or "demo" for the held-out generated ones'
+    )
+    count: PositiveInt | None = Field(None, description="use only the first problems; none = all")
+    samples_per_problem: PositiveInt = Field(8, description="responses to each problem")
+    modes: tuple[EvalMode, ...] = Field(
+        ("parallel",),
+        description="parallel: the engine branches; unforced: same prompt, plain decoding; sequential: the "
+        "sequential instruction, plain decoding",
+        min_length=1,
+    )
+    max_prompt_tokens: PositiveInt = Field(2048, description="longer prompts are skipped and counted")
+    instruction: Path | None = Field(
+        None, description="instruction text of one's own; none = the shipped one"
+    )
+    out: Path = Field(Path("eval.json"), description="file of the figures, relative to run.dir")

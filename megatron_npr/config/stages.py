@@ -1,0 +1,96 @@
+"""What each subcommand is configured by: the tables put together, with each stage's own values."""
+
+from pathlib import Path
+
+from pydantic import Field
+
+from megatron_npr.config.sections import (
+    BatchSettings,
+    CheckpointSettings,
+    DapoSettings,
+    DataSettings,
+    EvalSettings,
+    LogSettings,
+    ModelSettings,
+    OptimizerSettings,
+    PapoSettings,
+    ParallelSettings,
+    RlTrainSettings,
+    RolloutSettings,
+    RunSettings,
+    SampleSettings,
+    Section,
+    SftSettings,
+    SftTrainSettings,
+)
+
+
+class Stage1Config(Section):
+    """`npr stage1`: DAPO, decoded sequentially, that teaches the format."""
+
+    run: RunSettings = RunSettings(dir=Path("runs/stage1"))
+    model: ModelSettings
+    parallel: ParallelSettings = ParallelSettings()
+    data: DataSettings
+    rollout: RolloutSettings = RolloutSettings(prompts_per_step=32, branching=False)
+    optimizer: OptimizerSettings = OptimizerSettings(lr=1e-6, schedule="cosine", warmup_steps=10)
+    batch: BatchSettings = BatchSettings()
+    train: RlTrainSettings = RlTrainSettings(updates_per_step=32)
+    dapo: DapoSettings = DapoSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    log: LogSettings = LogSettings()
+
+
+class SampleConfig(Section):
+    """`npr sample`: rejection sampling from stage 1's model."""
+
+    run: RunSettings = RunSettings(dir=Path("runs/sample"))
+    model: ModelSettings
+    parallel: ParallelSettings = ParallelSettings()
+    data: DataSettings
+    rollout: RolloutSettings = RolloutSettings(prompts_per_step=256, samples_per_prompt=1, branching=False)
+    sample: SampleSettings = SampleSettings()
+    log: LogSettings = LogSettings()
+
+
+class Stage2Config(Section):
+    """`npr stage2`: parallel supervised fine-tuning of the base model on those samples."""
+
+    run: RunSettings = RunSettings(dir=Path("runs/stage2"))
+    model: ModelSettings
+    parallel: ParallelSettings = ParallelSettings()
+    sft: SftSettings
+    optimizer: OptimizerSettings = OptimizerSettings(
+        lr=1e-6, min_lr=5e-7, schedule="cosine", warmup_fraction=0.05, beta2=0.95
+    )
+    batch: BatchSettings = BatchSettings()
+    train: SftTrainSettings = SftTrainSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings(every=100)
+    log: LogSettings = LogSettings()
+
+
+class Stage3Config(Section):
+    """`npr stage3`: PAPO, native parallel RL on rollouts of the branching engine."""
+
+    run: RunSettings = RunSettings(dir=Path("runs/stage3"))
+    model: ModelSettings
+    parallel: ParallelSettings = ParallelSettings()
+    data: DataSettings
+    rollout: RolloutSettings = RolloutSettings()
+    optimizer: OptimizerSettings = OptimizerSettings(lr=1e-7, min_lr=1e-7)
+    batch: BatchSettings = BatchSettings()
+    train: RlTrainSettings = RlTrainSettings()
+    papo: PapoSettings = PapoSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    log: LogSettings = LogSettings()
+
+
+class EvalConfig(Section):
+    """`npr eval`: accuracy, validity, parallelism and speed on held-out problems."""
+
+    run: RunSettings = RunSettings(dir=Path("runs/eval"))
+    model: ModelSettings
+    parallel: ParallelSettings = ParallelSettings()
+    rollout: RolloutSettings = RolloutSettings(prompts_per_step=256, top_p=0.7)
+    eval: EvalSettings = Field()
+    log: LogSettings = LogSettings()

@@ -1,0 +1,148 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_npr.config import (
+    EvalConfig,
+    ParallelSettings,
+    SampleConfig,
+    Section,
+    Stage1Config,
+    Stage2Config,
+    Stage3Config,
+    keys,
+    load_config,
+    to_toml,
+)
+from npr_ext.errors import UserError
+
+ALL: list[type[Section]] = [Stage1Config, SampleConfig, Stage2Config, Stage3Config, EvalConfig]
+REQUIRED = ["--model.path", "m", "--data.train", "demo"]
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "run.toml"
+    path.write_text(text)
+    return path
+
+
+def message(cls: type[Section], path: Path | None, overrides: list[str]) -> str:
+    with pytest.raises(UserError) as caught:
+        load_config(cls, path, overrides)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_defaults_are_the_papers_values() -> None:
+    zero = load_config(Stage1Config, None, REQUIRED)
+    assert (zero.rollout.prompts_per_step, zero.rollout.samples_per_prompt, zero.train.updates_per_step) == (
+        32,
+        16,
+        32,
+    )
+    assert (zero.dapo.clip_low, zero.dapo.clip_high, zero.dapo.dual_clip, zero.dapo.overlong_buffer) == (
+        0.2,
+        0.28,
+        10,
+        10,
+    )
+    assert (zero.optimizer.lr, zero.optimizer.warmup_steps, zero.optimizer.schedule) == (1e-6, 10, "cosine")
+    beta = load_config(Stage2Config, None, ["--model.path", "m", "--sft.data", "s.jsonl"])
+    assert (beta.optimizer.min_lr, beta.optimizer.beta2, beta.train.global_batch) == (5e-7, 0.95, 8)
+    npr = load_config(Stage3Config, None, REQUIRED)
+    assert (npr.rollout.prompts_per_step, npr.optimizer.lr, npr.optimizer.schedule) == (16, 1e-7, "constant")
+    assert npr.rollout.branching and not zero.rollout.branching
+
+
+def test_a_file_that_sets_one_key_of_a_table_keeps_the_stages_other_defaults(tmp_path: Path) -> None:
+    path = write(tmp_path, '[model]\npath = "m"\n[sft]\ndata = "s"\n[optimizer]\nlr = 1e-5\n')
+    beta = load_config(Stage2Config, path)
+    assert (beta.optimizer.lr, beta.optimizer.min_lr, beta.optimizer.warmup_fraction) == (1e-5, 5e-7, 0.05)
+
+
+def test_an_override_wins_over_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path, '[model]\npath = "m"\n[data]\ntrain = "demo"\n[train]\nsteps = 7\n')
+    config = load_config(Stage3Config, path, ["--train.steps", "4", "--optimizer.lr=2e-4", "--run.resume"])
+    assert (config.train.steps, config.optimizer.lr, config.run.resume) == (4, 2e-4, True)
+
+
+def test_lists_and_none_can_be_given_on_the_command_line() -> None:
+    config = load_config(
+        EvalConfig,
+        None,
+        ["--model.path", "m", "--eval.problems", "demo", "--eval.modes", "parallel,unforced"],
+    )
+    assert config.eval.modes == ("parallel", "unforced")
+    assert load_config(SampleConfig, None, [*REQUIRED, "--sample.target", "none"]).sample.target is None
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_the_resolved_configuration_reads_back_equal(cls: type[Section], tmp_path: Path) -> None:
+    required = [part for key in keys(cls) if not key.default for part in (f"--{key.name}", "demo")]
+    config = load_config(cls, None, required)
+    assert load_config(cls, write(tmp_path, to_toml(config))) == config
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_every_key_has_a_description(cls: type[Section]) -> None:
+    assert all(key.description and key.kind for key in keys(cls))
+
+
+@pytest.mark.parametrize(
+    ("name", "suggestion"),
+    [("optimizer.lrr", "optimizer.lr"), ("train.lr", "optimizer.lr"), ("trian.steps", "train.steps")],
+)
+def test_an_unknown_key_is_refused_with_a_suggestion(name: str, suggestion: str, tmp_path: Path) -> None:
+    assert f"unknown key {name}; did you mean {suggestion}?" in message(
+        Stage3Config, None, [*REQUIRED, f"--{name}", "1"]
+    )
+    section, key = name.split(".")
+    path = write(tmp_path, f"[{section}]\n{key} = 1\n")
+    assert message(Stage3Config, path, REQUIRED) == f"{path}: unknown key {name}; did you mean {suggestion}?"
+
+
+def test_a_wrong_value_is_named_with_its_key_and_origin(tmp_path: Path) -> None:
+    text = message(Stage3Config, None, [*REQUIRED, "--train.steps", "many"])
+    assert text.startswith("command line: train.steps = 'many': ")
+    path = write(tmp_path, '[optimizer]\nschedule = "cosin"\n')
+    text = message(Stage3Config, path, REQUIRED)
+    assert text.startswith(f"{path}: optimizer.schedule = 'cosin': ") and "'cosine'" in text
+    assert "greater than or equal to 1" in message(Stage3Config, None, [*REQUIRED, "--parallel.tp", "0"])
+
+
+def test_settings_that_contradict_each_other_are_refused() -> None:
+    assert "sequence_parallel needs parallel.tp" in message(
+        Stage3Config, None, [*REQUIRED, "--parallel.sequence_parallel", "true"]
+    )
+    assert "min_lr 1 exceeds" in message(Stage3Config, None, [*REQUIRED, "--optimizer.min_lr", "1"])
+
+
+def test_a_missing_required_key_says_how_to_set_it() -> None:
+    assert message(Stage3Config, None, ["--data.train", "demo"]) == (
+        "model.path is not set: put it into the configuration file or give --model.path VALUE"
+    )
+
+
+def test_bad_files_are_one_line_errors(tmp_path: Path) -> None:
+    assert "no such configuration file" in message(Stage3Config, tmp_path / "absent.toml", [])
+    assert "is a folder" in message(Stage3Config, tmp_path, [])
+    assert "not valid TOML" in message(Stage3Config, write(tmp_path, "[train\n"), [])
+    assert "outside a table" in message(Stage3Config, write(tmp_path, "steps = 3\n"), [])
+    assert "unknown key trian" in message(Stage3Config, write(tmp_path, "[trian]\n"), [])
+
+
+def test_a_stray_argument_is_refused() -> None:
+    assert "unexpected argument 'steps=4'" in message(Stage3Config, None, ["steps=4"])
+
+
+def test_a_world_size_that_does_not_fit_is_refused() -> None:
+    assert ParallelSettings(tp=2, pp=2).data_parallel(8) == 2
+    with pytest.raises(UserError, match="world size 3 does not fit tp x pp x cp = 2 x 1 x 1 = 2"):
+        ParallelSettings(tp=2).data_parallel(3)
+
+
+def test_the_schema_imports_no_torch() -> None:
+    code = "import sys, megatron_npr.config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
