@@ -1,0 +1,177 @@
+"""Models from and to Hugging Face folders: config.json and safetensors, nothing unpickled.
+
+    folder ──► read_model_config ──► HuggingFaceWeights.full(name) ──► shard ──► Megatron parameter
+    Megatron shards ──► unshard ──► export_model ──► folder that transformers loads
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_npr.weights import fuse_qkv, split_qkv, weight_names
+from npr_engine.model import ModelConfig
+from npr_ext.errors import UserError
+
+ARCHITECTURES = {"qwen3": (True, False), "qwen2": (False, True), "llama": (False, False)}  # qk_norm, qkv_bias
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+def read_config_json(folder: Path) -> dict[str, Any]:
+    """config.json of a model folder; UserError where it is missing or malformed."""
+    path = folder / "config.json"
+    if not folder.is_dir():
+        raise UserError(f"model folder {folder} does not exist: give model.path a Hugging Face folder")
+    try:
+        config: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{folder} has no config.json: give model.path a Hugging Face folder") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from None
+    return config
+
+
+def read_model_config(folder: Path) -> ModelConfig:
+    """The architecture of a Hugging Face folder (Qwen3, Qwen2.5, Llama families, dense)."""
+    config = read_config_json(folder)
+    family = config.get("model_type")
+    if family not in ARCHITECTURES:
+        raise UserError(
+            f"{folder}/config.json: model_type {family!r} is not supported; known: {', '.join(ARCHITECTURES)}"
+        )
+    qk_norm, qkv_bias = ARCHITECTURES[family]
+    heads = config["num_attention_heads"]
+    rope = config.get("rope_parameters") or {}
+    return ModelConfig(
+        num_layers=config["num_hidden_layers"],
+        hidden_size=config["hidden_size"],
+        num_heads=heads,
+        num_kv_heads=config.get("num_key_value_heads", heads),
+        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+        ffn_hidden_size=config["intermediate_size"],
+        vocab_size=config["vocab_size"],
+        rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
+        rms_norm_eps=config["rms_norm_eps"],
+        qk_norm=qk_norm,
+        qkv_bias=qkv_bias or bool(config.get("attention_bias", False)),
+        tied_embeddings=config.get("tie_word_embeddings", False),
+    )
+
+
+_DIRECT = {
+    "embedding.word_embeddings.weight": "model.embed_tokens.weight",
+    "decoder.final_layernorm.weight": "model.norm.weight",
+    "output_layer.weight": "lm_head.weight",
+}
+_LAYER_DIRECT = {
+    "self_attention.linear_proj.weight": "self_attn.o_proj.weight",
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "self_attention.q_layernorm.weight": "self_attn.q_norm.weight",
+    "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "post_attention_layernorm.weight",
+    "mlp.linear_fc2.weight": "mlp.down_proj.weight",
+}
+_LAYER_FUSED = {
+    "self_attention.linear_qkv.weight": tuple(f"self_attn.{x}_proj.weight" for x in "qkv"),
+    "self_attention.linear_qkv.bias": tuple(f"self_attn.{x}_proj.bias" for x in "qkv"),
+    "mlp.linear_fc1.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+}
+
+
+def huggingface_names(name: str) -> tuple[str, ...]:
+    """The Hugging Face tensors that make up one Megatron weight."""
+    if name in _DIRECT:
+        return (_DIRECT[name],)
+    layer, rest = name.removeprefix("decoder.layers.").split(".", 1)
+    parts = _LAYER_FUSED.get(rest) or (_LAYER_DIRECT[rest],)
+    return tuple(f"model.layers.{layer}.{part}" for part in parts)
+
+
+class HuggingFaceWeights:
+    """Lazy reader of a folder's safetensors: a tensor is read when asked for. Use as a context manager."""
+
+    def __init__(self, folder: Path, config: ModelConfig) -> None:
+        self._folder, self._config = folder, config
+        self._files: dict[str, Any] = {}
+        self._file_of = self._index()
+
+    def _index(self) -> dict[str, Path]:
+        paths = sorted(self._folder.glob("*.safetensors"))
+        if not paths:
+            raise UserError(f"{self._folder} has no *.safetensors: give model.path a Hugging Face folder")
+        index: dict[str, Path] = {}
+        for path in paths:
+            try:
+                self._files[str(path)] = file = safe_open(str(path), framework="pt")
+            except SafetensorError as error:
+                raise UserError(f"{path} is damaged ({error}): copy it again") from None
+            index.update(dict.fromkeys(file.keys(), path))
+        return index
+
+    def __enter__(self) -> HuggingFaceWeights:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._files.clear()
+
+    def _read(self, name: str) -> Tensor:
+        path = self._file_of.get(name)
+        if path is None:
+            raise UserError(f"{self._folder}: tensor {name} is missing from its safetensors")
+        tensor: Tensor = self._files[str(path)].get_tensor(name)
+        return tensor
+
+    def full(self, name: str) -> Tensor:
+        """One full (unsharded) Megatron weight."""
+        parts = [self._read(part) for part in huggingface_names(name)]
+        if len(parts) == 3:
+            return fuse_qkv(parts[0], parts[1], parts[2], self._config)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def export_tensors(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """Full Megatron weights -> Hugging Face tensors."""
+    tensors: dict[str, Tensor] = {}
+    for name in weight_names(config):
+        parts = huggingface_names(name)
+        full = weights[name]
+        if len(parts) == 3:
+            pieces: tuple[Tensor, ...] = split_qkv(full, config)
+        else:
+            pieces = (full,) if len(parts) == 1 else full.chunk(2, dim=0)
+        tensors.update({part: piece.contiguous().clone() for part, piece in zip(parts, pieces, strict=True)})
+    return tensors
+
+
+def export_model(weights: Mapping[str, Tensor], config: ModelConfig, source: Path, target: Path) -> None:
+    """Write a folder that transformers loads: weights, `source`'s config.json and its tokenizer.
+
+    The folder appears whole: it is written beside its place and renamed.
+    """
+    staging = target.with_name(target.name + ".writing")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    save_file(export_tensors(weights, config), staging / "model.safetensors", metadata={"format": "pt"})
+    shutil.copyfile(source / "config.json", staging / "config.json")
+    for name in TOKENIZER_FILES:
+        if (source / name).exists():
+            shutil.copyfile(source / name, staging / name)
+    shutil.rmtree(target, ignore_errors=True)
+    staging.rename(target)

@@ -1,0 +1,105 @@
+"""Log-probabilities from vocab-parallel logits, in chunks: never T x V at once, no gather of logits.
+
+Shape legend: M target tokens, D hidden, V this rank's vocabulary rows, C chunk.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class VocabParallelLogProbs(torch.autograd.Function):
+    """log softmax(hidden @ weight.T)[target] over a vocabulary split across `group`.
+
+    forward(hidden_MD, weight_VD, targets_M, first_row, num_valid, chunk, group) -> log_probs_M (fp32, fp64 for fp64 input).
+    `first_row` is the token id of this rank's row 0; rows from `num_valid` on are padding and take no probability.
+    Memory: O(chunk x V). The backward pass recomputes the logits of a chunk; its hidden gradient is this rank's partial sum
+    (reduce it over the tensor group, e.g. by Megatron's copy_to_tensor_model_parallel_region before this function).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_MD: Tensor,
+        weight_VD: Tensor,
+        targets_M: Tensor,
+        first_row: int,
+        num_valid: int,
+        chunk: int,
+        group: dist.ProcessGroup | None,
+    ) -> Tensor:
+        accumulate = torch.promote_types(hidden_MD.dtype, torch.float32)
+        num_targets = hidden_MD.shape[0]
+        normalizer_M = torch.empty(num_targets, dtype=accumulate, device=hidden_MD.device)
+        chosen_M = torch.empty_like(normalizer_M)
+        for start in range(0, num_targets, chunk):
+            part = slice(start, start + chunk)
+            logits_CV = _chunk_logits(hidden_MD[part], weight_VD, num_valid, accumulate)
+            local_C = targets_M[part] - first_row
+            owned_C = (local_C >= 0) & (local_C < num_valid)
+            picked_C = logits_CV.gather(1, local_C.clamp(0, weight_VD.shape[0] - 1)[:, None])[:, 0]
+            chosen_M[part] = torch.where(owned_C, picked_C, torch.zeros_like(picked_C))
+            normalizer_M[part] = torch.logsumexp(logits_CV, dim=1)
+        if group is not None and group.size() > 1:
+            dist.all_reduce(chosen_M, group=group)
+            normalizer_M = _log_sum_exp_over(normalizer_M, group)
+        ctx.save_for_backward(hidden_MD, weight_VD, targets_M, normalizer_M)
+        ctx.first_row, ctx.num_valid, ctx.chunk = first_row, num_valid, chunk
+        return chosen_M - normalizer_M
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        grad_M = grads[0]
+        hidden_MD, weight_VD, targets_M, normalizer_M = ctx.saved_tensors
+        grad_hidden_MD = torch.empty_like(hidden_MD)
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=normalizer_M.dtype)
+        for start in range(0, hidden_MD.shape[0], ctx.chunk):
+            part = slice(start, start + ctx.chunk)
+            logits_CV = _chunk_logits(hidden_MD[part], weight_VD, ctx.num_valid, normalizer_M.dtype)
+            # d log p(target) / d logits = onehot(target) - p
+            grad_logits_CV = torch.exp(logits_CV - normalizer_M[part, None]).mul_(-grad_M[part, None])
+            local_C = targets_M[part] - ctx.first_row
+            rows = torch.nonzero((local_C >= 0) & (local_C < ctx.num_valid))[:, 0]
+            grad_logits_CV[rows, local_C[rows]] += grad_M[part][rows]
+            grad_logits_CV = grad_logits_CV.to(hidden_MD.dtype)
+            grad_hidden_MD[part] = grad_logits_CV @ weight_VD
+            grad_weight_VD += grad_logits_CV.T @ hidden_MD[part]
+        return grad_hidden_MD, grad_weight_VD.to(weight_VD.dtype), None, None, None, None, None
+
+
+def _chunk_logits(hidden_CD: Tensor, weight_VD: Tensor, num_valid: int, dtype: torch.dtype) -> Tensor:
+    logits_CV = (hidden_CD @ weight_VD.T).to(dtype)
+    if num_valid < weight_VD.shape[0]:
+        logits_CV[:, num_valid:] = -torch.inf
+    return logits_CV
+
+
+def _log_sum_exp_over(normalizer_M: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """log sum_ranks exp(x), stable: subtract the largest first."""
+    largest_M = normalizer_M.clone()
+    dist.all_reduce(largest_M, op=dist.ReduceOp.MAX, group=group)
+    total_M = torch.exp(normalizer_M - largest_M)
+    dist.all_reduce(total_M, group=group)
+    return largest_M + torch.log(total_M)
+
+
+def token_log_probs(
+    hidden_MD: Tensor,
+    weight_VD: Tensor,
+    targets_M: Tensor,
+    *,
+    first_row: int = 0,
+    num_valid: int | None = None,
+    chunk: int = 4096,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """log p(targets) [M] from the hidden states that predict them; see `VocabParallelLogProbs`."""
+    num_valid = weight_VD.shape[0] if num_valid is None else num_valid
+    log_probs: Tensor = VocabParallelLogProbs.apply(
+        hidden_MD, weight_VD, targets_M.long(), first_row, num_valid, chunk, group
+    )
+    return log_probs

@@ -1,0 +1,194 @@
+"""Megatron layers of the policy: our attention in the layer spec, Transformer Engine's parameter names everywhere.
+
+`layer_spec()` puts `BranchAttention` where Megatron has dot-product attention. The linear layers own the norm before them
+(`linear_qkv.layer_norm_weight`), as Transformer Engine's do, so a checkpoint does not know which implementation wrote it.
+
+Shape legend: S local sequence (T / sp), B = 1, T tokens of the packed row, N heads, H head dim, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import Tensor
+from torch.nn import functional
+
+from npr_ext import BranchLayout, branch_attention
+
+
+class RMSNorm(torch.nn.Module):
+    """x / rms(x) * weight over the last dim, marked for sequence parallelism (torch's own is refused by Megatron there).
+
+    Shapes: [..., D] -> [..., D]. Source: Zhang and Sennrich 2019, as in Qwen3.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: object) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        mark_sequence_parallel(self.weight, config)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return functional.rms_norm(hidden, (hidden.shape[-1],), self.weight, self.eps)
+
+
+def mark_sequence_parallel(weight: torch.nn.Parameter, config: TransformerConfig) -> None:
+    """Megatron all-reduces the gradient of weights so marked over the tensor group (each rank saw a part of the tokens)."""
+    weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+class NormColumnParallelLinear(ColumnParallelLinear):  # type: ignore[misc]
+    """RMSNorm then ColumnParallelLinear, with Transformer Engine's names (`layer_norm_weight`, `weight`, `bias`)."""
+
+    def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **kwargs: Any) -> None:
+        super().__init__(input_size, output_size, config=config, **kwargs)
+        self.layer_norm_weight = torch.nn.Parameter(torch.ones(input_size, dtype=config.params_dtype))
+        mark_sequence_parallel(self.layer_norm_weight, config)
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        normed = functional.rms_norm(
+            hidden, (hidden.shape[-1],), self.layer_norm_weight, self.config.layernorm_epsilon
+        )
+        output: tuple[Tensor, Tensor | None] = super().forward(normed, *args, **kwargs)
+        return output
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> Any:
+        """Weight and bias are sharded on dim 0, the norm is replicated."""
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            {"weight": 0, "bias": 0},
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=metadata["dp_cp_group"] if metadata else None,
+        )
+
+
+class LayoutCache:
+    """The last few layouts by the identity of the int32 [5, T] tensor that carried them through Megatron.
+
+    All layers of a micro-batch (and its recompute) then share one derived attention plan. The tensor itself is held, so
+    its address cannot be reused while the entry lives.
+    """
+
+    def __init__(self, capacity: int = 16) -> None:
+        self._capacity = capacity
+        self._entries: OrderedDict[tuple[int, int], tuple[Tensor, BranchLayout]] = OrderedDict()
+
+    def get(self, layout_5T: Tensor) -> BranchLayout:
+        key = (layout_5T.data_ptr(), layout_5T.shape[-1])
+        entry = self._entries.get(key)
+        if entry is None:
+            entry = (layout_5T, BranchLayout.from_tensor(layout_5T))
+            self._entries[key] = entry
+            if len(self._entries) > self._capacity:
+                self._entries.popitem(last=False)
+        return entry[1]
+
+    def clear(self) -> None:
+        self._entries.clear()
+
+
+LAYOUTS = LayoutCache()
+
+
+class BranchAttention(MegatronModule):  # type: ignore[misc]
+    """Megatron core attention over a branch layout; `attention_mask` carries the int32 [5, T] layout.
+
+    q [T, 1, N, H], k and v [T, 1, K, H] -> [T, 1, N * H]; heads are this tensor-parallel rank's share.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        self.layer_number = layer_number
+        self.softmax_scale = softmax_scale
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: object = None,
+    ) -> Tensor:
+        layout = LAYOUTS.get(attention_mask)
+        output_TNH = branch_attention(
+            query.squeeze(1), key.squeeze(1), value.squeeze(1), layout, scale=self.softmax_scale
+        )
+        return output_TNH.reshape(query.shape[0], 1, -1)
+
+
+class LayoutRotaryEmbedding(torch.nn.Module):
+    """RoPE angles from the batch's own position ids (Megatron's module counts 0..T-1 and ignores them).
+
+    Called in the place of `MultimodalRotaryEmbedding`: position_ids [1, T] -> angles [T, 1, 1, H], fp32.
+    """
+
+    def __init__(self, head_dim: int, base: float) -> None:
+        super().__init__()
+        # Kept a plain attribute: bf16 casts of the model must not round the frequencies.
+        self.inverse_frequencies = 1.0 / (
+            base ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim)
+        )
+
+    def forward(self, position_ids: Tensor, mrope_section: object = None, cp_group: object = None) -> Tensor:
+        self.inverse_frequencies = self.inverse_frequencies.to(position_ids.device)
+        angles = position_ids[0].float()[:, None] * self.inverse_frequencies[None, :]
+        return torch.cat((angles, angles), dim=-1)[:, None, None, :]
+
+
+def layer_spec(*, qk_norm: bool) -> ModuleSpec:
+    """One transformer layer of the Qwen3 family with branch attention."""
+    norm = RMSNorm if qk_norm else None
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.arbitrary},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=NormColumnParallelLinear,
+                    core_attention=BranchAttention,
+                    linear_proj=RowParallelLinear,
+                    q_layernorm=norm,
+                    k_layernorm=norm,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            mlp=ModuleSpec(
+                module=MLP,
+                submodules=MLPSubmodules(linear_fc1=NormColumnParallelLinear, linear_fc2=RowParallelLinear),
+            ),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )

@@ -1,0 +1,144 @@
+"""The process world: one process a device, Megatron's process groups on top, gloo on CPU and NCCL on GPU.
+
+    torchrun / srun ──► init_world(sizes) ──► World (ranks, sizes, groups) ──► everything else takes it as an argument
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+from megatron_npr.cpu_runtime import cpu_runtime
+from npr_ext.errors import UserError
+
+
+def has_gpu() -> bool:
+    """True where this process trains on a CUDA device."""
+    return torch.cuda.is_available()
+
+
+def megatron_context() -> AbstractContextManager[None]:
+    """Entered around every call into Megatron-Core: the CPU runtime where there is no GPU, nothing where there is."""
+    return contextlib.nullcontext() if has_gpu() else cpu_runtime()
+
+
+@dataclass(frozen=True)
+class World:
+    """Ranks and sizes along each axis of the process grid, and the groups that we use ourselves.
+
+    Engine replicas: `engine_size` replicas of `tensor_size` processes each sample independently; `engine_rank` tells which
+    replica this process belongs to (every combination of data-parallel and pipeline rank is one).
+    """
+
+    rank: int
+    size: int
+    tensor_rank: int
+    tensor_size: int
+    pipeline_rank: int
+    pipeline_size: int
+    context_rank: int
+    context_size: int
+    data_rank: int
+    data_size: int
+    device: torch.device
+    tensor_group: dist.ProcessGroup
+    pipeline_group: dist.ProcessGroup
+    data_group: dist.ProcessGroup
+
+    @property
+    def engine_size(self) -> int:
+        return self.size // self.tensor_size
+
+    @property
+    def engine_rank(self) -> int:
+        return (self.pipeline_rank * self.context_size + self.context_rank) * self.data_size + self.data_rank
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pipeline_rank == self.pipeline_size - 1
+
+
+def check_sizes(world_size: int, *, tensor: int, pipeline: int, context: int) -> None:
+    """UserError unless tensor x pipeline x context divides the world."""
+    model_size = tensor * pipeline * context
+    if world_size % model_size:
+        raise UserError(
+            f"world size {world_size} does not fit tp {tensor} x pp {pipeline} x cp {context} = {model_size}: "
+            f"start a multiple of {model_size} processes (torchrun --nproc-per-node) or change parallel.*"
+        )
+
+
+def init_world(*, tensor: int = 1, pipeline: int = 1, context: int = 1, seed: int = 0) -> World:
+    """Join the process group (torchrun's environment, or a world of one) and build Megatron's groups."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    check_sizes(world_size, tensor=tensor, pipeline=pipeline, context=context)
+    if not dist.is_initialized():
+        _join(world_size)
+    with megatron_context():
+        if parallel_state.model_parallel_is_initialized():
+            parallel_state.destroy_model_parallel()
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=tensor,
+            pipeline_model_parallel_size=pipeline,
+            context_parallel_size=context,
+            create_gloo_process_groups=has_gpu(),
+        )
+        model_parallel_cuda_manual_seed(1 + seed)
+    return World(
+        rank=dist.get_rank(),
+        size=dist.get_world_size(),
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tensor_size=tensor,
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pipeline_size=pipeline,
+        context_rank=parallel_state.get_context_parallel_rank(),
+        context_size=context,
+        data_rank=parallel_state.get_data_parallel_rank(),
+        data_size=parallel_state.get_data_parallel_world_size(),
+        device=torch.device("cuda", torch.cuda.current_device()) if has_gpu() else torch.device("cpu"),
+        tensor_group=parallel_state.get_tensor_model_parallel_group(),
+        pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
+        data_group=parallel_state.get_data_parallel_group(),
+    )
+
+
+def _join(world_size: int) -> None:
+    timeout = datetime.timedelta(minutes=30)
+    backend = "nccl" if has_gpu() else "gloo"
+    if has_gpu():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if world_size == 1:
+        # A store in memory: no port or file on which several single-process runs could collide.
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    else:
+        dist.init_process_group(backend, timeout=timeout)
+
+
+def close_world() -> None:
+    """Leave Megatron's groups and the process group."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def world_of(*, tensor: int = 1, pipeline: int = 1, context: int = 1, seed: int = 0) -> Iterator[World]:
+    """`init_world` for the length of a with-block."""
+    try:
+        yield init_world(tensor=tensor, pipeline=pipeline, context=context, seed=seed)
+    finally:
+        close_world()

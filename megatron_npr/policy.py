@@ -1,0 +1,188 @@
+"""The policy: a Megatron-Core GPTModel over branch layouts, returning log-probs where a target has a predecessor.
+
+    PackedRow ──► PolicyModel.forward ──► log_probs [M] on the last pipeline stage (hidden states on the others)
+
+Shape legend: T tokens of a row, M trained tokens, D hidden.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from torch import Tensor
+from torch.nn import functional
+
+from megatron_npr.huggingface import HuggingFaceWeights
+from megatron_npr.logprobs import token_log_probs
+from megatron_npr.modules import LayoutRotaryEmbedding, RMSNorm, layer_spec
+from megatron_npr.parallel import World, megatron_context
+from megatron_npr.weights import padded_vocabulary, partition_of, shard, with_layer_offset
+from npr_engine.model import ModelConfig
+from npr_ext import BranchLayout
+from npr_ext.errors import UserError
+
+
+class PolicyModel(GPTModel):  # type: ignore[misc]
+    """GPTModel whose positions come from the batch and whose last stage gives per-token log-probs, never shifted labels."""
+
+    def __init__(self, *, model_config: ModelConfig, world: World, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.model_config = model_config
+        self.world = world
+        # Megatron's own module counts positions 0..T-1 and ignores position_ids; ours reads them.
+        self.rotary_pos_emb = LayoutRotaryEmbedding(model_config.head_dim, model_config.rope_theta)
+
+    def log_probs(self, token_ids: Tensor, layout_5T: Tensor, targets: Tensor) -> Tensor:
+        """token_ids [1, T], layout int32 [5, T], targets int64 [M] -> log-probs [M] (last stage), else hidden states."""
+        output: Tensor = self(token_ids, layout_5T[:1], layout_5T, labels=token_ids, loss_mask=targets)
+        return output
+
+    def logits(self, token_ids: Tensor, layout_5T: Tensor) -> Tensor:
+        """Vocab-parallel logits [1, T, V / tp] (last stage); for tests and small models."""
+        output: Tensor = self(token_ids, layout_5T[:1], layout_5T)
+        return output
+
+    def _postprocess(
+        self,
+        hidden_states: Tensor,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        labels: Tensor | None,
+        *args: Any,
+        loss_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        if labels is None or not self.post_process:
+            output: Tensor = super()._postprocess(
+                hidden_states,
+                input_ids,
+                position_ids,
+                labels,
+                *args,
+                loss_mask=loss_mask,
+                attention_mask=attention_mask,
+                **kwargs,
+            )
+            return output
+        assert loss_mask is not None and attention_mask is not None
+        return self._target_log_probs(hidden_states, labels, loss_mask, attention_mask)
+
+    def _target_log_probs(self, hidden: Tensor, token_ids: Tensor, targets: Tensor, layout_5T: Tensor) -> Tensor:
+        predecessors = BranchLayout.from_tensor(layout_5T).predecessor[targets].long()
+        if self.config.sequence_parallel:
+            hidden_TBD = tensor_parallel.gather_from_sequence_parallel_region(hidden)
+        else:
+            hidden_TBD = tensor_parallel.copy_to_tensor_model_parallel_region(hidden)
+        weight = self.shared_embedding_or_output_weight()
+        first_row = self.world.tensor_rank * weight.shape[0]
+        return token_log_probs(
+            hidden_TBD[:, 0][predecessors],
+            weight,
+            token_ids[0, targets],
+            first_row=first_row,
+            num_valid=max(0, min(weight.shape[0], self.model_config.vocab_size - first_row)),
+            group=self.world.tensor_group,
+        )
+
+
+def transformer_config(
+    model: ModelConfig, world: World, *, dtype: torch.dtype, sequence_parallel: bool = False
+) -> TransformerConfig:
+    """Megatron's configuration of a model in this world."""
+    for name, count in (("num_attention_heads", model.num_heads), ("num_key_value_heads", model.num_kv_heads)):
+        if count % world.tensor_size:
+            raise UserError(f"parallel.tp {world.tensor_size} does not divide the model's {name} {count}: choose a divisor")
+    if model.num_layers % world.pipeline_size:
+        raise UserError(f"parallel.pp {world.pipeline_size} does not divide the model's {model.num_layers} layers")
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_heads,
+        num_query_groups=model.num_kv_heads,
+        kv_channels=model.head_dim,
+        gated_linear_unit=True,
+        activation_func=functional.silu,
+        add_bias_linear=False,
+        add_qkv_bias=model.qkv_bias,
+        qk_layernorm=model.qk_norm,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.rms_norm_eps,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bias_dropout_fusion=False,
+        bias_activation_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        use_cpu_initialization=world.device.type == "cpu",
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        tensor_model_parallel_size=world.tensor_size,
+        pipeline_model_parallel_size=world.pipeline_size,
+        context_parallel_size=world.context_size,
+        sequence_parallel=sequence_parallel and world.tensor_size > 1,
+        calculate_per_token_loss=True,
+        mrope_section=[model.head_dim // 2, 0, 0],
+        perform_initialization=True,
+        deallocate_pipeline_outputs=True,
+    )
+
+
+def build_policy(
+    model: ModelConfig, world: World, *, dtype: torch.dtype = torch.float32, sequence_parallel: bool = False
+) -> PolicyModel:
+    """The policy's part on this rank, randomly initialised."""
+    config = transformer_config(model, world, dtype=dtype, sequence_parallel=sequence_parallel)
+    with megatron_context():
+        num_layers = get_num_layers_to_build(config)
+        policy = PolicyModel(
+            model_config=model,
+            world=world,
+            config=config,
+            transformer_layer_spec=TransformerBlockSubmodules(
+                layer_specs=[layer_spec(qk_norm=model.qk_norm)] * num_layers, layer_norm=RMSNorm
+            ),
+            vocab_size=padded_vocabulary(model.vocab_size, world.tensor_size),
+            max_sequence_length=1 << 30,  # positions come from the layout; nothing is sized by this
+            pre_process=world.pipeline_rank == 0,
+            post_process=world.is_last_stage,
+            share_embeddings_and_output_weights=model.tied_embeddings,
+            position_embedding_type="mrope",
+            rotary_base=model.rope_theta,
+        )
+    return policy.to(world.device)
+
+
+def local_weights(policy: PolicyModel) -> dict[str, Tensor]:
+    """This rank's parameters by global name; the tensors themselves, no copies."""
+    config, world = policy.config, policy.world
+    offset = get_transformer_layer_offset(config, pp_rank=world.pipeline_rank)
+    named = {with_layer_offset(name, offset): weight.data for name, weight in policy.named_parameters()}
+    if policy.model_config.tied_embeddings:
+        # With pipeline parallelism the last stage holds a copy of the tied embedding under the output layer's name.
+        copy = named.pop("output_layer.weight", None)
+        if copy is not None:
+            named.setdefault("embedding.word_embeddings.weight", copy)
+    return named
+
+
+def load_policy_weights(policy: PolicyModel, folder: Path) -> None:
+    """Fill this rank's parameters from a Hugging Face folder; UserError where shapes differ."""
+    world = policy.world
+    with HuggingFaceWeights(folder, policy.model_config) as source, torch.no_grad():
+        for name, weight in local_weights(policy).items():
+            part = shard(source.full(name), partition_of(name), world.tensor_rank, world.tensor_size)
+            if part.shape != weight.shape:
+                raise UserError(
+                    f"{folder}: {name} has shape {tuple(part.shape)}, the model expects {tuple(weight.shape)}"
+                )
+            weight.copy_(part)

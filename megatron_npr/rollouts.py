@@ -1,0 +1,93 @@
+"""Rollouts of one round over all engine replicas.
+
+    problems x samples ──► this replica's share ──► Engine.generate ──► gathered in the order asked for, on every rank
+
+Seeds come from (run seed, round, problem, sample), so the responses do not depend on the number of replicas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from megatron_npr.config import RolloutSettings
+from megatron_npr.packing import TrainSample
+from megatron_npr.parallel import World
+from megatron_npr.problem import Problem
+from megatron_npr.seeds import derive_seed
+from npr_engine.engine import Engine
+from npr_engine.rollout import Rollout
+from npr_engine.sampling import SamplingParams
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A problem and its prompt token ids, int32 [P]."""
+
+    problem: Problem
+    token_ids: NDArray[np.int32]
+
+
+def sampling_params(settings: RolloutSettings, seed: int) -> SamplingParams:
+    """The engine's sampling parameters of one response."""
+    return SamplingParams(
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        top_k=settings.top_k,
+        min_p=settings.min_p,
+        repetition_penalty=settings.repetition_penalty,
+        max_tokens=settings.max_tokens,
+        max_branches=settings.max_branches,
+        max_blocks=settings.max_blocks,
+        branching=settings.branching,
+        seed=seed,
+    )
+
+
+def collect(
+    engine: Engine,
+    world: World,
+    prompts: Sequence[Prompt],
+    settings: RolloutSettings,
+    *,
+    identity: tuple[int | str, ...],
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[list[Rollout]]:
+    """`settings.samples_per_prompt` rollouts for each prompt, [prompt][sample], the same list on every rank."""
+    mine = range(world.engine_rank, len(prompts), world.engine_size)
+    requests = [(index, sample) for index in mine for sample in range(settings.samples_per_prompt)]
+    generated = engine.generate(
+        [prompts[index].token_ids for index, _ in requests],
+        [
+            sampling_params(settings, derive_seed(*identity, prompts[index].problem.problem_id, sample))
+            for index, sample in requests
+        ],
+        request_ids=[f"{prompts[index].problem.problem_id}/{sample}" for index, sample in requests],
+        on_progress=on_progress,
+    )
+    share = list(zip(requests, generated, strict=True))
+    if world.size > 1:
+        gathered: list[Any] = [None] * world.size
+        dist.all_gather_object(gathered, share if world.tensor_rank == 0 else [])
+        share = [item for part in gathered for item in part]
+    found = {place: rollout for place, rollout in share}
+    return [
+        [found[index, sample] for sample in range(settings.samples_per_prompt)] for index in range(len(prompts))
+    ]
+
+
+def train_sample(rollout: Rollout, advantage: float, *, train_forced: bool = False) -> TrainSample:
+    """A rollout as it is trained: the very tokens and log-probs of the engine; forced tokens carry no loss by default."""
+    trained = np.ones_like(rollout.forced) if train_forced else ~rollout.forced
+    return TrainSample(
+        prompt_ids=rollout.prompt_ids,
+        response_ids=rollout.token_ids,
+        trained=trained,
+        old_log_probs=np.nan_to_num(rollout.logprobs, nan=0.0),
+        advantage=advantage,
+    )

@@ -1,0 +1,239 @@
+"""One optimizer step of the policy through Megatron's schedules, DDP and distributed optimizer.
+
+    TrainSample* ─► plan_rows ─► pack_row (a row = a micro-batch) ─► Megatron forward/backward schedule ─► one global
+    token mean (finalize_model_grads) ─► clip ─► distributed optimizer ─► StepReport
+
+Every rank is given the SAME list of samples and takes its data-parallel share of the rows, so the result does not depend on
+the layout of processes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from numpy.typing import NDArray
+from torch import Tensor
+
+from megatron_npr.config import BatchSettings, OptimizerSettings
+from megatron_npr.losses import LossSum
+from megatron_npr.modules import LAYOUTS
+from megatron_npr.packing import PackedRow, RowPlan, TrainSample, pack_row, plan_rows, row_length
+from megatron_npr.parallel import World, megatron_context
+from megatron_npr.policy import PolicyModel
+from npr_ext import TagIds
+
+Objective = Callable[[Tensor, PackedRow], LossSum]
+"""(log_probs [M], row) -> sum of the loss over the row's M trained tokens."""
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one update did. `loss` and `watched` are means over the trained tokens of the global batch."""
+
+    loss: float
+    grad_norm: float
+    lr: float
+    num_targets: int
+    num_tokens: int
+    num_rows: int
+    seconds: float
+    watched: dict[str, float]
+
+
+class Trainer:
+    """The policy with its DDP wrapper, optimizer and learning-rate schedule on this rank."""
+
+    def __init__(
+        self,
+        policy: PolicyModel,
+        world: World,
+        *,
+        optimizer: OptimizerSettings,
+        batch: BatchSettings,
+        tags: TagIds,
+        pad_id: int,
+        num_updates: int,
+    ) -> None:
+        self.policy, self.world, self.batch, self.tags, self.pad_id = policy, world, batch, tags, pad_id
+        with megatron_context():
+            self.model = DistributedDataParallel(
+                config=policy.config,
+                ddp_config=DistributedDataParallelConfig(
+                    use_distributed_optimizer=True, grad_reduce_in_fp32=True, overlap_grad_reduce=False
+                ),
+                module=policy,
+            )
+            self.optimizer = _build_optimizer(self.model, policy, optimizer)
+            self.schedule = _build_schedule(self.optimizer, optimizer, num_updates)
+        policy.config.finalize_model_grads_func = finalize_model_grads
+        policy.config.grad_scale_func = self.optimizer.scale_loss
+
+    def step(self, samples: Sequence[TrainSample], objective: Objective, *, branching: bool) -> StepReport:
+        """One update on `samples`, one token mean over the global batch."""
+        began = time.perf_counter()
+        rows = self.pack(samples, branching=branching)
+        totals = self.accumulate(rows, objective)
+        with megatron_context():
+            self.schedule.step(increment=1)
+            _, grad_norm, _ = self.optimizer.step()
+        count = max(totals["targets"], 1.0)
+        return StepReport(
+            loss=totals["loss"] / count,
+            grad_norm=float(grad_norm or 0.0),
+            lr=self.lr,
+            num_targets=int(totals["targets"]),
+            num_tokens=int(totals["tokens"]),
+            num_rows=len(rows) * self.world.data_size,
+            seconds=time.perf_counter() - began,
+            watched={name: totals[name] / count for name in totals if name not in ("loss", "targets", "tokens")},
+        )
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the latest update."""
+        return float(max(group["lr"] for group in self.optimizer.param_groups))
+
+    def pack(self, samples: Sequence[TrainSample], *, branching: bool) -> list[PackedRow]:
+        """This data-parallel rank's rows; every rank gets equally many (the last may be all padding)."""
+        plans = plan_rows(
+            samples, row_tokens=self.batch.micro_batch_tokens, share_prompts=self.batch.share_prompts
+        )
+        length = row_length(plans)
+        plans += [RowPlan((), 0)] * (-len(plans) % self.world.data_size)
+        mine = plans[self.world.data_rank :: self.world.data_size]
+        return [
+            pack_row(samples, plan, length=length, tags=self.tags, branching=branching, pad_id=self.pad_id)
+            for plan in mine
+        ]
+
+    def accumulate(self, rows: Sequence[PackedRow], objective: Objective) -> dict[str, float]:
+        """Gradients of the global token mean into Megatron's buffers; sums over the global batch, by name."""
+        with megatron_context():
+            self.model.zero_grad_buffer()
+            self.optimizer.zero_grad()
+        self.model.train()
+        outputs = self._run(rows, partial(_loss_of_row, objective=objective), forward_only=False)
+        return self._global_sums(rows, outputs)
+
+    def log_probs(self, samples: Sequence[TrainSample], *, branching: bool) -> list[NDArray[np.float32]]:
+        """Log-prob of every trained token under the current weights, NaN elsewhere; on every rank, in input order."""
+        rows = self.pack(samples, branching=branching)
+        self.model.eval()
+        outputs = self._run(rows, _log_probs_of_row, forward_only=True)
+        found: list[tuple[Tensor, Tensor, Tensor]] = [
+            (row.sample_of, row.within, output["log_probs"].cpu())
+            for row, output in zip(rows, outputs, strict=False)
+        ]
+        gathered: list[Any] = [None] * self.world.size
+        dist.all_gather_object(gathered, found if self.world.tensor_rank == 0 else [])
+        result = [np.full(len(sample.response_ids), np.nan, np.float32) for sample in samples]
+        for sample_of, within, values in (part for parts in gathered for part in parts):
+            for index, position, value in zip(sample_of.tolist(), within.tolist(), values.tolist(), strict=True):
+                result[index][position] = value
+        return result
+
+    def _run(
+        self, rows: Sequence[PackedRow], loss_of: Callable[[Tensor, PackedRow], Any], *, forward_only: bool
+    ) -> list[dict[str, Tensor]]:
+        LAYOUTS.clear()
+        schedule = get_forward_backward_func()
+        with megatron_context(), torch.set_grad_enabled(not forward_only):
+            outputs: list[dict[str, Tensor]] = schedule(
+                forward_step_func=partial(_forward_step, loss_of=loss_of, device=self.world.device),
+                data_iterator=iter(rows),
+                model=[self.model],
+                num_microbatches=len(rows),
+                seq_length=rows[0].token_ids.shape[1],
+                micro_batch_size=1,
+                forward_only=forward_only,
+            )
+        return outputs
+
+    def _global_sums(self, rows: Sequence[PackedRow], outputs: list[dict[str, Tensor]]) -> dict[str, float]:
+        """Sum the last stage's outputs over micro-batches and data-parallel ranks; the same on every rank."""
+        sums: dict[str, float] = {}
+        if self.world.is_last_stage and self.world.tensor_rank == 0:
+            for output in outputs:
+                for name, value in output.items():
+                    sums[name] = sums.get(name, 0.0) + float(value)
+            sums["tokens"] = float(sum(row.num_real_tokens for row in rows))
+        gathered: list[Any] = [None] * self.world.size
+        dist.all_gather_object(gathered, sums)
+        return {
+            name: sum(part.get(name, 0.0) for part in gathered) for name in {n for part in gathered for n in part}
+        }
+
+
+def _forward_step(
+    rows: Iterator[PackedRow],
+    model: torch.nn.Module,
+    *,
+    loss_of: Callable[[Tensor, PackedRow], Any],
+    device: torch.device,
+) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    """Megatron's forward step: every stage reads the row, since each needs the layout."""
+    row = next(rows)
+    token_ids, layout = row.token_ids.to(device), row.layout.to(device)
+    output = model(token_ids, layout[:1], layout, labels=token_ids, loss_mask=row.targets.to(device))
+    return output, partial(loss_of, row=row)
+
+
+def _loss_of_row(log_probs: Tensor, row: PackedRow, objective: Objective) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    loss = objective(log_probs, row)
+    count = torch.tensor(row.num_targets, dtype=torch.int, device=log_probs.device)
+    report = {"loss": loss.total.detach(), "targets": count.double(), **loss.watched}
+    return loss.total, count, report
+
+
+def _log_probs_of_row(log_probs: Tensor, row: PackedRow) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    count = torch.tensor(row.num_targets, dtype=torch.int, device=log_probs.device)
+    return log_probs.sum(), count, {"log_probs": log_probs.detach()}
+
+
+def _build_optimizer(
+    model: torch.nn.Module, policy: PolicyModel, settings: OptimizerSettings
+) -> MegatronOptimizer:
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=settings.lr,
+        min_lr=settings.min_lr,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.beta1,
+        adam_beta2=settings.beta2,
+        adam_eps=settings.eps,
+        clip_grad=settings.grad_clip,
+        use_distributed_optimizer=True,
+        bf16=policy.config.bf16,
+        params_dtype=policy.config.params_dtype,
+    )
+    return get_megatron_optimizer(config, [model], use_gloo_process_groups=policy.world.device.type == "cuda")
+
+
+def _build_schedule(
+    optimizer: MegatronOptimizer, settings: OptimizerSettings, num_updates: int
+) -> OptimizerParamScheduler:
+    warmup = min(settings.warmup(num_updates), max(num_updates - 1, 0))
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=settings.lr,
+        min_lr=settings.min_lr,
+        lr_warmup_steps=warmup,
+        lr_decay_steps=max(num_updates, warmup + 1),
+        lr_decay_style=settings.schedule,
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=max(num_updates, 1),
+        wd_incr_style="constant",
+    )
