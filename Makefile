@@ -1,0 +1,66 @@
+# `make demo` and `make test` work in a fresh clone: they make .venv, install, build and run.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+# The pins stand in pyproject.toml; these three have to be there before the extension can be built.
+pin = $(shell sed -n 's/^ *"\($(1)==[^"]*\)".*/\1/p' pyproject.toml)
+SOURCES := setup.py $(shell find cuda_ext/csrc cuda_ext/include -type f 2>/dev/null)
+OPTIONS = $(if $(RESUME),--resume) $(if $(SEED),--seed $(SEED))
+
+.PHONY: help setup demo test test-all base lint format clean
+
+help:
+	@echo "make demo       train the small model through all stages and write runs/demo/report.html (RESUME=1, SEED=n)"
+	@echo "make test       lint and the tests that need no GPU and less than ten seconds each"
+	@echo "make test-all   every test that this machine can run"
+	@echo "make setup      install and build into .venv, nothing else"
+	@echo "make base       make the demo's base model from nothing (megatron_npr/assets)"
+	@echo "make lint       ruff, mypy --strict, import contracts, shellcheck;  make format: apply what ruff can"
+	@echo "make clean      remove build products and caches; .venv and runs stay"
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "needs Python 3.11 or newer, $(PYTHON) is older: make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "python3-venv is missing: apt install python3-venv"; exit 1; }
+
+# torch comes first and with pip, so that a wheel on the machine's own find-links is used.
+$(VENV)/installed: pyproject.toml | $(VENV)/bin/python
+	$(PIP) $(call pin,torch)
+	$(PIP) $(call pin,setuptools) $(call pin,ninja)
+	$(PIP) --no-build-isolation --editable '.[dev]'
+	@touch $(VENV)/installed $(VENV)/built
+
+$(VENV)/built: $(SOURCES) | $(VENV)/installed
+	$(PIP) --no-build-isolation --no-deps --editable .
+	@touch $@
+
+setup: $(VENV)/installed $(VENV)/built
+
+demo: setup
+	$(BIN)/npr demo $(OPTIONS)
+
+test: setup lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-all: setup lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+base: setup
+	$(BIN)/npr base $(if $(SEED),--seed $(SEED))
+
+lint: setup
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/ruff check --quiet .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache > $(VENV)/imports.txt || { cat $(VENV)/imports.txt; exit 1; }
+	$(BIN)/shellcheck launch/*.sh .ci/run
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf build .ruff_cache .pytest_cache .mypy_cache .hypothesis *.egg-info cuda_ext/npr_ext/*.so
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	rm -f $(VENV)/built
