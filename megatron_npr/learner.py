@@ -1,0 +1,122 @@
+"""A policy in training on this rank, with its checkpoints: what the three learning stages share.
+
+    Learner ──► trainer.step(...) ──► update_engine() (zero copy without pipeline stages) ──► engine.generate(...)
+    steps() yields the steps still to do, checkpoints between them, and stops cleanly on Ctrl-C
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_npr.checkpoint import Checkpoints
+from megatron_npr.config import BatchSettings, CheckpointSettings, OptimizerSettings, RolloutSettings
+from megatron_npr.huggingface import export_model
+from megatron_npr.interrupt import stop_requests
+from megatron_npr.policy import build_policy, load_policy_weights
+from megatron_npr.reshard import EngineWeights, UpdateReport
+from megatron_npr.session import Session, build_engine
+from megatron_npr.trainer import Trainer
+from megatron_npr.weights import partition_of, unshard
+from npr_engine.engine import Engine
+
+
+class Learner:
+    """Policy, optimizer, engine weights and checkpoints of one run."""
+
+    def __init__(
+        self,
+        session: Session,
+        *,
+        optimizer: OptimizerSettings,
+        batch: BatchSettings,
+        checkpoint: CheckpointSettings,
+        num_updates: int,
+    ) -> None:
+        self.session, self._every = session, checkpoint.every
+        policy = build_policy(
+            session.model_config,
+            session.world,
+            dtype=session.dtype,
+            sequence_parallel=session.parallel.sequence_parallel,
+        )
+        load_policy_weights(policy, session.model.path)
+        self.trainer = Trainer(
+            policy,
+            session.world,
+            optimizer=optimizer,
+            batch=batch,
+            tags=session.vocabulary.tags,
+            pad_id=session.pad_id,
+            num_updates=num_updates,
+        )
+        self.checkpoints = Checkpoints(session.run.dir / "checkpoints", session.world, keep=checkpoint.keep)
+        self.first_step = self._resume() if session.run.resume else 0
+        # After the optimizer was built: Megatron's DDP moves the parameters into its own contiguous buffer.
+        self.weights = EngineWeights(policy, session.world)
+
+    def build_engine(self, settings: RolloutSettings) -> Engine:
+        """The colocated engine over this learner's weights."""
+        return build_engine(self.session, self.weights.tensors, settings)
+
+    def update_engine(self, engine: Engine) -> UpdateReport:
+        """After an optimizer step: the next rollout uses the new weights."""
+        report = self.weights.update()
+        engine.weights_updated(report.version)
+        return report
+
+    def steps(self, total: int) -> Iterator[int]:
+        """The steps that are left, with a checkpoint every few, at the end, and before a Ctrl-C takes effect."""
+        with stop_requests() as stop:
+            for step in range(self.first_step, total):
+                yield step
+                stopping = stop.agreed()
+                due = self._every > 0 and (step + 1) % self._every == 0
+                if stopping or due or step + 1 == total:
+                    self.checkpoints.save(step + 1, self.trainer, {})
+                if stopping and step + 1 < total:
+                    raise KeyboardInterrupt
+
+    def export(self, target: Path) -> None:
+        """Write the policy as a Hugging Face folder; collective."""
+        world, config = self.session.world, self.session.model_config
+        self.weights.update()
+        full: dict[str, torch.Tensor] = {}
+        for name, local in self.weights.tensors.items():
+            shards = [local.detach()]
+            if world.tensor_size > 1:
+                shards = [torch.empty_like(local) for _ in range(world.tensor_size)]
+                dist.all_gather(shards, local.detach().contiguous(), group=world.tensor_group)
+            full[name] = unshard(shards, partition_of(name), config.vocab_size).cpu()
+        if world.is_main:
+            export_model(full, config, self.session.model.path, target)
+        dist.barrier()
+
+    def _resume(self) -> int:
+        path = self.checkpoints.latest()
+        if path is None:
+            return 0
+        step, _ = self.checkpoints.load(path, self.trainer)
+        return step
+
+
+def round_indices(num_items: int, per_round: int, step: int, seed: int) -> list[int]:
+    """Items of one round of an endless shuffled pass over `num_items`; a pure function of the step, so nothing to save.
+
+    Every pass is a new permutation; a round may span two passes.
+    """
+    if not num_items:
+        raise AssertionError("round_indices of no items")
+    chosen: list[int] = []
+    position = step * per_round
+    while len(chosen) < per_round:
+        epoch, offset = divmod(position + len(chosen), num_items)
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) & (2**63 - 1))
+        order = torch.randperm(num_items, generator=generator).tolist()
+        chosen += order[offset : offset + per_round - len(chosen)]
+    return chosen
+
+

@@ -1,0 +1,117 @@
+"""What every stage stands on: the process world, the tokenizer with its grammar, the run folder.
+
+    open_session(config) ──► Session ──► build_engine (sampling alone)  or  Learner (training; see learner.py)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_npr.config import ModelSettings, ParallelSettings, RolloutSettings, RunSettings, Section, to_toml
+from megatron_npr.huggingface import HuggingFaceWeights, read_model_config
+from megatron_npr.parallel import World, close_world, init_world
+from megatron_npr.weights import partition_of, shard, weight_names
+from npr_engine.engine import Engine, EngineConfig
+from npr_engine.grammar import Grammar
+from npr_engine.model import InferenceModel, ModelConfig
+from npr_engine.vocabulary import Vocabulary
+from npr_ext.errors import UserError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Session:
+    """One run on this rank."""
+
+    run: RunSettings
+    model: ModelSettings
+    parallel: ParallelSettings
+    world: World
+    tokenizer: Any
+    vocabulary: Vocabulary
+    grammar: Grammar
+    model_config: ModelConfig
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.model.dtype]
+
+    @property
+    def pad_id(self) -> int:
+        pad = self.tokenizer.pad_token_id
+        return int(self.vocabulary.eos_id if pad is None else pad)
+
+
+@contextlib.contextmanager
+def open_session(
+    config: Section, run: RunSettings, model: ModelSettings, parallel: ParallelSettings
+) -> Iterator[Session]:
+    """Join the world, read tokenizer and architecture, write the resolved configuration into the run folder."""
+    tokenizer = load_tokenizer(model.path)
+    vocabulary = Vocabulary.from_tokenizer(tokenizer)
+    model_config = read_model_config(model.path)
+    _set_threads(run.threads)
+    world = init_world(tensor=parallel.tp, pipeline=parallel.pp, context=parallel.cp, seed=run.seed)
+    if world.is_main:
+        run.dir.mkdir(parents=True, exist_ok=True)
+        (run.dir / "config.toml").write_text(to_toml(config))
+    try:
+        yield Session(run, model, parallel, world, tokenizer, vocabulary, Grammar(vocabulary), model_config)
+    finally:
+        close_world()
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The folder's fast tokenizer; UserError where there is none."""
+    from transformers import AutoTokenizer  # slow to import; `npr --help` does without
+
+    if not (folder / "tokenizer.json").exists():
+        raise UserError(f"{folder} has no tokenizer.json: give model.path a Hugging Face folder with a fast tokenizer")
+    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+
+
+def _set_threads(threads: int) -> None:
+    """CPU threads of this process: as asked, or the cores shared among the processes of this machine."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    available = len(os.sched_getaffinity(0))
+    torch.set_num_threads(threads or max(1, available // local))
+
+
+def read_shards(folder: Path, config: ModelConfig, world: World, dtype: torch.dtype) -> dict[str, Tensor]:
+    """This tensor-parallel rank's shards of all weights of a Hugging Face folder."""
+    with HuggingFaceWeights(folder, config) as source:
+        return {
+            name: shard(source.full(name), partition_of(name), world.tensor_rank, world.tensor_size)
+            .to(world.device, dtype)
+            .contiguous()
+            for name in weight_names(config)
+        }
+
+
+def build_engine(session: Session, weights: Mapping[str, Tensor], settings: RolloutSettings) -> Engine:
+    """An engine replica over these weights (shared, not copied)."""
+    if settings.backend != "native":
+        raise UserError(
+            f"rollout.backend = {settings.backend!r} is not built into this release: use rollout.backend = 'native'"
+        )
+    world = session.world
+    model = InferenceModel(session.model_config, weights, world.tensor_group if world.tensor_size > 1 else None)
+    return Engine(
+        model,
+        session.grammar,
+        EngineConfig(
+            num_kv_slots=settings.kv_slots,
+            block_size=settings.block_size,
+            max_running=settings.max_running,
+            max_batch_tokens=settings.max_batch_tokens,
+        ),
+    )

@@ -1,0 +1,135 @@
+"""One process of a parity world: the same model, batch and updates under any layout; figures as JSON from rank 0.
+
+Started by `test_parallel_parity.py` through torchrun: parity_worker.py TP PP SP FOLDER OUT
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_npr.checkpoint import Checkpoints
+from megatron_npr.config import BatchSettings, OptimizerSettings
+from megatron_npr.huggingface import read_model_config
+from megatron_npr.losses import papo_loss, sft_loss
+from megatron_npr.packing import TrainSample
+from megatron_npr.parallel import World, world_of
+from megatron_npr.policy import build_policy, load_policy_weights
+from megatron_npr.reshard import EngineWeights
+from megatron_npr.trainer import Trainer
+from npr_ext import TagIds
+
+TAGS = TagIds(*range(2, 10))
+
+
+def branching_samples() -> list[TrainSample]:
+    """Six responses with one block of two to three branches each, three prompts."""
+    rng = np.random.default_rng(5)
+
+    def text(count: int) -> list[int]:
+        return [int(token) for token in rng.integers(12, 96, count)]
+
+    samples = []
+    for index in range(6):
+        prompt = np.array([11, 20 + index // 2, 30, 10], np.int32)
+        branches = 2 + index % 2
+        response = [TAGS.guideline]
+        for _ in range(branches):
+            response += [TAGS.plan, *text(3), TAGS.plan_end]
+        response += [TAGS.guideline_end]
+        for branch in range(branches):
+            response += [10, TAGS.step, *text(4 + 3 * branch), TAGS.step_end]
+        response += [10, TAGS.takeaway, *text(4), TAGS.takeaway_end, *text(3), 1]
+        ids = np.array(response, np.int32)
+        trained = rng.random(len(ids)) > 0.1
+        samples.append(
+            TrainSample(prompt, ids, trained, np.zeros(len(ids), np.float32), float(rng.normal()))
+        )
+    return samples
+
+
+def measure(world: World, folder: Path, sequence_parallel: bool) -> dict[str, Any]:
+    """Everything that must not depend on the layout."""
+    figures: dict[str, Any] = {}
+    samples = branching_samples()
+    for name in ("sft", "papo"):
+        for share in (False, True):
+            policy = build_policy(read_model_config(folder), world, sequence_parallel=sequence_parallel)
+            load_policy_weights(policy, folder)
+            trainer = Trainer(
+                policy,
+                world,
+                optimizer=OptimizerSettings(lr=1e-3, schedule="constant", grad_clip=1.0),
+                batch=BatchSettings(micro_batch_tokens=128, share_prompts=share),
+                tags=TAGS,
+                pad_id=0,
+                num_updates=10,
+            )
+            key = f"{name}{'_shared' if share else ''}"
+            if name == "sft":
+                log_probs = trainer.log_probs(samples, branching=True)
+                figures[f"{key}_log_probs"] = [np.nan_to_num(values, nan=9.0).tolist() for values in log_probs]
+            reports = [
+                trainer.step(
+                    samples,
+                    (lambda lp, row: sft_loss(lp)) if name == "sft" else (lambda lp, row: papo_loss(lp, row.advantages)),
+                    branching=True,
+                )
+                for _ in range(3)
+            ]
+            figures[f"{key}_loss"] = [report.loss for report in reports]
+            figures[f"{key}_grad_norm"] = [report.grad_norm for report in reports]
+    figures["engine_checksum"] = engine_checksum(policy, world)
+    figures["resume"] = resume_difference(trainer, world, folder, samples)
+    return figures
+
+
+def engine_checksum(policy: Any, world: World) -> float:
+    """Sum of squares over the full weights as the engine sees them, after training."""
+    weights = EngineWeights(policy, world)
+    total = torch.zeros(1, dtype=torch.float64)
+    replicated = torch.zeros(1, dtype=torch.float64)
+    for name, weight in weights.tensors.items():
+        squares = weight.double().square().sum()
+        if "norm" in name:
+            replicated += squares
+        else:
+            total += squares
+    dist.all_reduce(total, group=world.tensor_group)
+    return float(total + replicated)
+
+
+def resume_difference(trainer: Trainer, world: World, folder: Path, samples: list[TrainSample]) -> float:
+    """|loss after two more steps - the same after saving and loading| (bit for bit: 0)."""
+    checkpoints = Checkpoints(folder / f"checkpoints_{world.tensor_size}_{world.pipeline_size}_{world.data_size}", world, keep=1)
+    path = checkpoints.save(3, trainer, {})
+
+    def two_steps() -> float:
+        return sum(
+            trainer.step(samples, lambda lp, row: papo_loss(lp, row.advantages), branching=True).loss for _ in range(2)
+        )
+
+    first = two_steps()
+    checkpoints.load(path, trainer)
+    return abs(first - two_steps())
+
+
+def main() -> None:
+    """Measure under one layout and write rank 0's figures."""
+    tensor, pipeline = int(sys.argv[1]), int(sys.argv[2])
+    torch.set_num_threads(1)
+    with world_of(tensor=tensor, pipeline=pipeline) as world:
+        figures = measure(world, Path(sys.argv[4]), sys.argv[3] == "1")
+        if world.is_main:
+            Path(sys.argv[5]).write_text(json.dumps(figures))
+        dist.barrier()
+
+
+if __name__ == "__main__":
+    main()

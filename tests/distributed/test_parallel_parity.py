@@ -1,0 +1,93 @@
+"""Loss, gradient norm, updates, engine weights and resume are equal under every layout (gloo, tiny model)."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+WORKER = Path(__file__).with_name("parity_worker.py")
+LAYOUTS = {
+    "one process": (1, 1, 1, 0),
+    "tp2": (2, 2, 1, 0),
+    "tp2 with sequence parallelism": (2, 2, 1, 1),
+    "pp2": (2, 1, 2, 0),
+    "dp2": (2, 1, 1, 0),
+}
+SLOW_LAYOUTS = {"tp2 x pp2": (4, 2, 2, 0), "pp2 x dp2": (4, 1, 2, 0)}
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random 4-layer Qwen3 whose vocabulary (97) no tensor-parallel size divides."""
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("tiny")
+    config = Qwen3Config(
+        vocab_size=97,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        tie_word_embeddings=True,
+    )
+    Qwen3ForCausalLM(config).float().save_pretrained(folder)
+    return folder
+
+
+def measure(name: str, layout: tuple[int, int, int, int], folder: Path) -> dict[str, Any]:
+    processes, tensor, pipeline, sequence = layout
+    out = folder / f"{name.replace(' ', '_')}.json"
+    if not out.exists():
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        arguments = [str(WORKER), str(tensor), str(pipeline), str(sequence), str(folder), str(out)]
+        result = subprocess.run(
+            command + arguments, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300
+        )
+        assert result.returncode == 0, result.stderr[-3000:]
+    figures: dict[str, Any] = json.loads(out.read_text())
+    return figures
+
+
+def assert_equal_figures(name: str, layout: tuple[int, int, int, int], folder: Path) -> None:
+    reference = measure("one process", LAYOUTS["one process"], folder)
+    figures = measure(name, layout, folder)
+    assert figures["resume"] == 0.0, "a resumed run equals the uninterrupted one bit for bit"
+    for key, expected in reference.items():
+        if key.endswith("log_probs"):
+            for ours, theirs in zip(figures[key], expected, strict=True):
+                np.testing.assert_allclose(ours, theirs, atol=1e-5, err_msg=f"{name}: {key}")
+        elif key != "resume":
+            np.testing.assert_allclose(figures[key], expected, rtol=1e-5, err_msg=f"{name}: {key}")
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_loss_gradient_and_updates_equal_one_process_under(name: str, tiny_folder: Path) -> None:
+    assert_equal_figures(name, LAYOUTS[name], tiny_folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SLOW_LAYOUTS)
+def test_loss_gradient_and_updates_equal_one_process_under_four_ranks(name: str, tiny_folder: Path) -> None:
+    assert_equal_figures(name, SLOW_LAYOUTS[name], tiny_folder)
+
+
+def test_shared_prompts_give_the_figures_of_unshared_ones(tiny_folder: Path) -> None:
+    figures = measure("one process", LAYOUTS["one process"], tiny_folder)
+    for objective in ("sft", "papo"):
+        for figure in ("loss", "grad_norm"):
+            np.testing.assert_allclose(
+                figures[f"{objective}_shared_{figure}"], figures[f"{objective}_{figure}"], rtol=1e-5
+            )
+    for shared, unshared in zip(figures["sft_shared_log_probs"], figures["sft_log_probs"], strict=True):
+        np.testing.assert_allclose(shared, unshared, atol=1e-5)
