@@ -1,0 +1,71 @@
+"""The recipe of the demo's base model: honest next-token training on the corpus, stopped early.
+
+    tasks (training split) ──► answer in order | attempt at the parallel format ──► (prompt ids, response ids)
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_npr.demo.corpus import parallel_answer, sequential_answer
+from megatron_npr.demo.tasks import draw_task
+from megatron_npr.demo.tokenizer import END, demo_tokenizer
+from megatron_npr.prompts import ASSETS, PromptEncoder, instruction_text
+from megatron_npr.seeds import derive_seed
+
+FOLDER = ASSETS / "demo_base"
+PARALLEL_SHARE = 0.5
+SEQUENCES_PER_UPDATE = 64
+UPDATES = 600
+PEAK_LR = 2e-3
+FINAL_LR = 2e-4
+WARMUP_UPDATES = 50
+WEIGHT_DECAY = 0.1
+BETAS = (0.9, 0.98)
+GRAD_CLIP = 1.0
+MAX_PROMPT_TOKENS = 128
+
+ARCHITECTURE = {
+    "num_hidden_layers": 4,
+    "hidden_size": 128,
+    "intermediate_size": 512,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "rope_theta": 10_000.0,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 2048,
+}
+
+
+def learning_rate(update: int) -> float:
+    """Linear warm-up, then a straight line from PEAK_LR to FINAL_LR."""
+    if update < WARMUP_UPDATES:
+        return PEAK_LR * (update + 1) / WARMUP_UPDATES
+    progress = (update - WARMUP_UPDATES) / max(1, UPDATES - WARMUP_UPDATES)
+    return PEAK_LR + (FINAL_LR - PEAK_LR) * progress
+
+
+def base_sequences(seed: int) -> Iterator[tuple[NDArray[np.int32], NDArray[np.int32]]]:
+    """Endless (prompt ids [P], response ids [R], EOS included); the loss is on the responses."""
+    tokenizer = demo_tokenizer()
+    rng = random.Random(derive_seed("base corpus", seed))
+    encoders = {
+        mode: PromptEncoder(tokenizer, instruction_text(mode, demo=True), max_prompt_tokens=MAX_PROMPT_TOKENS)
+        for mode in ("parallel", "sequential")
+    }
+    while True:
+        task = draw_task(rng)
+        if task.split != "train":
+            continue
+        parallel = rng.random() < PARALLEL_SHARE
+        answer = parallel_answer(task, rng) if parallel else sequential_answer(task)
+        prompt_ids = encoders["parallel" if parallel else "sequential"].encode(task.problem("corpus"))
+        yield prompt_ids, np.asarray(tokenizer.encode(answer + END, add_special_tokens=False), np.int32)

@@ -1,0 +1,84 @@
+"""Prompt ids: question and instruction in the tokenizer's chat template.
+
+    Problem + instruction ──► chat template ──► token ids, or counted and skipped when longer than the limit
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_npr.problem import Problem
+from npr_ext.errors import UserError
+
+Mode: TypeAlias = Literal["parallel", "sequential"]
+
+ASSETS = Path(__file__).parent / "assets"
+
+
+def instruction_text(mode: Mode, *, demo: bool = False, path: Path | None = None) -> str:
+    """The instruction of a mode: the shipped one for real models, the short one of the demo, or a file of one's own."""
+    path = path or ASSETS / (f"instruction_{mode}_demo.txt" if demo else f"instruction_{mode}.txt")
+    if not path.is_file():
+        raise UserError(f"no instruction file {path}: leave data.instruction out for the shipped one")
+    text = path.read_text(encoding="utf-8").strip()
+    if not text:
+        raise UserError(f"the instruction file {path} is empty")
+    return text
+
+
+@dataclass(frozen=True)
+class EncodedProblem:
+    """A problem and its prompt ids, int32 [P]."""
+
+    problem: Problem
+    prompt_ids: NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class EncodedProblems:
+    """Problems that fit, in order, and how many were too long."""
+
+    kept: tuple[EncodedProblem, ...]
+    num_skipped: int
+
+
+class PromptEncoder:
+    """Turns problems into prompts; the instruction follows the question in the user's message."""
+
+    def __init__(self, tokenizer: Any, instruction: str, *, max_prompt_tokens: int) -> None:
+        if not tokenizer.chat_template:
+            raise UserError("the tokenizer has no chat template: use an instruct model's tokenizer")
+        self.tokenizer = tokenizer
+        self.instruction = instruction
+        self.max_prompt_tokens = max_prompt_tokens
+
+    def text(self, problem: Problem) -> str:
+        """The prompt up to and including the opening of the assistant's turn."""
+        message = {"role": "user", "content": f"{problem.question}\n{self.instruction}"}
+        return str(
+            self.tokenizer.apply_chat_template(
+                [message], add_generation_prompt=True, tokenize=False, enable_thinking=False
+            )
+        )
+
+    def encode(self, problem: Problem) -> NDArray[np.int32]:
+        """Prompt ids, int32 [P], however long."""
+        return np.asarray(self.tokenizer.encode(self.text(problem), add_special_tokens=False), np.int32)
+
+    def encode_all(self, problems: Iterable[Problem]) -> EncodedProblems:
+        """The problems whose prompts fit; UserError when none does."""
+        encoded = [EncodedProblem(problem, self.encode(problem)) for problem in problems]
+        kept = tuple(item for item in encoded if len(item.prompt_ids) <= self.max_prompt_tokens)
+        if encoded and not kept:
+            shortest = min(len(item.prompt_ids) for item in encoded)
+            raise UserError(
+                f"all {len(encoded)} prompts are longer than data.max_prompt_tokens = {self.max_prompt_tokens} "
+                f"(the shortest has {shortest}): raise the limit"
+            )
+        return EncodedProblems(kept, len(encoded) - len(kept))
