@@ -1,0 +1,1 @@
+"""NPR-Engine: decodes responses that fork into parallel branches and join again."""

@@ -1,0 +1,184 @@
+"""What every token id means to the language: its bytes, and its class (text, whitespace, end of sequence,
+or a tag)."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from enum import IntEnum
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from npr_ext import TagIds
+from npr_ext.errors import UserError
+
+TAG_TEXTS = (
+    "<guideline>",
+    "</guideline>",
+    "<plan>",
+    "</plan>",
+    "<step>",
+    "</step>",
+    "<takeaway>",
+    "</takeaway>",
+)
+
+
+class TokenClass(IntEnum):
+    """Classes of tokens; from EOS on they are structural. The tags stand in the order of TagIds."""
+
+    TEXT = 0
+    SPACE = 1
+    EOS = 2
+    GUIDELINE = 3
+    GUIDELINE_END = 4
+    PLAN = 5
+    PLAN_END = 6
+    STEP = 7
+    STEP_END = 8
+    TAKEAWAY = 9
+    TAKEAWAY_END = 10
+
+
+class Vocabulary:
+    """Pieces of all token ids. `pieces[i]` is the text (or the raw bytes) that token i stands for."""
+
+    def __init__(
+        self,
+        pieces: Sequence[str | bytes],
+        eos_id: int,
+        tags: TagIds,
+        *,
+        encode_piece: Callable[[str], list[int]] | None = None,
+    ) -> None:
+        self.pieces = tuple(piece.encode() if isinstance(piece, str) else piece for piece in pieces)
+        self.eos_id = eos_id
+        self.tags = tags
+        self.tag_ids = tags.as_tuple()
+        structural = (eos_id, *self.tag_ids)
+        if len(set(structural)) != len(structural):
+            raise UserError(f"EOS and the eight tags need nine different token ids, got {structural}")
+        outside = [token for token in structural if not 0 <= token < len(self.pieces)]
+        if outside:
+            raise UserError(
+                f"token ids {outside} of EOS or tags lie outside the vocabulary ({len(self.pieces)})"
+            )
+        self.classes: NDArray[np.uint8] = np.zeros(len(self.pieces), np.uint8)
+        for token, piece in enumerate(self.pieces):
+            if piece.isspace():
+                self.classes[token] = TokenClass.SPACE
+        self.classes[eos_id] = TokenClass.EOS
+        self.classes[list(self.tag_ids)] = range(TokenClass.GUIDELINE, TokenClass.TAKEAWAY_END + 1)
+        self._encode_piece = encode_piece or self._encode_by_pieces
+        self._forced_steps: dict[int, tuple[int, ...]] = {}
+
+    @classmethod
+    def from_tokenizer(cls, tokenizer: Any) -> Vocabulary:
+        """Vocabulary of a Hugging Face fast tokenizer; UserError names the tags that are not single tokens
+        of it."""
+        known: dict[str, int] = tokenizer.get_vocab()
+        missing = [text for text in TAG_TEXTS if text not in known]
+        if missing:
+            raise UserError(f"tags missing from the tokenizer: {text}; add them as special tokens")
+        if tokenizer.eos_token_id is None:
+            raise UserError("the tokenizer has no EOS token: set eos_token in its tokenizer_config.json")
+        to_bytes = _piece_decoder(tokenizer)
+        added = {token: str(entry.content) for token, entry in tokenizer.added_tokens_decoder.items()}
+        pieces: list[bytes] = [b""] * (max(known.values()) + 1)
+        for text, token in known.items():
+            pieces[token] = added[token].encode() if token in added else to_bytes(text)
+        return cls(
+            pieces,
+            tokenizer.eos_token_id,
+            TagIds(*(known[text] for text in TAG_TEXTS)),
+            encode_piece=lambda text: list(tokenizer.encode(text, add_special_tokens=False)),
+        )
+
+    @property
+    def size(self) -> int:
+        return len(self.pieces)
+
+    def classes_of(self, token_ids: NDArray[np.int64] | NDArray[np.int32]) -> NDArray[np.uint8]:
+        """Token classes, uint8 [T]; ids outside the vocabulary are text."""
+        inside = (token_ids >= 0) & (token_ids < len(self.pieces))
+        if inside.all():
+            return self.classes[token_ids]
+        return np.where(inside, self.classes[np.where(inside, token_ids, 0)], np.uint8(TokenClass.TEXT))
+
+    def padded_classes(self, size: int) -> NDArray[np.uint8]:
+        """`classes` for a model with `size` >= self.size output rows; the ids beyond the tokenizer are
+        text."""
+        if size < self.size:
+            raise UserError(f"the model has {size} token ids, fewer than the tokenizer's {self.size}")
+        return np.concatenate((self.classes, np.zeros(size - self.size, np.uint8)))
+
+    def text(self, token_ids: Sequence[int]) -> str:
+        """The text of tokens, tags included; bytes that are not UTF-8 become replacement characters."""
+        size = len(self.pieces)
+        return b"".join(self.pieces[t] for t in token_ids if 0 <= t < size).decode("utf-8", errors="replace")
+
+    def encode_piece(self, text: str) -> tuple[int, ...]:
+        """Token ids of one piece of plain text."""
+        return tuple(self._encode_piece(text))
+
+    @cached_property
+    def newline(self) -> tuple[int, ...]:
+        return self.encode_piece("\n")
+
+    def forced_step(self, number: int) -> tuple[int, ...]:
+        """Token ids of `\\n<step>\\nN:`, the opening of branch N that the engine forces and SFT encodes."""
+        if number not in self._forced_steps:
+            digits, colon = self.encode_piece(str(number)), self.encode_piece(":")
+            self._forced_steps[number] = (*self.newline, self.tags.step, *self.newline, *digits, *colon)
+        return self._forced_steps[number]
+
+    @cached_property
+    def forced_takeaway(self) -> tuple[int, ...]:
+        """Token ids of `\\n<takeaway>\\n`, forced when the last branch has closed."""
+        return (*self.newline, self.tags.takeaway, *self.newline)
+
+    def _encode_by_pieces(self, text: str) -> list[int]:
+        """Without a tokenizer: the longest known piece first."""
+        ids: list[int] = []
+        rest = text.encode()
+        structural = {self.eos_id, *self.tag_ids}
+        known = {p: t for t, p in reversed(list(enumerate(self.pieces))) if p and t not in structural}
+        while rest:
+            length = next((n for n in range(len(rest), 0, -1) if rest[:n] in known), 0)
+            if length == 0:
+                raise UserError(f"the vocabulary has no piece for {text!r}, which the engine must write")
+            ids.append(known[rest[:length]])
+            rest = rest[length:]
+        return ids
+
+
+def _piece_decoder(tokenizer: Any) -> Callable[[str], bytes]:
+    """How the vocabulary entries of this tokenizer spell bytes."""
+    decoder = json.loads(tokenizer.backend_tokenizer.to_str()).get("decoder")
+    spelling = json.dumps(decoder)
+    if '"ByteLevel"' in spelling:
+        table = _byte_level_table()
+        return lambda piece: b"".join(
+            bytes((table[char],)) if char in table else char.encode() for char in piece
+        )
+    if '"Metaspace"' in spelling or "▁" in spelling or "\\u2581" in spelling:
+        return _sentencepiece_bytes
+    return str.encode
+
+
+def _sentencepiece_bytes(piece: str) -> bytes:
+    byte = re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", piece)
+    return bytes.fromhex(byte[1]) if byte else piece.replace("▁", " ").encode()
+
+
+def _byte_level_table() -> dict[str, int]:
+    """GPT-2's printable stand-in for each byte: printable bytes stand for themselves, the rest from U+0100
+    on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    table = {chr(byte): byte for byte in printable}
+    hidden = [byte for byte in range(256) if byte not in set(printable)]
+    return table | {chr(256 + index): byte for index, byte in enumerate(hidden)}
