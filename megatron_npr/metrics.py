@@ -1,6 +1,6 @@
 """Numbers of a run: metrics.jsonl always, tensorboard or wandb beside it.
 
-    MetricsLog.log(step, loss=..., **{"rollout/valid": ...}) ──► one JSON object a line ──► read_metrics ──► report
+    MetricsLog.log(step, loss=..., **{"rollout/valid": ...}) ──► a JSON object a line ──► read_metrics
 
 A run that resumes at step s drops the lines of steps >= s first, so every step stands in the file once.
 """
@@ -100,9 +100,7 @@ class _Wandb:
     def __init__(self, run_dir: Path) -> None:
         import wandb  # slow to import, and only the writer needs it
 
-        mode = (
-            "offline" if os.environ.get("WANDB_MODE") is None else None
-        )  # the environment decides otherwise
+        mode: Literal["offline"] | None = None if "WANDB_MODE" in os.environ else "offline"
         self._run = wandb.init(project="npr", name=run_dir.name, dir=str(run_dir), mode=mode)
 
     def log(self, step: int, values: dict[str, Number]) -> None:

@@ -1,4 +1,4 @@
-"""Phases of a step, measured: `with span("rollout"):` writes a JSON line, and an NVTX range where there is CUDA.
+"""Phases of a step: `with span("rollout"):` writes a JSON line, and an NVTX range where there is CUDA.
 
 Times are those of the host: a phase that ends with queued device work has to synchronise by itself.
 """
