@@ -83,7 +83,9 @@ class Vocabulary:
         known: dict[str, int] = tokenizer.get_vocab()
         missing = [text for text in TAG_TEXTS if text not in known]
         if missing:
-            raise UserError(f"tags missing from the tokenizer: {text}; add them as special tokens")
+            raise UserError(
+                f"tags missing from the tokenizer: {' '.join(missing)}; add them as special tokens"
+            )
         if tokenizer.eos_token_id is None:
             raise UserError("the tokenizer has no EOS token: set eos_token in its tokenizer_config.json")
         to_bytes = _piece_decoder(tokenizer)
