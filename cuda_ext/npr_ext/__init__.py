@@ -1,9 +1,27 @@
-"""Branch layouts and the attention operators that read them; a C++ core with the same definition for CPU and CUDA."""
+"""Branch layouts and the attention operators that read them: one definition, in C++, for CPU and CUDA.
 
-from npr_ext.errors import UserError
-from npr_ext.layout import BranchLayout, LayoutViolation, branch_layout
-from npr_ext.tags import TagIds
-from npr_ext.violations import MESSAGES, Violation
+Names are imported on first use: `npr_ext.errors` and `npr_ext.violations` come without torch, which takes a
+second to load and which the command line's help and error messages do without.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from npr_ext.errors import UserError
+    from npr_ext.layout import BranchLayout, LayoutViolation, branch_layout
+    from npr_ext.tags import TagIds
+    from npr_ext.violations import MESSAGES, Violation
+
+_HOMES = {
+    "MESSAGES": "violations",
+    "BranchLayout": "layout",
+    "LayoutViolation": "layout",
+    "TagIds": "tags",
+    "UserError": "errors",
+    "Violation": "violations",
+    "branch_layout": "layout",
+}
 
 __all__ = [
     "MESSAGES",
@@ -14,3 +32,9 @@ __all__ = [
     "Violation",
     "branch_layout",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'npr_ext' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"npr_ext.{_HOMES[name]}"), name)

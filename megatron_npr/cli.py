@@ -1,0 +1,241 @@
+"""The `npr` command: finds the stage, reads its configuration, and says in one line what is wrong with it.
+
+    npr stage3 FILE.toml --train.steps 4 ──► load_config ──► megatron_npr.stage3.run(config) ──► exit code
+
+Exit codes: 0 done, 1 a floor of the demo missed, 2 a mistake of the user's, 130 interrupted. Everything that
+needs torch is imported only when it runs, so that help and errors come at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import os
+import shlex
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from npr_ext.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_npr.config import Key, Section
+
+INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A subcommand that is configured by a file: `module.run(config)`."""
+
+    summary: str
+    module: str
+    config: str  # class in megatron_npr.config
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A subcommand with a few options of its own: `run(arguments)` gives the exit code."""
+
+    summary: str
+    run: Callable[[argparse.Namespace], int]
+    arguments: Callable[[argparse.ArgumentParser], None]
+
+
+STAGES = {
+    "stage1": Stage(
+        "format RL (DAPO): learn to write branches, decoded sequentially", "stage1", "Stage1Config"
+    ),
+    "sample": Stage(
+        "rejection sampling: keep right and valid responses of stage 1", "sample", "SampleConfig"
+    ),
+    "stage2": Stage("parallel SFT of the base model on those samples", "stage2", "Stage2Config"),
+    "stage3": Stage("native parallel RL (PAPO) with the branching engine", "stage3", "Stage3Config"),
+    "eval": Stage("accuracy, validity, parallelism and speed on held-out problems", "evaluate", "EvalConfig"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one subcommand; returns the exit code. Of many processes only rank 0 prints."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _dispatch(words)
+    except UserError as error:
+        _say(f"npr: error: {error}")
+        return 2
+    except KeyboardInterrupt:
+        _say(f"npr: interrupted; {_how_to_continue(words)}")
+        return INTERRUPTED
+
+
+def _dispatch(words: list[str]) -> int:
+    command, rest = (words[0], words[1:]) if words else ("--help", [])
+    if command in ("--help", "-h", "help"):
+        print(_overview())
+        return 0
+    if command == "--version":
+        print(f"npr {importlib.import_module('megatron_npr').__version__}")
+        return 0
+    if command in STAGES:
+        return _run_stage(command, rest)
+    if command in TOOLS:
+        tool = TOOLS[command]
+        parser = argparse.ArgumentParser(prog=f"npr {command}", description=tool.summary)
+        tool.arguments(parser)
+        return tool.run(parser.parse_args(rest))
+    raise UserError(f"unknown command {command!r}; {_suggestion(command)}")
+
+
+def _run_stage(command: str, rest: list[str]) -> int:
+    from megatron_npr import config as schema
+
+    stage = STAGES[command]
+    cls: type[Section] = getattr(schema, stage.config)
+    if "--help" in rest or "-h" in rest:
+        print(_stage_help(command, stage, schema.keys(cls)))
+        return 0
+    path = Path(rest.pop(0)) if rest and not rest[0].startswith("--") else None
+    config = schema.load_config(cls, path, rest)
+    _check_run_folder(config.model_dump()["run"]["dir"])
+    importlib.import_module(f"megatron_npr.{stage.module}").run(config)
+    return 0
+
+
+def _run_demo(arguments: argparse.Namespace) -> int:
+    _check_run_folder(arguments.dir)
+    module = importlib.import_module("megatron_npr.demo.run")
+    missed: list[str] = module.run(arguments.dir, seed=arguments.seed, resume=arguments.resume)
+    for floor in missed:
+        _say(f"npr: missed: {floor}")
+    return 1 if missed else 0
+
+
+def _demo_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seed", type=int, default=0, help="root of every random number (default 0)")
+    parser.add_argument("--resume", action="store_true", help="continue the last demo instead of a new one")
+    parser.add_argument(
+        "--dir", type=Path, default=Path("runs/demo"), help="where it goes (default runs/demo)"
+    )
+
+
+def _run_base(arguments: argparse.Namespace) -> int:
+    _check_run_folder(arguments.out)
+    importlib.import_module("megatron_npr.demo.train_base").run(arguments.out, seed=arguments.seed)
+    return 0
+
+
+def _base_arguments(parser: argparse.ArgumentParser) -> None:
+    assets = Path(__file__).parent / "assets" / "demo_base"
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the initial weights and the corpus (default 0)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=assets, help="Hugging Face folder to write (default: the shipped one)"
+    )
+
+
+def _run_report(arguments: argparse.Namespace) -> int:
+    report = importlib.import_module("megatron_npr.report")
+    print(report.rebuild(arguments.folder))
+    return 0
+
+
+def _report_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("runs/demo"), help="default runs/demo")
+
+
+def _run_trace(arguments: argparse.Namespace) -> int:
+    traces = importlib.import_module("megatron_npr.rollout_file")
+    print(traces.write_trace(arguments.rollouts, arguments.out))
+    return 0
+
+
+def _trace_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("rollouts", type=Path, help="rollouts.jsonl of `npr eval` or the demo")
+    parser.add_argument(
+        "--out", type=Path, default=Path("trace.json"), help="opens in Perfetto and chrome://tracing"
+    )
+
+
+TOOLS = {
+    "demo": Tool("all stages on the small model, with a report", _run_demo, _demo_arguments),
+    "base": Tool("make the demo's base model from nothing", _run_base, _base_arguments),
+    "report": Tool(
+        "build report.html and report.json of a finished demo again", _run_report, _report_arguments
+    ),
+    "trace": Tool(
+        "check rollouts for real concurrency and write a Chrome trace", _run_trace, _trace_arguments
+    ),
+}
+
+
+def _overview() -> str:
+    rows = [(name, stage.summary) for name, stage in STAGES.items()]
+    rows += [(name, tool.summary) for name, tool in TOOLS.items()]
+    commands = "\n".join(f"  {name:<8} {summary}" for name, summary in rows)
+    return f"""\
+Train language models to reason in native parallel branches.
+
+usage: npr COMMAND [CONFIG.toml] [--table.key VALUE ...]
+
+{commands}
+
+npr COMMAND --help lists every setting with its default. Start with `npr demo`, or on real models with
+  npr stage1 configs/stage1.toml --model.path MODEL --data.train PROBLEMS.jsonl
+Many processes: torchrun --nproc-per-node 8 -m megatron_npr stage1 ..., or sbatch launch/stage1.sh."""
+
+
+def _stage_help(command: str, stage: Stage, keys: Sequence[Key]) -> str:
+    names = max(len(key.name) for key in keys) + 2
+    kinds = max(len(key.kind) for key in keys)
+    lines = [f"usage: npr {command} [CONFIG.toml] [--table.key VALUE ...]", "", f"{stage.summary}.", ""]
+    table = ""
+    for key in keys:
+        if key.name.split(".")[0] != table:
+            table = key.name.split(".")[0]
+            lines.append(f"[{table}]")
+        default = f"(default {key.default})" if key.default else "(required)"
+        head = f"  {'--' + key.name:<{names}}  {key.kind:<{kinds}}  "
+        lines += textwrap.wrap(
+            f"{key.description} {default}", 120, initial_indent=head, subsequent_indent=" " * len(head)
+        )
+    return "\n".join(lines)
+
+
+def _suggestion(command: str) -> str:
+    known = [*STAGES, *TOOLS]
+    close = difflib.get_close_matches(command, known, n=1)
+    return f"did you mean {close[0]}?" if close else f"commands: {', '.join(known)}"
+
+
+def _check_run_folder(folder: Path) -> None:
+    """A folder that cannot be made shows before the model is loaded, not after the first step."""
+    place = folder.absolute()
+    while not place.exists() and not place.is_symlink():
+        place = place.parent
+    if not place.is_dir():
+        raise UserError(f"cannot write to {folder}: {place} is not a folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write to {folder}: no permission in {place}")
+
+
+def _how_to_continue(words: Sequence[str]) -> str:
+    if words[:1] == ["demo"]:
+        return "continue with: npr demo --resume"
+    if words and words[0] in ("stage1", "stage2", "stage3"):
+        again = words if any(word.startswith("--run.resume") for word in words) else [*words, "--run.resume"]
+        return f"continue with: npr {shlex.join(again)}"
+    return "nothing to continue from"
+
+
+def _say(line: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

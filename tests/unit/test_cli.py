@@ -1,0 +1,95 @@
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_npr.cli import STAGES, TOOLS, main
+
+
+def failure(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    assert main(words) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1
+    assert printed.err.startswith("npr: error: ")
+    return printed.err.removeprefix("npr: error: ").strip()
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"\n  {name} " in text for name in [*STAGES, *TOOLS])
+
+
+def test_no_command_prints_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    assert "usage: npr COMMAND" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", STAGES)
+def test_help_of_a_stage_lists_its_settings(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "--run.seed" in text
+    assert "(required)" in text
+    assert max(len(line) for line in text.splitlines()) <= 120
+
+
+def test_help_comes_without_torch_and_at_once() -> None:
+    code = "import sys, megatron_npr.cli as c; c.main(['--help']); sys.exit('torch' in sys.modules)"
+    began = time.perf_counter()
+    assert (
+        subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, check=False).returncode == 0
+    )
+    assert time.perf_counter() - began < 2.0
+
+
+def test_a_mistyped_command_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
+    assert failure(["stge3"], capsys) == "unknown command 'stge3'; did you mean stage3?"
+
+
+def test_a_missing_configuration_file_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert failure(["stage3", "absent.toml"], capsys) == "absent.toml: no such configuration file"
+
+
+def test_an_unknown_key_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["stage3", "--model.path", "m", "--data.train", "demo", "--train.stps", "4"]
+    assert "unknown key train.stps; did you mean train.steps?" in failure(words, capsys)
+
+
+def test_a_run_folder_under_a_file_is_refused_before_anything_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    words = [
+        "stage3",
+        "--model.path",
+        "m",
+        "--data.train",
+        "demo",
+        "--run.dir",
+        str(tmp_path / "file" / "run"),
+    ]
+    assert "is not a folder" in failure(words, capsys)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_only_rank_0_reports(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert main(["stge3"]) == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_an_interrupt_exits_130_and_says_how_to_continue(tmp_path: Path) -> None:
+    code = (
+        "import sys, types, megatron_npr.cli as cli\n"
+        "def run(config): raise KeyboardInterrupt\n"
+        "sys.modules['megatron_npr.stage3'] = types.SimpleNamespace(run=run)\n"
+        "sys.exit(cli.main(sys.argv[1:]))"
+    )
+    words = ["stage3", "--model.path", "m", "--data.train", "demo", "--run.dir", str(tmp_path)]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 130
+    assert f"continue with: npr {' '.join(words)} --run.resume" in done.stderr
