@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_npr.problem import Problem
+from npr_engine.grammar import last_boxed
 from npr_ext.errors import UserError
 
 QUESTION_FIELDS = ("question", "problem")
@@ -104,7 +105,7 @@ def _answer(record: dict[str, Any]) -> str:
     text = answer_text(value)
     if field == "solution":
         boxed = last_boxed(text)
-        if boxed is None:
+        if not boxed:
             raise UserError("solution has no \\boxed answer")
         return boxed
     return text
@@ -121,19 +122,6 @@ def answer_text(value: object) -> str:
     _, marker, final = value.rpartition("####")
     text = final.strip().replace(",", "") if marker else value.strip()
     return text[1:-1].strip() if len(text) > 2 and text[0] == text[-1] == "$" and "$" not in text[1:-1] else text
-
-
-def last_boxed(text: str) -> str | None:
-    """Content of the last complete `\\boxed{...}` of a gold solution, braces balanced; None where there is none."""
-    start = text.rfind("\\boxed{")
-    while start >= 0:
-        depth = 1
-        for end in range(start + len("\\boxed{"), len(text)):
-            depth += {"{": 1, "}": -1}.get(text[end], 0)
-            if depth == 0:
-                return text[start + len("\\boxed{") : end].strip()
-        start = text.rfind("\\boxed{", 0, start)
-    return None
 
 
 def _from_messages(messages: list[Any], default_id: str) -> Problem:

@@ -20,7 +20,6 @@ from megatron_npr.policy import build_policy, load_policy_weights
 from megatron_npr.reshard import EngineWeights, UpdateReport
 from megatron_npr.session import Session, build_engine
 from megatron_npr.trainer import Trainer
-from megatron_npr.weights import partition_of, unshard
 from npr_engine.engine import Engine
 
 
@@ -82,17 +81,9 @@ class Learner:
 
     def export(self, target: Path) -> None:
         """Write the policy as a Hugging Face folder; collective."""
-        world, config = self.session.world, self.session.model_config
-        self.weights.update()
-        full: dict[str, torch.Tensor] = {}
-        for name, local in self.weights.tensors.items():
-            shards = [local.detach()]
-            if world.tensor_size > 1:
-                shards = [torch.empty_like(local) for _ in range(world.tensor_size)]
-                dist.all_gather(shards, local.detach().contiguous(), group=world.tensor_group)
-            full[name] = unshard(shards, partition_of(name), config.vocab_size).cpu()
-        if world.is_main:
-            export_model(full, config, self.session.model.path, target)
+        full = self.weights.full()
+        if self.session.world.is_main:
+            export_model(full, self.session.model_config, self.session.model.path, target)
         dist.barrier()
 
     def _resume(self) -> int:

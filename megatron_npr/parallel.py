@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import datetime
 import os
@@ -116,6 +117,7 @@ def init_world(*, tensor: int = 1, pipeline: int = 1, context: int = 1, seed: in
 
 
 def _join(world_size: int) -> None:
+    atexit.register(close_world)
     timeout = datetime.timedelta(minutes=30)
     backend = "nccl" if has_gpu() else "gloo"
     if has_gpu():

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_npr.parallel import World
 from megatron_npr.policy import PolicyModel, local_weights
-from megatron_npr.weights import layer_weight_names, shard_shape, weight_names
+from megatron_npr.weights import layer_weight_names, partition_of, shard_shape, unshard, weight_names
 from npr_engine.model import ModelConfig
 
 
@@ -65,7 +65,7 @@ class EngineWeights:
 
     def __init__(self, policy: PolicyModel, world: World) -> None:
         config = policy.model_config
-        self._world = world
+        self._world, self._config = world, config
         self._plan = plan_exchange(config, num_stages=world.pipeline_size, tensor_size=world.tensor_size)
         self._own = local_weights(policy)
         self.version = 0
@@ -88,6 +88,19 @@ class EngineWeights:
         self.version += 1
         aliased = sum(weight.nbytes for weight in self._own.values())
         return UpdateReport(self.version, moved, aliased)
+
+    def full(self) -> dict[str, Tensor]:
+        """Copies of the full (unsharded) weights on the CPU of every rank; collective over each tensor group."""
+        self.update()
+        config, world = self._config, self._world
+        gathered: dict[str, Tensor] = {}
+        for name, local in self.tensors.items():
+            shards = [local.detach().contiguous()]
+            if world.tensor_size > 1:
+                shards = [torch.empty_like(shards[0]) for _ in range(world.tensor_size)]
+                dist.all_gather(shards, local.detach().contiguous(), group=world.tensor_group)
+            gathered[name] = unshard(shards, partition_of(name), config.vocab_size).cpu().clone()
+        return gathered
 
     def _broadcast(self, transfer: Transfer) -> int:
         owns = self._world.pipeline_rank == transfer.owner

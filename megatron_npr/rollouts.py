@@ -8,29 +8,19 @@ Seeds come from (run seed, round, problem, sample), so the responses do not depe
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch.distributed as dist
-from numpy.typing import NDArray
 
 from megatron_npr.config import RolloutSettings
 from megatron_npr.packing import TrainSample
 from megatron_npr.parallel import World
-from megatron_npr.problem import Problem
+from megatron_npr.prompts import EncodedProblem
 from megatron_npr.seeds import derive_seed
 from npr_engine.engine import Engine
 from npr_engine.rollout import Rollout
 from npr_engine.sampling import SamplingParams
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A problem and its prompt token ids, int32 [P]."""
-
-    problem: Problem
-    token_ids: NDArray[np.int32]
 
 
 def sampling_params(settings: RolloutSettings, seed: int) -> SamplingParams:
@@ -52,7 +42,7 @@ def sampling_params(settings: RolloutSettings, seed: int) -> SamplingParams:
 def collect(
     engine: Engine,
     world: World,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[EncodedProblem],
     settings: RolloutSettings,
     *,
     identity: tuple[int | str, ...],
@@ -62,7 +52,7 @@ def collect(
     mine = range(world.engine_rank, len(prompts), world.engine_size)
     requests = [(index, sample) for index in mine for sample in range(settings.samples_per_prompt)]
     generated = engine.generate(
-        [prompts[index].token_ids for index, _ in requests],
+        [prompts[index].prompt_ids for index, _ in requests],
         [
             sampling_params(settings, derive_seed(*identity, prompts[index].problem.problem_id, sample))
             for index, sample in requests

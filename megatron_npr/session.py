@@ -5,9 +5,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from megatron_npr.config import ModelSettings, ParallelSettings, RolloutSettings, RunSettings, Section, to_toml
 from megatron_npr.huggingface import HuggingFaceWeights, read_model_config
-from megatron_npr.parallel import World, close_world, init_world
+from megatron_npr.parallel import World, init_world
 from megatron_npr.weights import partition_of, shard, weight_names
 from npr_engine.engine import Engine, EngineConfig
 from npr_engine.grammar import Grammar
@@ -51,10 +50,9 @@ class Session:
         return int(self.vocabulary.eos_id if pad is None else pad)
 
 
-@contextlib.contextmanager
 def open_session(
     config: Section, run: RunSettings, model: ModelSettings, parallel: ParallelSettings
-) -> Iterator[Session]:
+) -> Session:
     """Join the world, read tokenizer and architecture, write the resolved configuration into the run folder."""
     tokenizer = load_tokenizer(model.path)
     vocabulary = Vocabulary.from_tokenizer(tokenizer)
@@ -64,10 +62,7 @@ def open_session(
     if world.is_main:
         run.dir.mkdir(parents=True, exist_ok=True)
         (run.dir / "config.toml").write_text(to_toml(config))
-    try:
-        yield Session(run, model, parallel, world, tokenizer, vocabulary, Grammar(vocabulary), model_config)
-    finally:
-        close_world()
+    return Session(run, model, parallel, world, tokenizer, vocabulary, Grammar(vocabulary), model_config)
 
 
 def load_tokenizer(folder: Path) -> Any:

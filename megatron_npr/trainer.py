@@ -79,11 +79,17 @@ class Trainer:
         policy.config.finalize_model_grads_func = finalize_model_grads
         policy.config.grad_scale_func = self.optimizer.scale_loss
 
-    def step(self, samples: Sequence[TrainSample], objective: Objective, *, branching: bool) -> StepReport:
-        """One update on `samples`, one token mean over the global batch."""
+    def step(
+        self, samples: Sequence[TrainSample], objective: Objective, *, branching: bool, idle_targets: int = 0
+    ) -> StepReport:
+        """One update on `samples`, one token mean over the global batch.
+
+        `idle_targets` trained tokens of other samples are known to have no gradient (advantage 0): they count in the mean
+        and cost nothing.
+        """
         began = time.perf_counter()
         rows = self.pack(samples, branching=branching)
-        totals = self.accumulate(rows, objective)
+        totals = self.accumulate(rows, objective, idle_targets=idle_targets)
         with megatron_context():
             self.schedule.step(increment=1)
             _, grad_norm, _ = self.optimizer.step()
@@ -117,13 +123,18 @@ class Trainer:
             for plan in mine
         ]
 
-    def accumulate(self, rows: Sequence[PackedRow], objective: Objective) -> dict[str, float]:
+    def accumulate(
+        self, rows: Sequence[PackedRow], objective: Objective, *, idle_targets: int = 0
+    ) -> dict[str, float]:
         """Gradients of the global token mean into Megatron's buffers; sums over the global batch, by name."""
         with megatron_context():
             self.model.zero_grad_buffer()
             self.optimizer.zero_grad()
         self.model.train()
-        outputs = self._run(rows, partial(_loss_of_row, objective=objective), forward_only=False)
+        # Counted once in the global batch: with the first row of data-parallel rank 0.
+        first = rows[0] if self.world.data_rank == 0 else None
+        loss_of = partial(_loss_of_row, objective=objective, idle_row=first, idle_targets=idle_targets)
+        outputs = self._run(rows, loss_of, forward_only=False)
         return self._global_sums(rows, outputs)
 
     def log_probs(self, samples: Sequence[TrainSample], *, branching: bool) -> list[NDArray[np.float32]]:
@@ -189,9 +200,12 @@ def _forward_step(
     return output, partial(loss_of, row=row)
 
 
-def _loss_of_row(log_probs: Tensor, row: PackedRow, objective: Objective) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def _loss_of_row(
+    log_probs: Tensor, row: PackedRow, objective: Objective, idle_row: PackedRow | None, idle_targets: int
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     loss = objective(log_probs, row)
-    count = torch.tensor(row.num_targets, dtype=torch.int, device=log_probs.device)
+    idle = idle_targets if row is idle_row else 0
+    count = torch.tensor(row.num_targets + idle, dtype=torch.int, device=log_probs.device)
     report = {"loss": loss.total.detach(), "targets": count.double(), **loss.watched}
     return loss.total, count, report
 

@@ -1,0 +1,90 @@
+"""`make base`: the demo's base model from nothing, by the project's own trainer on plain causal layouts.
+
+    base_sequences (gold solutions, this once) ─► Trainer ─► Hugging Face folder in megatron_npr/assets
+"""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import Qwen3Config
+
+from megatron_npr.config import BatchSettings, LogSettings, OptimizerSettings, RunSettings
+from megatron_npr.demo import base
+from megatron_npr.demo.tokenizer import demo_tokenizer, save_demo_tokenizer
+from megatron_npr.huggingface import export_model, read_model_config
+from megatron_npr.losses import sft_loss
+from megatron_npr.monitor import monitored
+from megatron_npr.packing import TrainSample
+from megatron_npr.parallel import init_world
+from megatron_npr.policy import build_policy
+from megatron_npr.reshard import EngineWeights
+from megatron_npr.trainer import Trainer
+from npr_engine.vocabulary import Vocabulary
+
+OPTIMIZER = OptimizerSettings(
+    lr=base.PEAK_LR,
+    min_lr=base.FINAL_LR,
+    schedule="linear",
+    warmup_steps=base.WARMUP_UPDATES,
+    weight_decay=base.WEIGHT_DECAY,
+    beta1=base.BETAS[0],
+    beta2=base.BETAS[1],
+    grad_clip=base.GRAD_CLIP,
+)
+
+
+def run(out: Path, *, seed: int = 0, updates: int = base.UPDATES) -> None:
+    """Train and write the folder `out`; it is replaced whole at the end."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder)
+        write_source(source)
+        world = init_world(seed=seed)
+        torch.manual_seed(seed)
+        vocabulary = Vocabulary.from_tokenizer(demo_tokenizer())
+        policy = build_policy(read_model_config(source), world)
+        trainer = Trainer(
+            policy,
+            world,
+            optimizer=OPTIMIZER,
+            batch=BatchSettings(micro_batch_tokens=8192, share_prompts=False),
+            tags=vocabulary.tags,
+            pad_id=vocabulary.eos_id,
+            num_updates=updates,
+        )
+        sequences = base.base_sequences(seed)
+        log, run_settings = LogSettings(backend="none"), RunSettings(dir=source / "run", seed=seed)
+        with monitored("base", run_settings, log, world, total=updates) as monitor:
+            for step in range(updates):
+                report = trainer.step(next_batch(sequences), lambda lp, row: sft_loss(lp), branching=False)
+                monitor.step(step, tokens=report.num_tokens, shown=("loss",), loss=report.loss, lr=report.lr)
+        export_model(EngineWeights(policy, world).full(), policy.model_config, source, out)
+
+
+def write_source(folder: Path) -> None:
+    """Tokenizer and config.json of the model to be."""
+    save_demo_tokenizer(folder)
+    tokenizer = demo_tokenizer()
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        architectures=["Qwen3ForCausalLM"],
+        torch_dtype="float32",
+        **base.ARCHITECTURE,
+    )
+    config.save_pretrained(str(folder))
+
+
+def next_batch(sequences: Iterator[tuple[NDArray[np.int32], NDArray[np.int32]]]) -> list[TrainSample]:
+    """The sequences of one update; the loss is on the responses."""
+    return [
+        TrainSample(prompt, response, np.ones(len(response), np.bool_), np.zeros(len(response), np.float32))
+        for prompt, response in itertools.islice(sequences, base.SEQUENCES_PER_UPDATE)
+    ]

@@ -1,0 +1,43 @@
+"""One call a step for whoever watches a stage: metrics to disk, progress to the terminal."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from megatron_npr.config import LogSettings, RunSettings
+from megatron_npr.metrics import MetricsLog
+from megatron_npr.parallel import World
+from megatron_npr.progress import Progress
+
+
+@dataclass(frozen=True)
+class Monitor:
+    """Metrics and progress of one stage on this rank (both silent on ranks that do not write)."""
+
+    metrics: MetricsLog
+    progress: Progress
+
+    def step(self, step: int, *, tokens: int, shown: Sequence[str], **values: float) -> None:
+        """Log all values of a step and show the named ones."""
+        self.metrics.log(step, tokens=tokens, **values)
+        self.progress.advance(tokens=tokens, **{name: values[name] for name in shown})
+
+
+@contextlib.contextmanager
+def monitored(
+    name: str, run: RunSettings, log: LogSettings, world: World, *, total: int, first: int = 0, unit: str = "steps"
+) -> Iterator[Monitor]:
+    """A Monitor for the length of a stage."""
+    with (
+        MetricsLog(run.dir, log.backend, world.is_main, first) as metrics,
+        Progress(name, total, unit, first=first, shown=world.is_main and log.progress) as progress,
+    ):
+        yield Monitor(metrics, progress)
+
+
+def mean(values: Iterable[float]) -> float:
+    """Mean of the values; NaN of none."""
+    items = [float(value) for value in values]
+    return sum(items) / len(items) if items else float("nan")

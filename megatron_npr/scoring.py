@@ -1,0 +1,54 @@
+"""Rollouts -> what the stages and the evaluation decide by: validity, format reward, correctness.
+
+    rollouts [prompt][sample] + gold answers ──► grammar (format) + verifier (answer) ──► Scored
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_npr.rewards import format_reward
+from megatron_npr.verifier import Verifier
+from npr_engine.grammar import Defect, Grammar, last_boxed
+from npr_engine.rollout import Rollout
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A rollout of prompt `group`. `valid`: strictly, with at least one block; `format`: the stage-1 reward (0 when valid)."""
+
+    rollout: Rollout
+    group: int
+    valid: bool
+    format: float
+    correct: bool
+
+    @property
+    def accuracy_reward(self) -> float:
+        return 1.0 if self.correct else -1.0
+
+
+def score(
+    grammar: Grammar, verifier: Verifier, groups: Sequence[Sequence[Rollout]], answers: Sequence[str]
+) -> list[Scored]:
+    """All rollouts in order. An answer is the last \\boxed of a response that ended by itself, well-formed or not."""
+    flat = [(group, rollout) for group, rollouts in enumerate(groups) for rollout in rollouts]
+    correct = verifier.correct_all(
+        [(answer_of(grammar, rollout), answers[group]) for group, rollout in flat]
+    )
+    scored = []
+    for (group, rollout), right in zip(flat, correct, strict=True):
+        valid = rollout.finish_reason == "eos" and not isinstance(
+            grammar.parse(rollout.token_ids, require_block=True), Defect
+        )
+        reward = 0.0 if valid else format_reward(grammar, rollout.token_ids)
+        scored.append(Scored(rollout, group, valid, reward, right))
+    return scored
+
+
+def answer_of(grammar: Grammar, rollout: Rollout) -> str | None:
+    """What the last \\boxed{...} of a finished response holds; None where it was cut or has none."""
+    if rollout.finish_reason != "eos":
+        return None
+    return last_boxed(grammar.vocabulary.text(rollout.token_ids.tolist()))

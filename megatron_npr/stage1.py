@@ -1,0 +1,115 @@
+"""Stage 1, NPR-Zero: discover the parallel format by RL (DAPO), decoded sequentially under plain causal attention.
+
+    problems ─► engine (no forks) ─► format + accuracy reward ─► group advantages ─► DAPO updates ─► engine weights ─┐
+        ▲                                                                                                           │
+        └───────────────────────────────────────────────────────────────────────────────────────────────────────────┘
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+from torch import Tensor
+
+from megatron_npr.advantage import grpo_advantages
+from megatron_npr.config import DapoSettings, Stage1Config
+from megatron_npr.learner import Learner, round_indices
+from megatron_npr.losses import LossSum, dapo_loss
+from megatron_npr.monitor import mean, monitored
+from megatron_npr.packing import PackedRow, TrainSample
+from megatron_npr.problems import training_prompts
+from megatron_npr.rollouts import collect, train_sample
+from megatron_npr.scoring import Scored, score
+from megatron_npr.session import open_session
+from megatron_npr.verifier import Verifier
+
+
+def run(config: Stage1Config) -> None:
+    """Train, checkpoint, and leave the model in run.dir/model."""
+    session = open_session(config, config.run, config.model, config.parallel)
+    with Verifier() as verifier:
+        prompts = training_prompts(session, config.data)
+        learner = Learner(
+            session,
+            optimizer=config.optimizer,
+            batch=config.batch,
+            checkpoint=config.checkpoint,
+            num_updates=config.train.steps * config.train.updates_per_step,
+        )
+        engine = learner.build_engine(config.rollout)
+        objective = partial(objective_of, settings=config.dapo)
+        total, first = config.train.steps, learner.first_step
+        with monitored("stage 1", config.run, config.log, session.world, total=total, first=first) as monitor:
+            for step in learner.steps(total):
+                chosen = round_indices(len(prompts), config.rollout.prompts_per_step, step, config.run.seed)
+                problems = [prompts[index] for index in chosen]
+                identity = (config.run.seed, "stage1", step)
+                groups = collect(engine, session.world, problems, config.rollout, identity=identity)
+                scored = score(session.grammar, verifier, groups, [item.problem.answer for item in problems])
+                rewards = np.array([reward(item, config) for item in scored])
+                updates = split_updates(scored, rewards, config)
+                reports = [learner.trainer.step(update, objective, branching=False) for update in updates]
+                learner.update_engine(engine)
+                monitor.step(
+                    step,
+                    tokens=sum(item.rollout.num_tokens for item in scored),
+                    shown=("format_valid", "accuracy"),
+                    reward=float(rewards.mean()),
+                    format_reward=mean(item.format for item in scored),
+                    format_valid=mean(item.valid for item in scored),
+                    accuracy=mean(item.correct for item in scored),
+                    response_tokens=mean(item.rollout.num_tokens for item in scored),
+                    updates=len(reports),
+                    trained_samples=sum(len(update) for update in updates),
+                    loss=mean(report.loss for report in reports),
+                    grad_norm=mean(report.grad_norm for report in reports),
+                    clipped=mean(report.watched["clipped"] for report in reports),
+                    train_seconds=sum(report.seconds for report in reports),
+                    lr=learner.trainer.lr,
+                )
+        learner.export(config.run.dir / "model")
+
+
+def reward(item: Scored, config: Stage1Config) -> float:
+    """Format + accuracy, the latter only where the format is right (REFERENCE.md, stage 1), + overlong shaping."""
+    accuracy = item.accuracy_reward if item.format == 0.0 else 0.0
+    return item.format + accuracy + overlong(item.rollout.num_tokens, config.rollout.max_tokens, config.dapo)
+
+
+def overlong(num_tokens: int, max_tokens: int, settings: DapoSettings) -> float:
+    """DAPO's soft punishment (equation 13): from 0 to -1 over the last `overlong_buffer` tokens of the budget."""
+    if settings.overlong_buffer == 0:
+        return 0.0
+    excess = num_tokens - (max_tokens - settings.overlong_buffer)
+    return -min(max(excess / settings.overlong_buffer, 0.0), 1.0)
+
+
+def split_updates(scored: Sequence[Scored], rewards: np.ndarray, config: Stage1Config) -> list[list[TrainSample]]:
+    """The round's samples with their advantages, groups kept together, in `updates_per_step` parts; none empty.
+
+    Dynamic sampling (DAPO, section 3.2) leaves out the groups whose rewards are all equal.
+    """
+    groups = np.array([item.group for item in scored])
+    advantages = grpo_advantages(rewards, groups).values
+    parts: list[list[TrainSample]] = [[] for _ in range(config.train.updates_per_step)]
+    for group in range(int(groups.max()) + 1):
+        members = np.flatnonzero(groups == group)
+        if config.dapo.dynamic_sampling and not advantages[members].any():
+            continue
+        part = parts[group * len(parts) // (int(groups.max()) + 1)]
+        part += [train_sample(scored[index].rollout, float(advantages[index])) for index in members]
+    return [part for part in parts if part]
+
+
+def objective_of(log_probs: Tensor, row: PackedRow, *, settings: DapoSettings) -> LossSum:
+    """DAPO on one row."""
+    return dapo_loss(
+        log_probs,
+        row.old_log_probs.to(log_probs),
+        row.advantages.to(log_probs),
+        clip_low=settings.clip_low,
+        clip_high=settings.clip_high,
+        dual_clip=settings.dual_clip,
+    )

@@ -1,0 +1,58 @@
+"""Stage 2, NPR-Beta: supervised fine-tuning of the BASE model on its own accepted responses, under branch layouts.
+
+    samples.jsonl ─► shuffled global batches ─► packed rows with branch masks and positions ─► token-mean NLL ─► update
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from megatron_npr.config import Stage2Config
+from megatron_npr.learner import Learner, round_indices
+from megatron_npr.losses import LossSum, sft_loss
+from megatron_npr.monitor import monitored
+from megatron_npr.packing import PackedRow, TrainSample
+from megatron_npr.samples import read_samples
+from megatron_npr.session import open_session
+
+
+def run(config: Stage2Config) -> None:
+    """Train, checkpoint, and leave the model in run.dir/model."""
+    samples = [sample.train_sample() for sample in read_samples(config.sft.data)]
+    total = num_updates(samples, config)
+    session = open_session(config, config.run, config.model, config.parallel)
+    learner = Learner(
+        session,
+        optimizer=config.optimizer,
+        batch=config.batch,
+        checkpoint=config.checkpoint,
+        num_updates=total,
+    )
+    first = learner.first_step
+    with monitored("stage 2", config.run, config.log, session.world, total=total, first=first) as monitor:
+        for step in learner.steps(total):
+            chosen = round_indices(len(samples), config.train.global_batch, step, config.run.seed)
+            report = learner.trainer.step([samples[index] for index in chosen], objective, branching=True)
+            monitor.step(
+                step,
+                tokens=report.num_tokens,
+                shown=("loss",),
+                loss=report.loss,
+                grad_norm=report.grad_norm,
+                train_seconds=report.seconds,
+                lr=report.lr,
+            )
+    learner.export(config.run.dir / "model")
+
+
+def num_updates(samples: Sequence[TrainSample], config: Stage2Config) -> int:
+    """`train.steps`, or as many as `train.epochs` passes take."""
+    return config.train.steps or config.train.epochs * math.ceil(len(samples) / config.train.global_batch)
+
+
+def objective(log_probs: Tensor, row: PackedRow) -> LossSum:
+    """Next-token likelihood of all assistant tokens."""
+    return sft_loss(log_probs)

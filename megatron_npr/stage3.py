@@ -1,0 +1,105 @@
+"""Stage 3, NPR: PAPO, on-policy RL of the branching itself, with rollouts of the colocated engine.
+
+    problems ─► engine (fork / join) ─► schema filter ─► accuracy reward ─► batch-normalised advantages ─► ONE update
+        ▲                                                                                                    │
+        └─────────────────────── engine weights (zero copy where layouts agree) ◄────────────────────────────┘
+
+With `rollout.branching = false` the same loop is plain RL without branches: the control.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from torch import Tensor
+
+from megatron_npr.advantage import Advantages, papo_advantages
+from megatron_npr.config import Stage3Config
+from megatron_npr.learner import Learner, round_indices
+from megatron_npr.losses import LossSum, papo_loss
+from megatron_npr.monitor import mean, monitored
+from megatron_npr.packing import PackedRow
+from megatron_npr.problems import training_prompts
+from megatron_npr.rollouts import collect, train_sample
+from megatron_npr.scoring import Scored, score
+from megatron_npr.session import open_session
+from megatron_npr.trainer import StepReport
+from megatron_npr.verifier import Verifier
+
+
+def run(config: Stage3Config) -> None:
+    """Train, checkpoint, and leave the model in run.dir/model."""
+    session = open_session(config, config.run, config.model, config.parallel)
+    with Verifier() as verifier:
+        prompts = training_prompts(session, config.data)
+        learner = Learner(
+            session,
+            optimizer=config.optimizer,
+            batch=config.batch,
+            checkpoint=config.checkpoint,
+            num_updates=config.train.steps,
+        )
+        engine = learner.build_engine(config.rollout)
+        total, first = config.train.steps, learner.first_step
+        with monitored("stage 3", config.run, config.log, session.world, total=total, first=first) as monitor:
+            for step in learner.steps(total):
+                chosen = round_indices(len(prompts), config.rollout.prompts_per_step, step, config.run.seed)
+                problems = [prompts[index] for index in chosen]
+                identity = (config.run.seed, "stage3", step)
+                groups = collect(engine, session.world, problems, config.rollout, identity=identity)
+                scored = score(session.grammar, verifier, groups, [item.problem.answer for item in problems])
+                kept = survivors(scored, config)
+                advantages = papo_advantages(
+                    np.array([item.accuracy_reward for item in kept]),
+                    np.array([item.group for item in kept]),
+                    epsilon=config.papo.std_epsilon,
+                )
+                report = None if advantages.skip else update(learner, kept, advantages, config)
+                learner.update_engine(engine)
+                monitor.step(
+                    step,
+                    tokens=sum(item.rollout.num_tokens for item in scored),
+                    shown=("accuracy", "format_valid"),
+                    accuracy=mean(item.correct for item in scored),
+                    format_valid=mean(item.valid for item in scored),
+                    dropped=len(scored) - len(kept),
+                    flat_groups=advantages.num_flat_groups,
+                    single_groups=advantages.num_single_groups,
+                    skipped=float(advantages.skip),
+                    response_tokens=mean(item.rollout.num_tokens for item in scored),
+                    critical_path=mean(item.rollout.critical_path for item in scored),
+                    loss=report.loss if report else float("nan"),
+                    grad_norm=report.grad_norm if report else float("nan"),
+                    nll=report.watched["nll"] if report else float("nan"),
+                    train_seconds=report.seconds if report else 0.0,
+                    lr=learner.trainer.lr,
+                )
+        learner.export(config.run.dir / "model")
+
+
+def survivors(scored: list[Scored], config: Stage3Config) -> list[Scored]:
+    """The schema filter: malformed and cut responses are dropped before grouping.
+
+    Without branches there is no schema: every response that ended by itself stays.
+    """
+    if config.rollout.branching:
+        return [item for item in scored if item.valid]
+    return [item for item in scored if item.rollout.finish_reason == "eos"]
+
+
+def update(learner: Learner, kept: list[Scored], advantages: Advantages, config: Stage3Config) -> StepReport:
+    """One strictly on-policy update; responses of zero advantage push nothing but count in the token mean."""
+    samples, idle_targets = [], 0
+    for item, value in zip(kept, advantages.values, strict=True):
+        sample = train_sample(item.rollout, float(value), train_forced=config.papo.train_forced)
+        if value or config.papo.train_forced:
+            samples.append(sample)
+        else:
+            idle_targets += int(sample.trained.sum())
+    return learner.trainer.step(
+        samples, objective, branching=config.rollout.branching, idle_targets=idle_targets
+    )
+
+
+def objective(log_probs: Tensor, row: PackedRow) -> LossSum:
+    """PAPO on one row."""
+    return papo_loss(log_probs, row.advantages.to(log_probs))

@@ -1,0 +1,28 @@
+"""A process that compares answers with math-verify: `[answer, gold]` per line in, `true` or `false` per line out."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import sys
+
+from math_verify import parse, verify
+
+
+def equal(answer: str, gold: str) -> bool:
+    """math-verify's verdict on two LaTeX expressions; order within a tuple counts."""
+    return bool(verify(parse(f"\\boxed{{{gold}}}"), parse(f"\\boxed{{{answer}}}")))
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business; it closes our stdin
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        answer, gold = json.loads(line)
+        print(json.dumps(equal(answer, gold)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
