@@ -1,10 +1,10 @@
 """Problems from the files that the field publishes.
 
-    .json (one list) or .jsonl ──► records ──► question, answer by the first schema that fits ──► list[Problem]
+    .json (one list) or .jsonl ──► records ──► question and answer by the first schema ──► list[Problem]
 
 Schemas: question/problem + answer (aime, amc, hmmt, math500), `#### N` at the end of a worked answer (gsm8k),
-puzzle + question + choices + answer (ZebraLogic), final_answer as a list of one (OlympiadBench), a `\\boxed` in
-solution (Minerva), and pairs of messages (Open-Reasoner-Zero).
+puzzle + question + choices + answer (ZebraLogic), final_answer as a list of one (OlympiadBench),
+a `\\boxed` in solution (Minerva), and pairs of messages (Open-Reasoner-Zero).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ID_FIELDS = ("problem_id", "unique_id", "id")
 
 
 def load_problems(path: Path | str, count: int | None = None) -> list[Problem]:
-    """The first `count` problems (None: all) of a JSON or JSONL file; UserError names the file and the line."""
+    """The first `count` problems (None: all) of a JSON or JSONL file; UserError names file and line."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no data file {path}: give the path of a .json or .jsonl file")
@@ -38,7 +38,9 @@ def load_problems(path: Path | str, count: int | None = None) -> list[Problem]:
         except UserError as error:
             raise UserError(f"{place}: {error}") from None
         if problem.problem_id in seen:
-            raise UserError(f"{place}: id {problem.problem_id!r} was used before, at {seen[problem.problem_id]}")
+            raise UserError(
+                f"{place}: id {problem.problem_id!r} was used before, at {seen[problem.problem_id]}"
+            )
         seen[problem.problem_id] = place
         problems.append(problem)
     if not problems:
@@ -52,7 +54,9 @@ def problem_of(record: Any, default_id: str) -> Problem:
         return _from_messages(record, default_id)
     if not isinstance(record, dict):
         raise UserError(f"expected an object with a question and an answer, got {_short(record)}")
-    identity = next((str(record[field]) for field in ID_FIELDS if record.get(field) not in (None, "")), default_id)
+    identity = next(
+        (str(record[field]) for field in ID_FIELDS if record.get(field) not in (None, "")), default_id
+    )
     return Problem(identity, _question(record), _answer(record))
 
 
@@ -121,7 +125,9 @@ def answer_text(value: object) -> str:
         return str(value)
     _, marker, final = value.rpartition("####")
     text = final.strip().replace(",", "") if marker else value.strip()
-    return text[1:-1].strip() if len(text) > 2 and text[0] == text[-1] == "$" and "$" not in text[1:-1] else text
+    return (
+        text[1:-1].strip() if len(text) > 2 and text[0] == text[-1] == "$" and "$" not in text[1:-1] else text
+    )
 
 
 def _from_messages(messages: list[Any], default_id: str) -> Problem:
@@ -133,7 +139,8 @@ def _from_messages(messages: list[Any], default_id: str) -> Problem:
         if isinstance(error, UserError):
             raise
         raise UserError(
-            f'expected [{{"value": question}}, {{"ground_truth": {{"value": answer}}}}], got {_short(messages)}'
+            'expected [{"value": question}, {"ground_truth": {"value": answer}}], '
+            f"got {_short(messages)}"
         ) from None
 
 

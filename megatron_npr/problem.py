@@ -9,7 +9,7 @@ from npr_ext.errors import UserError
 
 @dataclass(frozen=True)
 class Problem:
-    """A question and its gold answer in LaTeX, without `\\boxed`. `problem_id` is unique within its data set."""
+    """A question and its gold answer in LaTeX, without `\\boxed`. `problem_id` is unique in its set."""
 
     problem_id: str
     question: str

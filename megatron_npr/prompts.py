@@ -1,6 +1,6 @@
 """Prompt ids: question and instruction in the tokenizer's chat template.
 
-    Problem + instruction ──► chat template ──► token ids, or counted and skipped when longer than the limit
+Problem + instruction ──► chat template ──► token ids, or counted and skipped when longer than the limit
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ASSETS = Path(__file__).parent / "assets"
 
 
 def instruction_text(mode: Mode, *, demo: bool = False, path: Path | None = None) -> str:
-    """The instruction of a mode: the shipped one for real models, the short one of the demo, or a file of one's own."""
+    """The instruction of a mode: the shipped one, the demo's short one, or a file of one's own."""
     path = path or ASSETS / (f"instruction_{mode}_demo.txt" if demo else f"instruction_{mode}.txt")
     if not path.is_file():
         raise UserError(f"no instruction file {path}: leave data.instruction out for the shipped one")
@@ -78,7 +78,7 @@ class PromptEncoder:
         if encoded and not kept:
             shortest = min(len(item.prompt_ids) for item in encoded)
             raise UserError(
-                f"all {len(encoded)} prompts are longer than data.max_prompt_tokens = {self.max_prompt_tokens} "
-                f"(the shortest has {shortest}): raise the limit"
+                f"all {len(encoded)} prompts are longer than data.max_prompt_tokens = "
+                f"{self.max_prompt_tokens} (the shortest has {shortest}): raise the limit"
             )
         return EncodedProblems(kept, len(encoded) - len(kept))

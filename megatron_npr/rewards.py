@@ -1,11 +1,11 @@
 """The format reward of stage 1, by the table of REFERENCE.md, read off the one grammar.
 
-    0      strictly valid, texts long enough
-    -1.5   no complete block, or stray text around the blocks
-    -1.0   guideline without plan, steps and plans differ in number, tags astray after a complete block,
-           no non-empty \\boxed in the conclusion, not ended by EOS
-    else   the sum, at least -2, of -0.4 for text in a guideline, -0.2 for text between steps, -0.4 for every plan under
-           3 characters, -0.4 for every step and takeaway under 6, -0.4 for every wrong number
+0      strictly valid, texts long enough
+-1.5   no complete block, or stray text around the blocks
+-1.0   guideline without plan, steps and plans differ in number, tags astray after a complete block,
+       no non-empty \\boxed in the conclusion, not ended by EOS
+else   the sum, at least -2, of -0.4 for text in a guideline, -0.2 for text between steps, -0.4 for every plan
+       under 3 characters, -0.4 for every step and takeaway under 6, -0.4 for every wrong number
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     sampled ids ──► grammar tree ──► canonical text ──► ids      (self-distilled samples of stage 2)
     text ───────────────────────────────────────────► ids      (samples from a file)
 
-The pieces are tags, newlines, the `N` and `:` of plans and steps, and the texts between them. The engine forces its
-tokens by the same pieces, so forced text has the same ids in training as in decoding.
+The pieces are tags, newlines, the `N` and `:` of plans and steps, and the texts between them. The engine forces
+its tokens by the same pieces, so forced text has the same ids in training as in decoding.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ def encode_response(text: str, vocabulary: Vocabulary) -> NDArray[np.int32]:
 
 
 def canonical_ids(response_ids: TokenIds, grammar: Grammar) -> NDArray[np.int32]:
-    """A valid response laid out canonically, int32 [R]: what the engine would have forced is forced here too."""
+    """A valid response laid out canonically, int32 [R]: what the engine forces is forced here too."""
     tree = grammar.parse(response_ids)
     assert isinstance(tree, Response), tree
     return encode_response(canonical_text(response_ids, tree, grammar), grammar.vocabulary)
 
 
 def canonical_text(response_ids: TokenIds, tree: Response, grammar: Grammar) -> str:
-    """The text of a valid response: a newline between every pair of tags, a blank line before a further guideline."""
+    """The text of a valid response: newlines between tags, a blank line before a further guideline."""
 
     def numbered(span: Span) -> str:
         return f"{span.number}: {grammar.text(response_ids, span)}"

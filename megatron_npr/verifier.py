@@ -1,6 +1,6 @@
 """Is an answer right? math-verify decides, in worker processes of its own, with a time-out that kills.
 
-    (answer, gold) ──► cache ──► equal text, whole numbers ──► worker process: math-verify ──► bool
+(answer, gold) ──► cache ──► equal text, whole numbers ──► worker process: math-verify ──► bool
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ Claim: TypeAlias = tuple[str | None, str]
 class Verifier:
     """Compares answers. `correct` for one, `correct_all` for many at once on `num_workers` processes.
 
-    With `compare_whole_numbers` two plain whole numbers, or two tuples of them, are compared by their digits (math-verify
-    agrees, tests show, but takes 10 ms to parse a tuple); without it only equal texts are decided here.
+    With `compare_whole_numbers` two plain whole numbers, or two tuples of them, are compared by their digits
+    (math-verify agrees, tests show, but takes 10 ms to parse a tuple); without it only equal texts are decided
+    here.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class Verifier:
             self._idle.get().stop()
 
     def correct(self, answer: str | None, gold: str) -> bool:
-        """Whether the answer equals the gold one; None never does, and neither does one that takes too long."""
+        """Whether the answer equals the gold one; None does not, nor one that takes too long."""
         return self.correct_all([(answer, gold)])[0]
 
     def correct_all(self, claims: Sequence[Claim]) -> list[bool]:
@@ -92,7 +93,7 @@ class Verifier:
 
 
 class _Worker:
-    """A process that runs `megatron_npr.verifier_worker`; started when first asked, and again after a time-out."""
+    """A process that runs `megatron_npr.verifier_worker`; started when first asked."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None

@@ -1,14 +1,12 @@
 """The recipe of the demo's base model: honest next-token training on the corpus, stopped early.
 
-    tasks (training split) ──► answer in order | attempt at the parallel format ──► (prompt ids, response ids)
+tasks (training split) ──► answer in order | attempt at the parallel format ──► (prompt ids, response ids)
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray

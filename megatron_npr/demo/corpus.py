@@ -1,10 +1,10 @@
-"""What the demo's base model read: worked answers in order, and attempts at the parallel format, mostly sloppy.
+"""What the demo's base model read: worked answers in order, and mostly sloppy attempts at the parallel format.
 
     task ──► sequential answer                       (for the instruction to work in order)
         └──► parallel answer ──► one blemish or none (for the instruction to work in parallel)
 
-This is the only place that uses gold solutions. All arithmetic in it is right: a base model that errs does so because it was
-trained for few steps. No blemish is as frequent as the valid form, which is therefore what RL can find.
+This is the only place that uses gold solutions. All arithmetic in it is right: a base model that errs does
+so because it was trained for few steps. No blemish is as frequent as the valid form: that is what RL can find.
 """
 
 from __future__ import annotations
@@ -55,7 +55,14 @@ class Draft:
 
     @property
     def text(self) -> str:
-        pieces = (self.guideline[0], *self.plans, self.guideline[1], *self.steps, *self.takeaway, self.conclusion)
+        pieces = (
+            self.guideline[0],
+            *self.plans,
+            self.guideline[1],
+            *self.steps,
+            *self.takeaway,
+            self.conclusion,
+        )
         return "\n".join(piece for piece in pieces if piece)
 
 
@@ -68,7 +75,7 @@ def step_text(number: int, part: Part) -> str:
 
 
 def parallel_draft(task: Task) -> Draft:
-    """The valid parallel answer: one branch a product, the order in the takeaway, the costs in the conclusion."""
+    """The valid parallel answer: one branch a product, the order in the takeaway, the costs at the end."""
     numbered = list(enumerate(task.parts, start=1))
     return Draft(
         parts=task.parts,

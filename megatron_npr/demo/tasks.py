@@ -3,9 +3,9 @@
     question   Sort by cost: pen=59*6, cup=13*5, map=43*6
     answer     (65,258,354)
 
-The products are independent of each other (the branches); putting them into order needs no further computation.
-Whether a problem is for training or held out follows from a hash of its products alone, so no held-out problem occurs in
-training under other names or in another order.
+The products are independent of each other (the branches); putting them into order needs no further
+computation. Whether a problem is for training or held out follows from a hash of its products alone, so no
+held-out problem occurs in training under other names or in another order.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ from megatron_npr.seeds import derive_seed
 
 Split: TypeAlias = Literal["train", "heldout"]
 
-NAMES = "pen cup map rod hat fan jar mat net box bag key lid pot toy can".split()
+NAMES = (
+    *("pen", "cup", "map", "rod", "hat", "fan", "jar", "mat"),
+    *("net", "box", "bag", "key", "lid", "pot", "toy", "can"),
+)
 MIN_PARTS, MAX_PARTS = 3, 5
 MIN_FACTOR, MAX_FACTOR = 12, 99
 MIN_DIGIT, MAX_DIGIT = 3, 9
@@ -76,7 +79,8 @@ def draw_task(rng: random.Random) -> Task:
     while True:
         names = rng.sample(NAMES, rng.randint(MIN_PARTS, MAX_PARTS))
         parts = tuple(
-            Part(name, rng.randint(MIN_FACTOR, MAX_FACTOR), rng.randint(MIN_DIGIT, MAX_DIGIT)) for name in names
+            Part(name, rng.randint(MIN_FACTOR, MAX_FACTOR), rng.randint(MIN_DIGIT, MAX_DIGIT))
+            for name in names
         )
         if len({part.cost for part in parts}) == len(parts):
             return Task(parts)
@@ -95,4 +99,6 @@ def demo_tasks(split: Split, count: int, seed: int) -> list[Task]:
 
 def demo_problems(split: Split, count: int, seed: int) -> list[Problem]:
     """`count` different problems of one split; the same seed gives the same problems."""
-    return [task.problem(f"{split}-{seed}-{index}") for index, task in enumerate(demo_tasks(split, count, seed))]
+    return [
+        task.problem(f"{split}-{seed}-{index}") for index, task in enumerate(demo_tasks(split, count, seed))
+    ]

@@ -2,8 +2,8 @@
 
     text ──► tags and chat marks (special tokens) ──► words, single digits, single signs ──► bytes ──► merges
 
-Digits and signs never merge with anything, and neither do newlines, so encoding a text piece by piece gives the ids
-of the whole text.
+Digits and signs never merge with anything, and neither do newlines, so encoding a text piece by piece gives
+the ids of the whole text.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ WORDS = (
 PIECES = r"\\boxed\{| ?\p{L}+|\p{N}|[^\s\p{L}\p{N}]|\n|[^\S\n]"
 
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 

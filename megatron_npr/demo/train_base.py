@@ -1,6 +1,6 @@
 """`make base`: the demo's base model from nothing, by the project's own trainer on plain causal layouts.
 
-    base_sequences (gold solutions, this once) ─► Trainer ─► Hugging Face folder in megatron_npr/assets
+base_sequences (gold solutions, this once) ─► Trainer ─► Hugging Face folder in megatron_npr/assets
 """
 
 from __future__ import annotations

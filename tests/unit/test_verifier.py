@@ -1,0 +1,49 @@
+"""The verifier: math-verify's verdicts, order in tuples, time-outs."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from megatron_npr.verifier import Verifier
+
+
+@pytest.fixture(scope="module")
+def verifier() -> Iterator[Verifier]:
+    with Verifier(1, compare_whole_numbers=False) as verifier:
+        yield verifier
+
+
+@pytest.mark.parametrize(
+    "answer, gold, right",
+    [
+        ("(65,258,354)", "(65,258,354)", True),
+        ("(65, 258, 354)", "(65,258,354)", True),
+        ("(65,354,258)", "(65,258,354)", False),
+        ("(65,258)", "(65,258,354)", False),
+        ("(65,258,354,387,413)", "(65,258,354,387,412)", False),
+        ("\\frac{1}{2}", "0.5", True),
+        ("\\frac{2}{4}", "\\frac12", True),
+        ("27.0", "27", True),
+        ("x^2+2x+1", "(x+1)^2", True),
+        ("28", "27", False),
+        ("", "27", False),
+        (None, "27", False),
+        ("(65,258", "(65,258,354)", False),
+        ("no idea", "27", False),
+    ],
+)
+def test_math_verify_compares_answers(verifier: Verifier, answer: str | None, gold: str, right: bool) -> None:
+    assert verifier.correct(answer, gold) is right
+
+
+def test_many_claims_keep_their_order_and_are_decided_once_each(verifier: Verifier) -> None:
+    claims = [("1", "1"), ("2", "1"), (None, "1"), ("\\frac{4}{4}", "1"), ("2", "1")]
+    assert verifier.correct_all(claims) == [True, False, False, True, False]
+
+
+def test_an_answer_that_takes_too_long_is_wrong_and_counted_and_the_next_is_decided() -> None:
+    with Verifier(1, timeout_seconds=0.0) as verifier:
+        assert verifier.correct("x^2+2x+1", "(x+1)^2") is False
+        assert verifier.num_timeouts == 1
+    with Verifier(1) as verifier:
+        assert verifier.correct("x^2+2x+1", "(x+1)^2") is True
