@@ -3,8 +3,8 @@
     sampled ids ──► grammar tree ──► canonical text ──► ids      (self-distilled samples of stage 2)
     text ───────────────────────────────────────────► ids      (samples from a file)
 
-The pieces are tags, newlines, the `N` and `:` of plans and steps, and the texts between them. The engine forces
-its tokens by the same pieces, so forced text has the same ids in training as in decoding.
+The pieces are tags, newlines, the `N` and `:` of plans and steps, and the texts between them. The engine
+forces its tokens by the same pieces, so forced text has the same ids in training as in decoding.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A process that compares answers with math-verify: `[answer, gold]` a line in, `true` or `false` a line out."""
+"""Compares answers with math-verify: `[answer, gold]` a line in, `true` or `false` a line out."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""What the demo's base model read: worked answers in order, and mostly sloppy attempts at the parallel format.
+"""What the base model reads: worked answers in order, and mostly sloppy attempts at the parallel format.
 
     task ──► sequential answer                       (for the instruction to work in order)
         └──► parallel answer ──► one blemish or none (for the instruction to work in parallel)
 
 This is the only place that uses gold solutions. All arithmetic in it is right: a base model that errs does
-so because it was trained for few steps. No blemish is as frequent as the valid form: that is what RL can find.
+so because it was trained for few steps. No blemish is as frequent as the valid form, which RL can find.
 """
 
 from __future__ import annotations
