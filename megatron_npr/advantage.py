@@ -40,7 +40,9 @@ def papo_advantages(rewards: Floats, groups: Ints, *, epsilon: float = 1e-6) -> 
     std = float(np.std(rewards, ddof=1))
     values = (rewards - means[inverse]) / (std + epsilon)
     flat = _count_flat(values, inverse, len(counts))
-    return Advantages(values, len(counts), flat, int((counts == 1).sum()), skip=std == 0.0 or flat == len(counts))
+    return Advantages(
+        values, len(counts), flat, int((counts == 1).sum()), skip=std == 0.0 or flat == len(counts)
+    )
 
 
 def grpo_advantages(rewards: Floats, groups: Ints, *, epsilon: float = 1e-6) -> Advantages:

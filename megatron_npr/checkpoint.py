@@ -47,7 +47,9 @@ class Checkpoints:
         with megatron_context():
             metadata = _metadata()
             dist_checkpointing.save(
-                _state(trainer, metadata, is_loading=False), str(staging), content_metadata=_storable(metadata)
+                _state(trainer, metadata, is_loading=False),
+                str(staging),
+                content_metadata=_storable(metadata),
             )
         if self._world.is_main:
             manifest = {
@@ -70,7 +72,9 @@ class Checkpoints:
             return None
         path = self._folder / pointer.read_text().strip()
         if not (path / MANIFEST).exists():
-            raise UserError(f"{pointer} names {path.name}, which is not a complete checkpoint: remove {pointer} or restore it")
+            raise UserError(
+                f"{pointer} names {path.name}, which is not a complete checkpoint: remove {pointer} or restore it"
+            )
         return path
 
     def load(self, path: Path, trainer: Trainer) -> tuple[int, dict[str, Any]]:

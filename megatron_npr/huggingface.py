@@ -1,7 +1,7 @@
 """Models from and to Hugging Face folders: config.json and safetensors, nothing unpickled.
 
-    folder ──► read_model_config ──► HuggingFaceWeights.full(name) ──► shard ──► Megatron parameter
-    Megatron shards ──► unshard ──► export_model ──► folder that transformers loads
+folder ──► read_model_config ──► HuggingFaceWeights.full(name) ──► shard ──► Megatron parameter
+Megatron shards ──► unshard ──► export_model ──► folder that transformers loads
 """
 
 from __future__ import annotations

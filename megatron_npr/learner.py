@@ -1,7 +1,7 @@
 """A policy in training on this rank, with its checkpoints: what the three learning stages share.
 
-    Learner ──► trainer.step(...) ──► update_engine() (zero copy without pipeline stages) ──► engine.generate(...)
-    steps() yields the steps still to do, checkpoints between them, and stops cleanly on Ctrl-C
+Learner ──► trainer.step(...) ──► update_engine() (zero copy without pipeline stages) ──► engine.generate(...)
+steps() yields the steps still to do, checkpoints between them, and stops cleanly on Ctrl-C
 """
 
 from __future__ import annotations
@@ -109,5 +109,3 @@ def round_indices(num_items: int, per_round: int, step: int, seed: int) -> list[
         order = torch.randperm(num_items, generator=generator).tolist()
         chosen += order[offset : offset + per_round - len(chosen)]
     return chosen
-
-

@@ -50,10 +50,12 @@ def mark_sequence_parallel(weight: torch.nn.Parameter, config: TransformerConfig
     weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
-class NormColumnParallelLinear(ColumnParallelLinear):  # type: ignore[misc]
+class NormColumnParallelLinear(ColumnParallelLinear):
     """RMSNorm then ColumnParallelLinear, with Transformer Engine's names (`layer_norm_weight`, `weight`, `bias`)."""
 
-    def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **kwargs: Any) -> None:
+    def __init__(
+        self, input_size: int, output_size: int, *, config: TransformerConfig, **kwargs: Any
+    ) -> None:
         super().__init__(input_size, output_size, config=config, **kwargs)
         self.layer_norm_weight = torch.nn.Parameter(torch.ones(input_size, dtype=config.params_dtype))
         mark_sequence_parallel(self.layer_norm_weight, config)
@@ -110,7 +112,7 @@ class LayoutCache:
 LAYOUTS = LayoutCache()
 
 
-class BranchAttention(MegatronModule):  # type: ignore[misc]
+class BranchAttention(MegatronModule):
     """Megatron core attention over a branch layout; `attention_mask` carries the int32 [5, T] layout.
 
     q [T, 1, N, H], k and v [T, 1, K, H] -> [T, 1, N * H]; heads are this tensor-parallel rank's share.

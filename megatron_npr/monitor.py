@@ -22,12 +22,19 @@ class Monitor:
     def step(self, step: int, *, tokens: int, shown: Sequence[str], **values: float) -> None:
         """Log all values of a step and show the named ones."""
         self.metrics.log(step, tokens=tokens, **values)
-        self.progress.advance(tokens=tokens, **{name: values[name] for name in shown})
+        self.progress.advance(1, tokens=tokens, **{name: values[name] for name in shown})
 
 
 @contextlib.contextmanager
 def monitored(
-    name: str, run: RunSettings, log: LogSettings, world: World, *, total: int, first: int = 0, unit: str = "steps"
+    name: str,
+    run: RunSettings,
+    log: LogSettings,
+    world: World,
+    *,
+    total: int,
+    first: int = 0,
+    unit: str = "steps",
 ) -> Iterator[Monitor]:
     """A Monitor for the length of a stage."""
     with (

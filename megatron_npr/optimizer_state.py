@@ -19,7 +19,9 @@ def repaired_optimizer_state() -> Iterator[None]:
     set_states = DistributedOptimizer._set_main_param_and_optimizer_states
     gather_states = DistributedOptimizer.get_parameter_state_dp_zero
 
-    def set_with_own_step(self: Any, model_param: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
+    def set_with_own_step(
+        self: Any, model_param: torch.nn.Parameter, tensors: dict[str, torch.Tensor]
+    ) -> None:
         # torch's AdamW (no apex, no TE) keeps a `step` tensor for each parameter. Megatron saves it once, then looks for it
         # among the loaded tensors (KeyError), and hands ONE tensor to all parameters, which then counts each of them.
         group, order = self.model_param_group_index_map[model_param]

@@ -43,7 +43,9 @@ class TrainSample:
             f"response of {len(self.response_ids)} tokens with {len(self.trained)} flags "
             f"and {len(self.old_log_probs)} log-probs"
         )
-        assert len(self.prompt_ids) > 0, "a sample needs a prompt: its first response token is predicted by it"
+        assert len(self.prompt_ids) > 0, (
+            "a sample needs a prompt: its first response token is predicted by it"
+        )
 
     @property
     def num_tokens(self) -> int:

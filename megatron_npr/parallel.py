@@ -1,6 +1,6 @@
 """The process world: one process a device, Megatron's process groups on top, gloo on CPU and NCCL on GPU.
 
-    torchrun / srun ──► init_world(sizes) ──► World (ranks, sizes, groups) ──► everything else takes it as an argument
+torchrun / srun ──► init_world(sizes) ──► World (ranks, sizes, groups) ──► everything else takes it as an argument
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
@@ -124,7 +125,7 @@ def _join(world_size: int) -> None:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if world_size == 1:
         # A store in memory: no port or file on which several single-process runs could collide.
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
         dist.init_process_group(backend, timeout=timeout)
 

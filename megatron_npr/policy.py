@@ -29,7 +29,7 @@ from npr_ext import BranchLayout
 from npr_ext.errors import UserError
 
 
-class PolicyModel(GPTModel):  # type: ignore[misc]
+class PolicyModel(GPTModel):
     """GPTModel whose positions come from the batch and whose last stage gives per-token log-probs, never shifted labels."""
 
     def __init__(self, *, model_config: ModelConfig, world: World, **kwargs: Any) -> None:
@@ -75,7 +75,9 @@ class PolicyModel(GPTModel):  # type: ignore[misc]
         assert loss_mask is not None and attention_mask is not None
         return self._target_log_probs(hidden_states, labels, loss_mask, attention_mask)
 
-    def _target_log_probs(self, hidden: Tensor, token_ids: Tensor, targets: Tensor, layout_5T: Tensor) -> Tensor:
+    def _target_log_probs(
+        self, hidden: Tensor, token_ids: Tensor, targets: Tensor, layout_5T: Tensor
+    ) -> Tensor:
         predecessors = BranchLayout.from_tensor(layout_5T).predecessor[targets].long()
         if self.config.sequence_parallel:
             hidden_TBD = tensor_parallel.gather_from_sequence_parallel_region(hidden)
@@ -97,11 +99,18 @@ def transformer_config(
     model: ModelConfig, world: World, *, dtype: torch.dtype, sequence_parallel: bool = False
 ) -> TransformerConfig:
     """Megatron's configuration of a model in this world."""
-    for name, count in (("num_attention_heads", model.num_heads), ("num_key_value_heads", model.num_kv_heads)):
+    for name, count in (
+        ("num_attention_heads", model.num_heads),
+        ("num_key_value_heads", model.num_kv_heads),
+    ):
         if count % world.tensor_size:
-            raise UserError(f"parallel.tp {world.tensor_size} does not divide the model's {name} {count}: choose a divisor")
+            raise UserError(
+                f"parallel.tp {world.tensor_size} does not divide the model's {name} {count}: choose a divisor"
+            )
     if model.num_layers % world.pipeline_size:
-        raise UserError(f"parallel.pp {world.pipeline_size} does not divide the model's {model.num_layers} layers")
+        raise UserError(
+            f"parallel.pp {world.pipeline_size} does not divide the model's {model.num_layers} layers"
+        )
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,

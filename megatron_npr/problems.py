@@ -25,7 +25,9 @@ def training_prompts(session: Session, data: DataSettings) -> tuple[EncodedProbl
         problems = demo_problems("train", data.count or DEMO_TRAIN_COUNT, session.run.seed)
     else:
         problems = load_problems(Path(data.train), data.count)
-    return encode(session, problems, data.mode, data.instruction, data.max_prompt_tokens, demo=data.train == DEMO)
+    return encode(
+        session, problems, data.mode, data.instruction, data.max_prompt_tokens, demo=data.train == DEMO
+    )
 
 
 def evaluation_prompts(session: Session, settings: EvalSettings, mode: Mode) -> tuple[EncodedProblem, ...]:
@@ -35,7 +37,12 @@ def evaluation_prompts(session: Session, settings: EvalSettings, mode: Mode) -> 
     else:
         problems = load_problems(Path(settings.problems), settings.count)
     return encode(
-        session, problems, mode, settings.instruction, settings.max_prompt_tokens, demo=settings.problems == DEMO
+        session,
+        problems,
+        mode,
+        settings.instruction,
+        settings.max_prompt_tokens,
+        demo=settings.problems == DEMO,
     )
 
 
@@ -47,6 +54,7 @@ def encode(
     encoded = PromptEncoder(session.tokenizer, text, max_prompt_tokens=limit).encode_all(problems)
     if encoded.num_skipped and session.world.is_main:
         print(
-            f"skipped {encoded.num_skipped} of {len(problems)} problems: prompts over {limit} tokens", file=sys.stderr
+            f"skipped {encoded.num_skipped} of {len(problems)} problems: prompts over {limit} tokens",
+            file=sys.stderr,
         )
     return encoded.kept

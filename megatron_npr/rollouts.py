@@ -67,7 +67,8 @@ def collect(
         share = [item for part in gathered for item in part]
     found = {place: rollout for place, rollout in share}
     return [
-        [found[index, sample] for sample in range(settings.samples_per_prompt)] for index in range(len(prompts))
+        [found[index, sample] for sample in range(settings.samples_per_prompt)]
+        for index in range(len(prompts))
     ]
 
 

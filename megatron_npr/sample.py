@@ -1,6 +1,6 @@
 """Rejection sampling (between stages 1 and 2): of up to `trials` responses a problem, keep the first right and valid one.
 
-    problems ─► rounds of one response for each problem still open ─► verifier + grammar ─► samples.jsonl
+problems ─► rounds of one response for each problem still open ─► verifier + grammar ─► samples.jsonl
 """
 
 from __future__ import annotations
@@ -29,14 +29,18 @@ def run(config: SampleConfig) -> Path:
         still_open = list(training_prompts(session, config.data))
         kept: dict[str, SftSample] = {}
         target = config.sample.target or len(still_open)
-        with monitored("sample", config.run, config.log, world, total=config.sample.trials, unit="trials") as monitor:
+        with monitored(
+            "sample", config.run, config.log, world, total=config.sample.trials, unit="trials"
+        ) as monitor:
             for trial in range(config.sample.trials):
                 if not still_open or len(kept) >= target:
                     break
                 identity = (config.run.seed, "sample", trial)
                 settings = config.rollout.model_copy(update={"samples_per_prompt": 1})
                 groups = collect(engine, world, still_open, settings, identity=identity)
-                scored = score(session.grammar, verifier, groups, [item.problem.answer for item in still_open])
+                scored = score(
+                    session.grammar, verifier, groups, [item.problem.answer for item in still_open]
+                )
                 for item in scored:
                     if item.valid and item.correct:
                         problem = still_open[item.group]

@@ -1,6 +1,6 @@
 """The file between stages 1 and 2: one accepted response a line, as text and as canonical token ids.
 
-    npr sample ──► samples.jsonl (SftSample a line) ──► npr stage2
+npr sample ──► samples.jsonl (SftSample a line) ──► npr stage2
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Rollouts -> what the stages and the evaluation decide by: validity, format reward, correctness.
 
-    rollouts [prompt][sample] + gold answers ──► grammar (format) + verifier (answer) ──► Scored
+rollouts [prompt][sample] + gold answers ──► grammar (format) + verifier (answer) ──► Scored
 """
 
 from __future__ import annotations
@@ -34,9 +34,7 @@ def score(
 ) -> list[Scored]:
     """All rollouts in order. An answer is the last \\boxed of a response that ended by itself, well-formed or not."""
     flat = [(group, rollout) for group, rollouts in enumerate(groups) for rollout in rollouts]
-    correct = verifier.correct_all(
-        [(answer_of(grammar, rollout), answers[group]) for group, rollout in flat]
-    )
+    correct = verifier.correct_all([(answer_of(grammar, rollout), answers[group]) for group, rollout in flat])
     scored = []
     for (group, rollout), right in zip(flat, correct, strict=True):
         valid = rollout.finish_reason == "eos" and not isinstance(

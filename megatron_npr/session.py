@@ -1,6 +1,6 @@
 """What every stage stands on: the process world, the tokenizer with its grammar, the run folder.
 
-    open_session(config) ──► Session ──► build_engine (sampling alone)  or  Learner (training; see learner.py)
+open_session(config) ──► Session ──► build_engine (sampling alone)  or  Learner (training; see learner.py)
 """
 
 from __future__ import annotations
@@ -14,7 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_npr.config import ModelSettings, ParallelSettings, RolloutSettings, RunSettings, Section, to_toml
+from megatron_npr.config import (
+    ModelSettings,
+    ParallelSettings,
+    RolloutSettings,
+    RunSettings,
+    Section,
+    to_toml,
+)
 from megatron_npr.huggingface import HuggingFaceWeights, read_model_config
 from megatron_npr.parallel import World, init_world
 from megatron_npr.weights import partition_of, shard, weight_names
@@ -70,7 +77,9 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer  # slow to import; `npr --help` does without
 
     if not (folder / "tokenizer.json").exists():
-        raise UserError(f"{folder} has no tokenizer.json: give model.path a Hugging Face folder with a fast tokenizer")
+        raise UserError(
+            f"{folder} has no tokenizer.json: give model.path a Hugging Face folder with a fast tokenizer"
+        )
     return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
 
 
@@ -99,7 +108,9 @@ def build_engine(session: Session, weights: Mapping[str, Tensor], settings: Roll
             f"rollout.backend = {settings.backend!r} is not built into this release: use rollout.backend = 'native'"
         )
     world = session.world
-    model = InferenceModel(session.model_config, weights, world.tensor_group if world.tensor_size > 1 else None)
+    model = InferenceModel(
+        session.model_config, weights, world.tensor_group if world.tensor_size > 1 else None
+    )
     return Engine(
         model,
         session.grammar,

@@ -1,8 +1,8 @@
 """Stage 1, NPR-Zero: discover the parallel format by RL (DAPO), decoded sequentially under plain causal attention.
 
-    problems ─► engine (no forks) ─► format + accuracy reward ─► group advantages ─► DAPO updates ─► engine weights ─┐
-        ▲                                                                                                           │
-        └───────────────────────────────────────────────────────────────────────────────────────────────────────────┘
+problems ─► engine (no forks) ─► format + accuracy reward ─► group advantages ─► DAPO updates ─► engine weights ─┐
+    ▲                                                                                                           │
+    └───────────────────────────────────────────────────────────────────────────────────────────────────────────┘
 """
 
 from __future__ import annotations
@@ -86,7 +86,9 @@ def overlong(num_tokens: int, max_tokens: int, settings: DapoSettings) -> float:
     return -min(max(excess / settings.overlong_buffer, 0.0), 1.0)
 
 
-def split_updates(scored: Sequence[Scored], rewards: np.ndarray, config: Stage1Config) -> list[list[TrainSample]]:
+def split_updates(
+    scored: Sequence[Scored], rewards: np.ndarray, config: Stage1Config
+) -> list[list[TrainSample]]:
     """The round's samples with their advantages, groups kept together, in `updates_per_step` parts; none empty.
 
     Dynamic sampling (DAPO, section 3.2) leaves out the groups whose rewards are all equal.
@@ -95,7 +97,7 @@ def split_updates(scored: Sequence[Scored], rewards: np.ndarray, config: Stage1C
     advantages = grpo_advantages(rewards, groups).values
     parts: list[list[TrainSample]] = [[] for _ in range(config.train.updates_per_step)]
     for group in range(int(groups.max()) + 1):
-        members = np.flatnonzero(groups == group)
+        members = np.flatnonzero(groups == group).tolist()
         if config.dapo.dynamic_sampling and not advantages[members].any():
             continue
         part = parts[group * len(parts) // (int(groups.max()) + 1)]

@@ -1,6 +1,6 @@
 """Stage 2, NPR-Beta: supervised fine-tuning of the BASE model on its own accepted responses, under branch layouts.
 
-    samples.jsonl ─► shuffled global batches ─► packed rows with branch masks and positions ─► token-mean NLL ─► update
+samples.jsonl ─► shuffled global batches ─► packed rows with branch masks and positions ─► token-mean NLL ─► update
 """
 
 from __future__ import annotations

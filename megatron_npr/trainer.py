@@ -18,7 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -102,7 +106,9 @@ class Trainer:
             num_tokens=int(totals["tokens"]),
             num_rows=len(rows) * self.world.data_size,
             seconds=time.perf_counter() - began,
-            watched={name: totals[name] / count for name in totals if name not in ("loss", "targets", "tokens")},
+            watched={
+                name: totals[name] / count for name in totals if name not in ("loss", "targets", "tokens")
+            },
         )
 
     @property
@@ -150,7 +156,9 @@ class Trainer:
         dist.all_gather_object(gathered, found if self.world.tensor_rank == 0 else [])
         result = [np.full(len(sample.response_ids), np.nan, np.float32) for sample in samples]
         for sample_of, within, values in (part for parts in gathered for part in parts):
-            for index, position, value in zip(sample_of.tolist(), within.tolist(), values.tolist(), strict=True):
+            for index, position, value in zip(
+                sample_of.tolist(), within.tolist(), values.tolist(), strict=True
+            ):
                 result[index][position] = value
         return result
 
@@ -182,7 +190,8 @@ class Trainer:
         gathered: list[Any] = [None] * self.world.size
         dist.all_gather_object(gathered, sums)
         return {
-            name: sum(part.get(name, 0.0) for part in gathered) for name in {n for part in gathered for n in part}
+            name: sum(part.get(name, 0.0) for part in gathered)
+            for name in {n for part in gathered for n in part}
         }
 
 
@@ -197,7 +206,7 @@ def _forward_step(
     row = next(rows)
     token_ids, layout = row.token_ids.to(device), row.layout.to(device)
     output = model(token_ids, layout[:1], layout, labels=token_ids, loss_mask=row.targets.to(device))
-    return output, partial(loss_of, row=row)
+    return output, lambda log_probs: loss_of(log_probs, row)
 
 
 def _loss_of_row(

@@ -48,9 +48,7 @@ def branching_samples() -> list[TrainSample]:
         response += [10, TAGS.takeaway, *text(4), TAGS.takeaway_end, *text(3), 1]
         ids = np.array(response, np.int32)
         trained = rng.random(len(ids)) > 0.1
-        samples.append(
-            TrainSample(prompt, ids, trained, np.zeros(len(ids), np.float32), float(rng.normal()))
-        )
+        samples.append(TrainSample(prompt, ids, trained, np.zeros(len(ids), np.float32), float(rng.normal())))
     return samples
 
 
@@ -74,11 +72,15 @@ def measure(world: World, folder: Path, sequence_parallel: bool) -> dict[str, An
             key = f"{name}{'_shared' if share else ''}"
             if name == "sft":
                 log_probs = trainer.log_probs(samples, branching=True)
-                figures[f"{key}_log_probs"] = [np.nan_to_num(values, nan=9.0).tolist() for values in log_probs]
+                figures[f"{key}_log_probs"] = [
+                    np.nan_to_num(values, nan=9.0).tolist() for values in log_probs
+                ]
             reports = [
                 trainer.step(
                     samples,
-                    (lambda lp, row: sft_loss(lp)) if name == "sft" else (lambda lp, row: papo_loss(lp, row.advantages)),
+                    (lambda lp, row: sft_loss(lp))
+                    if name == "sft"
+                    else (lambda lp, row: papo_loss(lp, row.advantages)),
                     branching=True,
                 )
                 for _ in range(3)
@@ -107,12 +109,15 @@ def engine_checksum(policy: Any, world: World) -> float:
 
 def resume_difference(trainer: Trainer, world: World, folder: Path, samples: list[TrainSample]) -> float:
     """|loss after two more steps - the same after saving and loading| (bit for bit: 0)."""
-    checkpoints = Checkpoints(folder / f"checkpoints_{world.tensor_size}_{world.pipeline_size}_{world.data_size}", world, keep=1)
+    checkpoints = Checkpoints(
+        folder / f"checkpoints_{world.tensor_size}_{world.pipeline_size}_{world.data_size}", world, keep=1
+    )
     path = checkpoints.save(3, trainer, {})
 
     def two_steps() -> float:
         return sum(
-            trainer.step(samples, lambda lp, row: papo_loss(lp, row.advantages), branching=True).loss for _ in range(2)
+            trainer.step(samples, lambda lp, row: papo_loss(lp, row.advantages), branching=True).loss
+            for _ in range(2)
         )
 
     first = two_steps()

@@ -49,10 +49,20 @@ def measure(name: str, layout: tuple[int, int, int, int], folder: Path) -> dict[
     processes, tensor, pipeline, sequence = layout
     out = folder / f"{name.replace(' ', '_')}.json"
     if not out.exists():
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={processes}",
+        ]
         arguments = [str(WORKER), str(tensor), str(pipeline), str(sequence), str(folder), str(out)]
         result = subprocess.run(
-            command + arguments, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300
+            command + arguments,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            timeout=300,
         )
         assert result.returncode == 0, result.stderr[-3000:]
     figures: dict[str, Any] = json.loads(out.read_text())

@@ -14,7 +14,8 @@ def test_papo_advantage_equals_the_one_liner(batch: list[tuple[int, float]]) -> 
     groups = np.array([group for group, _ in batch])
     rewards = np.array([reward for _, reward in batch])
     expected = [
-        (r - rewards[groups == g].mean()) / (rewards.std(ddof=1) + 1e-6) for g, r in zip(groups, rewards, strict=True)
+        (r - rewards[groups == g].mean()) / (rewards.std(ddof=1) + 1e-6)
+        for g, r in zip(groups, rewards, strict=True)
     ]
     np.testing.assert_allclose(papo_advantages(rewards, groups).values, expected, atol=1e-12)
 

@@ -12,7 +12,9 @@ def log_probs_of(logits: Tensor, targets: Tensor) -> Tensor:
 
 def test_papo_gradient_equals_the_closed_form_on_a_hand_made_batch() -> None:
     # d J / d logits of token t = A_t / n * (onehot(y_t) - softmax): the policy gradient, no clipping anywhere.
-    logits = torch.tensor([[0.2, -1.0, 3.0], [1.0, 1.0, 1.0], [-2.0, 0.0, 0.5]], dtype=torch.float64, requires_grad=True)
+    logits = torch.tensor(
+        [[0.2, -1.0, 3.0], [1.0, 1.0, 1.0], [-2.0, 0.0, 0.5]], dtype=torch.float64, requires_grad=True
+    )
     targets = torch.tensor([2, 0, 1])
     advantages = torch.tensor([1.5, -0.5, 0.25], dtype=torch.float64)
     loss = papo_loss(log_probs_of(logits, targets), advantages).total / 3
@@ -20,7 +22,9 @@ def test_papo_gradient_equals_the_closed_form_on_a_hand_made_batch() -> None:
     onehot = torch.nn.functional.one_hot(targets, 3).double()
     expected = -(advantages[:, None] / 3) * (onehot - logits.detach().softmax(-1))
     torch.testing.assert_close(logits.grad, expected, atol=1e-12, rtol=0)
-    assert abs(float(loss.detach()) + float(advantages.mean())) < 1e-12, "the value is minus the mean advantage: the ratio is one"
+    assert abs(float(loss.detach()) + float(advantages.mean())) < 1e-12, (
+        "the value is minus the mean advantage: the ratio is one"
+    )
 
 
 def test_sft_loss_is_the_summed_cross_entropy() -> None:
@@ -48,10 +52,14 @@ def test_dapo_loss_equals_the_scalar_definition() -> None:
 
 
 def test_dapo_on_policy_has_the_gradient_of_papo() -> None:
-    log_probs = torch.randn(9, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    log_probs = torch.randn(
+        9, dtype=torch.float64, generator=torch.Generator().manual_seed(2)
+    ).requires_grad_()
     advantages = torch.randn(9, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     (dapo,) = torch.autograd.grad(
-        dapo_loss(log_probs, log_probs.detach(), advantages, clip_low=0.2, clip_high=0.28, dual_clip=10.0).total,
+        dapo_loss(
+            log_probs, log_probs.detach(), advantages, clip_low=0.2, clip_high=0.28, dual_clip=10.0
+        ).total,
         log_probs,
     )
     (papo,) = torch.autograd.grad(papo_loss(log_probs, advantages).total, log_probs)

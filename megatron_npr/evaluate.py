@@ -1,0 +1,139 @@
+"""Evaluation: accuracy, validity, genuine parallelism and speed of one model on held-out problems.
+
+    prompts of a mode ─► engine (seeded by problem and sample) ─► scores + execution trace ─► Evaluation ─► eval.json
+
+Modes: "parallel" (the engine forks and joins), "unforced" (the same prompt, decoded as one plain sequence: nothing is forced),
+"sequential" (the sequential instruction, one plain sequence).
+
+Shape legend: P problems, S samples of each.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_npr.config import EvalConfig, EvalMode, RolloutSettings
+from megatron_npr.monitor import monitored
+from megatron_npr.problems import evaluation_prompts
+from megatron_npr.prompts import EncodedProblem
+from megatron_npr.rollout_file import write_rollouts
+from megatron_npr.rollouts import collect
+from megatron_npr.scoring import score
+from megatron_npr.session import Session, build_engine, open_session, read_shards
+from megatron_npr.statistics import mean_pass_at_k, mean_with_interval
+from megatron_npr.verifier import Verifier
+from npr_engine.engine import Engine
+from npr_engine.rollout import Rollout
+from npr_engine.trace import ran_in_parallel
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Outcomes of one model in one mode, [P, S] each; `seconds` of generation alone."""
+
+    correct: NDArray[np.bool_]
+    valid: NDArray[np.bool_]
+    parallel: NDArray[np.bool_]
+    num_tokens: NDArray[np.int64]
+    critical_path: NDArray[np.int64]
+    reasons: dict[str, int]
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        return float(self.num_tokens.sum()) / self.seconds
+
+
+def evaluate(
+    session: Session,
+    engine: Engine,
+    verifier: Verifier,
+    prompts: Sequence[EncodedProblem],
+    settings: RolloutSettings,
+    *,
+    identity: tuple[int | str, ...],
+    on_progress: Callable[[int, int], None] | None = None,
+) -> tuple[Evaluation, list[list[Rollout]]]:
+    """`settings.samples_per_prompt` responses for each prompt, and what they are worth."""
+    began = time.perf_counter()
+    groups = collect(engine, session.world, prompts, settings, identity=identity, on_progress=on_progress)
+    seconds = time.perf_counter() - began
+    scored = score(session.grammar, verifier, groups, [item.problem.answer for item in prompts])
+    shape = (len(prompts), settings.samples_per_prompt)
+    outcome = Evaluation(
+        correct=np.array([item.correct for item in scored]).reshape(shape),
+        valid=np.array([item.valid for item in scored]).reshape(shape),
+        parallel=np.array([item.valid and ran_in_parallel(item.rollout) for item in scored]).reshape(shape),
+        num_tokens=np.array([item.rollout.num_tokens for item in scored]).reshape(shape),
+        critical_path=np.array([item.rollout.critical_path for item in scored]).reshape(shape),
+        reasons=dict(Counter(item.rollout.finish_reason for item in scored).most_common()),
+        seconds=seconds,
+    )
+    return outcome, groups
+
+
+def mode_settings(settings: RolloutSettings, mode: EvalMode, samples: int) -> RolloutSettings:
+    """The rollout settings of a mode."""
+    return settings.model_copy(update={"branching": mode == "parallel", "samples_per_prompt": samples})
+
+
+def figures(outcome: Evaluation) -> dict[str, Any]:
+    """The numbers that eval.json holds for one mode."""
+    estimate = mean_with_interval(outcome.correct)
+    samples = outcome.correct.shape[1]
+    return {
+        "problems": outcome.correct.shape[0],
+        "samples_per_problem": samples,
+        "accuracy": estimate.value,
+        "accuracy_ci95": [estimate.low, estimate.high],
+        f"best_at_{samples}": mean_pass_at_k(outcome.correct, samples),
+        "format_valid": float(outcome.valid.mean()),
+        "parallel_rate": float(outcome.parallel.mean()),
+        "mean_total_tokens": float(outcome.num_tokens.mean()),
+        "mean_critical_path": float(outcome.critical_path.mean()),
+        "tokens_per_second": outcome.tokens_per_second,
+        "finish_reasons": outcome.reasons,
+    }
+
+
+def run(config: EvalConfig) -> None:
+    """`npr eval`: every mode of eval.modes; writes eval.json and the rollouts of the first mode."""
+    session = open_session(config, config.run, config.model, config.parallel)
+    weights = read_shards(config.model.path, session.model_config, session.world, session.dtype)
+    engine = build_engine(session, weights, config.rollout)
+    report: dict[str, Any] = {"model": str(config.model.path), "seed": config.run.seed, "modes": {}}
+    modes = config.eval.modes
+    with (
+        Verifier() as verifier,
+        monitored("eval", config.run, config.log, session.world, total=len(modes), unit="modes") as monitor,
+    ):
+        for index, mode in enumerate(modes):
+            prompts = evaluation_prompts(
+                session, config.eval, "sequential" if mode == "sequential" else "parallel"
+            )
+            settings = mode_settings(config.rollout, mode, config.eval.samples_per_problem)
+            identity = (config.run.seed, "eval", mode)
+            outcome, groups = evaluate(session, engine, verifier, prompts, settings, identity=identity)
+            report["modes"][mode] = figures(outcome)
+            monitor.step(
+                index,
+                tokens=int(outcome.num_tokens.sum()),
+                shown=("accuracy", "format_valid"),
+                accuracy=float(outcome.correct.mean()),
+                format_valid=float(outcome.valid.mean()),
+            )
+            if session.world.is_main and index == 0:
+                rollouts = [rollout for group in groups for rollout in group]
+                write_rollouts(config.run.dir / "rollouts.jsonl", rollouts, session.vocabulary)
+    if session.world.is_main:
+        target = config.run.dir / config.eval.out
+        target.write_text(json.dumps(report, indent=1) + "\n")
+        print(json.dumps(report["modes"], indent=1))
