@@ -37,7 +37,7 @@ def cpu_extension() -> CppExtension:
         sorted(str(path.relative_to(ROOT)) for path in (ROOT / "cuda_ext/csrc").glob("*.cpp")),
         include_dirs=[str(ROOT / "cuda_ext/include")],
         depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "cuda_ext/include").rglob("*.h")),
-        extra_compile_args=["-O3", "-std=c++20", "-fopenmp", "-Wall", "-Wextra", "-Wno-unknown-pragmas", *optional],
+        extra_compile_args=["-O3", "-std=c++20", "-ffp-contract=fast", "-fopenmp", "-Wall", "-Wno-unknown-pragmas", *optional],
         extra_link_args=["-fopenmp"],
     )
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from npr_ext.errors import UserError
     from npr_ext.layout import BranchLayout, LayoutViolation, branch_layout
+    from npr_ext.paged import paged_attention
     from npr_ext.tags import TagIds
     from npr_ext.violations import MESSAGES, Violation
 
@@ -21,6 +22,7 @@ _HOMES = {
     "UserError": "errors",
     "Violation": "violations",
     "branch_layout": "layout",
+    "paged_attention": "paged",
 }
 
 __all__ = [
@@ -31,6 +33,7 @@ __all__ = [
     "UserError",
     "Violation",
     "branch_layout",
+    "paged_attention",
 ]
 
 

@@ -1,0 +1,173 @@
+// Vectors of the machine's own width by the compiler's vector extension: the same source for AVX-512, AVX2 and others.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <utility>
+
+namespace npr {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+constexpr int kVectorRegisters = 32;
+#elif defined(__AVX__)
+constexpr int kVectorBytes = 32;
+constexpr int kVectorRegisters = 16;
+#else
+constexpr int kVectorBytes = 16;
+constexpr int kVectorRegisters = 16;
+#endif
+
+template <typename T>
+struct VectorOf {
+  static constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
+  using Int = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  typedef T Type __attribute__((vector_size(kVectorBytes)));
+};
+template <typename T>
+using Vec = typename VectorOf<T>::Type;
+template <typename T>
+constexpr int kLanes = VectorOf<T>::kLanes;
+
+template <typename T>
+inline int round_up_to_lanes(int count) {
+  return (count + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+}
+
+template <typename T>
+inline Vec<T> broadcast(T value) {
+  return value - Vec<T>{};
+}
+
+// Storage types: float and double are computed with as they are, bfloat16 is widened to float.
+struct BFloat16 {
+  uint16_t bits;
+};
+
+template <typename Stored>
+struct Compute {
+  using Type = Stored;
+};
+template <>
+struct Compute<BFloat16> {
+  using Type = float;
+};
+template <typename Stored>
+using ComputeOf = typename Compute<Stored>::Type;
+
+template <typename T>
+inline Vec<T> load(const T* from) {
+  Vec<T> value;
+  std::memcpy(&value, from, sizeof(value));
+  return value;
+}
+inline Vec<float> load(const BFloat16* from) {
+  typedef uint16_t Narrow __attribute__((vector_size(kVectorBytes / 2)));
+  typedef uint32_t Wide __attribute__((vector_size(kVectorBytes)));
+  Narrow bits;
+  std::memcpy(&bits, from, sizeof(bits));
+  return reinterpret_cast<Vec<float>>(__builtin_convertvector(bits, Wide) << 16);
+}
+template <typename T>
+inline void store(T* to, Vec<T> value) {
+  std::memcpy(to, &value, sizeof(value));
+}
+
+template <typename T>
+inline T widen(T value) {
+  return value;
+}
+inline float widen(BFloat16 value) {
+  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
+  float result;
+  std::memcpy(&result, &bits, sizeof(result));
+  return result;
+}
+template <typename Stored>
+inline Stored narrow(ComputeOf<Stored> value) {
+  if constexpr (std::is_same_v<Stored, BFloat16>) {  // round to nearest even
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof(bits));
+    if (value != value) return BFloat16{0x7FC0};
+    return BFloat16{static_cast<uint16_t>((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16)};
+  } else {
+    return value;
+  }
+}
+
+// One round of a transposing addition: lanes with (lane & kHalf) == 0 go on adding up `low`, the others `high`.
+template <int kHalf, typename T, int... lane>
+inline Vec<T> fold(Vec<T> low, Vec<T> high, std::integer_sequence<int, lane...>) {
+  constexpr int kCount = kLanes<T>;
+  const Vec<T> kept = __builtin_shufflevector(low, high, ((lane & kHalf) ? lane + kCount : lane)...);
+  const Vec<T> moved =
+      __builtin_shufflevector(low, high, ((lane & kHalf) ? (lane ^ kHalf) + kCount : (lane ^ kHalf))...);
+  return kept + moved;
+}
+// Lane i of the result is the sum over the lanes of rows[i].
+template <typename T, int kHalf = kLanes<T> / 2>
+inline Vec<T> sums_of(Vec<T>* rows) {
+  if constexpr (kHalf == 0) {
+    return rows[0];
+  } else {
+#pragma GCC unroll 16
+    for (int i = 0; i < kHalf; ++i) {
+      rows[i] = fold<kHalf, T>(rows[i], rows[i + kHalf], std::make_integer_sequence<int, kLanes<T>>{});
+    }
+    return sums_of<T, kHalf / 2>(rows);
+  }
+}
+
+template <int kHalf, typename T, int... lane>
+inline Vec<T> swap_halves(Vec<T> value, std::integer_sequence<int, lane...>) {
+  return __builtin_shufflevector(value, value, (lane ^ kHalf)...);
+}
+template <typename T, int kHalf = kLanes<T> / 2>
+inline T sum_lanes(Vec<T> value) {
+  if constexpr (kHalf == 0) {
+    return value[0];
+  } else {
+    return sum_lanes<T, kHalf / 2>(value +
+                                   swap_halves<kHalf, T>(value, std::make_integer_sequence<int, kLanes<T>>{}));
+  }
+}
+template <typename T>
+inline Vec<T> max_of(Vec<T> a, Vec<T> b) {
+  return a > b ? a : b;
+}
+template <typename T, int kHalf = kLanes<T> / 2>
+inline T max_lanes(Vec<T> value) {
+  if constexpr (kHalf == 0) {
+    return value[0];
+  } else {
+    return max_lanes<T, kHalf / 2>(
+        max_of<T>(value, swap_halves<kHalf, T>(value, std::make_integer_sequence<int, kLanes<T>>{})));
+  }
+}
+
+// exp(x) for x <= 88, within 1 ulp (Cephes' expf: exp(n ln 2 + r), polynomial in r); exactly 0 below -87.
+inline Vec<float> exp_of(Vec<float> x) {
+  typedef int32_t Ints __attribute__((vector_size(kVectorBytes)));
+  const float magic = 12582912.0F;  // 1.5 * 2^23: adding it rounds to an integer and leaves that in the low bits
+  const Vec<float> shifted = x * 1.44269504088896341F + magic;
+  const Vec<float> n = shifted - magic;
+  Vec<float> r = x - n * 0.693359375F;
+  r = r - n * -2.12194440e-4F;
+  Vec<float> p = r * 1.9875691500e-4F + 1.3981999507e-3F;
+  p = p * r + 8.3334519073e-3F;
+  p = p * r + 4.1665795894e-2F;
+  p = p * r + 1.6666665459e-1F;
+  p = p * r + 5.0000001201e-1F;
+  p = p * (r * r) + r + 1.0F;
+  const Ints power = (reinterpret_cast<Ints>(shifted) - 0x4B400000 + 127) << 23;
+  const Vec<float> result = p * reinterpret_cast<Vec<float>>(power);
+  return x < -87.0F ? Vec<float>{} : result;
+}
+inline Vec<double> exp_of(Vec<double> x) {
+  for (int lane = 0; lane < kLanes<double>; ++lane) x[lane] = std::exp(x[lane]);
+  return x;
+}
+
+}  // namespace npr

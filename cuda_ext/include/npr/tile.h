@@ -1,0 +1,177 @@
+// Small dense products and the running softmax on tiles that lie in cache: what all attention operators are made of.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstddef>
+#include <vector>
+
+#include "npr/simd.h"
+
+namespace npr {
+
+constexpr int kTileRows = 64;    // query rows (tokens x grouped heads) of a tile
+constexpr int kTileKeys = 128;   // keys of a tile
+constexpr int kMaxHeadDim = 128;
+constexpr int kTileStride = 144;  // elements between rows of a tile in scratch: a constant, for immediate addressing; a
+                                  // vector that starts inside the first 128 may run over by less than 16
+
+static_assert(kTileKeys + kVectorBytes / 4 <= kTileStride && kMaxHeadDim <= kTileStride);
+
+// Which part of a product is needed when query row r (token r / group) sees the keys up to its own token.
+enum class Part {
+  kAll,
+  kColumnsToRow,    // C[r, key]: keys up to the row's token
+  kReduceToRow,     // C[r, :] sums over keys up to the row's token
+  kReduceFromRow,   // C[key, :] sums over rows from the key's token on
+};
+
+// Accumulator rows that fit the registers with `vectors` columns of vectors.
+constexpr int micro_rows(int vectors) {
+  const int budget = kVectorRegisters == 32 ? 24 : 12;
+  return vectors == 1 ? budget / 2 : budget / vectors;
+}
+
+// Rows of B, contiguous or gathered by slot.
+template <typename Stored>
+struct StridedRows {
+  const Stored* data;
+  std::ptrdiff_t stride;
+  const Stored* operator()(int k) const { return data + k * stride; }
+};
+template <typename Stored>
+struct SlotRows {
+  const Stored* data;
+  std::ptrdiff_t stride;
+  const int32_t* slots;
+  const Stored* operator()(int k) const { return data + slots[k] * stride; }
+};
+
+// C[rows, kVectors * lanes] (+)= A[rows, k_begin..k_end) B, with element (m, k) of A at a[m * kRowStep + k * kReduceStep].
+template <typename T, int kRows, int kVectors, int kRowStep, int kReduceStep, bool kAccumulate, typename Rows>
+void multiply_micro(int k_begin, int k_end, const T* a, Rows b, int column, T* c, std::ptrdiff_t c_stride) {
+  Vec<T> sums[kRows][kVectors];
+#pragma GCC unroll 32
+  for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      sums[m][v] = kAccumulate ? load(c + m * c_stride + v * kLanes<T>) : Vec<T>{};
+    }
+  }
+  for (int k = k_begin; k < k_end; ++k) {
+    const auto* b_row = b(k) + column;
+    Vec<T> b_values[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) b_values[v] = load(b_row + v * kLanes<T>);
+#pragma GCC unroll 32
+    for (int m = 0; m < kRows; ++m) {
+      const Vec<T> a_value = broadcast<T>(a[m * kRowStep + static_cast<std::ptrdiff_t>(k) * kReduceStep]);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) sums[m][v] += a_value * b_values[v];
+    }
+  }
+#pragma GCC unroll 32
+  for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) store<T>(c + m * c_stride + v * kLanes<T>, sums[m][v]);
+  }
+}
+
+template <typename T, int kVectors, int kRowStep, int kReduceStep, bool kAccumulate, typename Rows>
+struct MicroTable {
+  using Function = void (*)(int, int, const T*, Rows, int, T*, std::ptrdiff_t);
+  template <int... row>
+  static constexpr std::array<Function, sizeof...(row)> make(std::integer_sequence<int, row...>) {
+    return {&multiply_micro<T, row + 1, kVectors, kRowStep, kReduceStep, kAccumulate, Rows>...};
+  }
+  static constexpr int kRows = micro_rows(kVectors);
+  static constexpr auto kFunctions = make(std::make_integer_sequence<int, kRows>{});
+};
+
+template <typename T, int kVectors, int kRowStep, int kReduceStep, bool kAccumulate, Part kPart, typename Rows>
+void multiply_columns(int rows, int reduce, int group, const T* a, Rows b, int column, T* c, std::ptrdiff_t c_stride) {
+  using Table = MicroTable<T, kVectors, kRowStep, kReduceStep, kAccumulate, Rows>;
+  const int chunks = (rows + Table::kRows - 1) / Table::kRows;
+  for (int chunk = 0, begin = 0; chunk < chunks; ++chunk) {
+    const int end = begin + (rows - begin) / (chunks - chunk);  // chunks of equal height keep the registers busy
+    int k_begin = 0;
+    int k_end = reduce;
+    if constexpr (kPart == Part::kColumnsToRow) {
+      if (column > (end - 1) / group) {
+        begin = end;
+        continue;
+      }
+    } else if constexpr (kPart == Part::kReduceToRow) {
+      k_end = std::min(reduce, (end - 1) / group + 1);
+    } else if constexpr (kPart == Part::kReduceFromRow) {
+      k_begin = std::min(reduce, begin * group);
+    }
+    Table::kFunctions[end - begin - 1](k_begin, k_end, a + begin * kRowStep, b, column,
+                                       c + begin * c_stride + column, c_stride);
+    begin = end;
+  }
+}
+
+// C[rows, columns] (+)= A[rows, reduce] B[reduce, columns]; columns are rounded up to whole vectors.
+template <typename T, int kRowStep, int kReduceStep, bool kAccumulate, Part kPart = Part::kAll, typename Rows>
+void multiply(int rows, int columns, int reduce, const T* a, Rows b, T* c, std::ptrdiff_t c_stride, int group = 1) {
+  int vectors = (columns + kLanes<T> - 1) / kLanes<T>;
+  int column = 0;
+  for (; vectors >= 4; vectors -= 4, column += 4 * kLanes<T>) {
+    multiply_columns<T, 4, kRowStep, kReduceStep, kAccumulate, kPart>(rows, reduce, group, a, b, column, c, c_stride);
+  }
+  if (vectors == 3) {
+    multiply_columns<T, 3, kRowStep, kReduceStep, kAccumulate, kPart>(rows, reduce, group, a, b, column, c, c_stride);
+  } else if (vectors == 2) {
+    multiply_columns<T, 2, kRowStep, kReduceStep, kAccumulate, kPart>(rows, reduce, group, a, b, column, c, c_stride);
+  } else if (vectors == 1) {
+    multiply_columns<T, 1, kRowStep, kReduceStep, kAccumulate, kPart>(rows, reduce, group, a, b, column, c, c_stride);
+  }
+}
+
+// Scores of one query row join its running softmax. `scores` becomes exp(scores - new maximum), zero from `limit` to
+// `columns`; `output` (the sum of weighted values so far) is rescaled. Room for whole vectors behind `limit` is needed.
+template <typename T>
+void absorb_scores(T* scores, int limit, int columns, T& maximum, T& total, T* output, int dim) {
+  const int padded = round_up_to_lanes<T>(limit);
+  const T minus_infinity = -std::numeric_limits<T>::infinity();
+  for (int j = limit; j < padded; ++j) scores[j] = minus_infinity;
+  for (int j = padded; j < columns; ++j) scores[j] = 0;
+  if (limit == 0) return;
+  Vec<T> highest = load(scores);
+  for (int j = kLanes<T>; j < padded; j += kLanes<T>) highest = max_of<T>(load(scores + j), highest);
+  const T new_maximum = std::max(maximum, max_lanes<T>(highest));
+  const Vec<T> shift = broadcast<T>(new_maximum == minus_infinity ? T(0) : new_maximum);
+  Vec<T> sum{};
+  for (int j = 0; j < padded; j += kLanes<T>) {
+    const Vec<T> weight = exp_of(load(scores + j) - shift);
+    store<T>(scores + j, weight);
+    sum += weight;
+  }
+  const T decay = maximum == minus_infinity ? T(0) : std::exp(maximum - new_maximum);
+  total = total * decay + sum_lanes<T>(sum);
+  if (decay != T(1)) {
+    for (int j = 0; j < dim; ++j) output[j] *= decay;
+  }
+  maximum = new_maximum;
+}
+
+// Scratch tile in memory that is aligned to cache lines.
+template <typename T>
+class Tile {
+ public:
+  explicit Tile(int rows) : storage_(static_cast<std::size_t>(rows) * kTileStride + kVectorBytes) {
+    const auto address = reinterpret_cast<std::uintptr_t>(storage_.data());
+    data_ = reinterpret_cast<T*>((address + kVectorBytes - 1) / kVectorBytes * kVectorBytes);
+  }
+  Tile(const Tile&) = delete;
+  Tile& operator=(const Tile&) = delete;
+  T* row(int index) { return data_ + static_cast<std::ptrdiff_t>(index) * kTileStride; }
+  void clear(int rows) { std::fill(row(0), row(rows), T(0)); }
+
+ private:
+  std::vector<T> storage_;
+  T* data_;
+};
+
+}  // namespace npr

@@ -1,0 +1,37 @@
+"""Attention of new tokens to a paged cache of keys and values: the engine's operator."""
+
+import torch
+from torch import Tensor
+
+from npr_ext import _C  # noqa: F401  (loading it registers torch.ops.npr)
+
+
+def paged_attention(
+    q_TNH: Tensor,
+    k_cache_SKH: Tensor,
+    v_cache_SKH: Tensor,
+    tables: Tensor,
+    row_of_token: Tensor,
+    lengths: Tensor,
+    *,
+    scale: float | None = None,
+) -> Tensor:
+    """Token t attends to the slots ``tables[row_of_token[t], :lengths[t]]``; a token without keys gives zeros. [T, N, H].
+
+    Args:
+        q_TNH: queries of this step's tokens, float32, float64 or bfloat16 (then accumulated in float32).
+        k_cache_SKH: keys by slot, contiguous; N is a multiple of K.
+        v_cache_SKH: values by slot, contiguous.
+        tables: int32 [rows, width] slots of each row in order; a fork aliases slots, a join concatenates them.
+        row_of_token: int32 [T]. Neighbouring tokens of one row (a prefill chunk) are computed together.
+        lengths: int32 [T] keys of each token.
+        scale: factor of the scores; 1 / sqrt(H) if None.
+
+    Raises:
+        ValueError: a shape, type, row, length or slot that does not fit.
+    """
+    factor = q_TNH.shape[-1] ** -0.5 if scale is None else scale
+    output: Tensor = torch.ops.npr.paged_attention(
+        q_TNH, k_cache_SKH, v_cache_SKH, tables, row_of_token, lengths, factor
+    )
+    return output

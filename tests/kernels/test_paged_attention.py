@@ -1,0 +1,83 @@
+"""Paged attention against its definition in PyTorch."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from npr_ext import paged_attention
+from npr_ext.reference import reference_paged_attention
+
+TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-12, torch.bfloat16: 2e-2}
+
+
+def random_job(
+    seed: int, runs: list[tuple[int, int]], heads: int, kv_heads: int, dim: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, ...]:
+    """Runs of (tokens, keys of the last one), each a causal chunk of its own table row; slots are shared and shuffled."""
+    generator = torch.Generator().manual_seed(seed)
+    width = max((length for _, length in runs), default=1)
+    num_slots = width + 7
+    tables = torch.stack([torch.randperm(num_slots, generator=generator)[:width] for _ in runs]).int()
+    rows = torch.tensor([row for row, (tokens, _) in enumerate(runs) for _ in range(tokens)], dtype=torch.int32)
+    lengths = torch.tensor(
+        [max(0, length - tokens + 1 + i) for tokens, length in runs for i in range(tokens)], dtype=torch.int32
+    )
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    q = randn(len(rows), heads, dim) * 2
+    return q, randn(num_slots, kv_heads, dim), randn(num_slots, kv_heads, dim), tables, rows, lengths
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(0, 10**6),
+    st.lists(st.tuples(st.integers(1, 40), st.integers(1, 300)), min_size=1, max_size=3),
+    st.sampled_from([(1, 1), (4, 2), (9, 3), (8, 1)]),
+    st.sampled_from([8, 20, 32, 64, 128]),
+    st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+)
+def test_every_token_attends_to_exactly_its_slots(
+    seed: int, runs: list[tuple[int, int]], heads: tuple[int, int], dim: int, dtype: torch.dtype
+) -> None:
+    q, k, v, tables, rows, lengths = random_job(seed, runs, *heads, dim, dtype)
+    actual = paged_attention(q, k, v, tables, rows, lengths)
+    seen = lengths > 0
+    expected = reference_paged_attention(
+        q[seen].double(), k.double(), v.double(), tables, rows[seen], lengths[seen], 1 / math.sqrt(dim)
+    )
+    assert actual.dtype == dtype
+    assert (actual[seen].double() - expected).abs().max() <= TOLERANCE[dtype] * 4
+    assert (actual[~seen] == 0).all()
+
+
+def test_huge_scores_do_not_overflow() -> None:
+    q, k, v, tables, rows, lengths = random_job(0, [(1, 200), (30, 200)], 4, 2, 32, torch.float32)
+    actual = paged_attention(q * 1e3, k, v, tables, rows, lengths)
+    expected = reference_paged_attention(q * 1e3, k, v, tables, rows, lengths, 32**-0.5)
+    assert torch.allclose(actual, expected, atol=1e-3)
+
+
+def test_a_token_decodes_the_same_alone_and_in_any_batch() -> None:
+    q, k, v, tables, rows, lengths = random_job(1, [(1, 100), (1, 50), (1, 250)], 4, 2, 32, torch.float32)
+    together = paged_attention(q, k, v, tables, rows, lengths)
+    for t in range(3):
+        alone = paged_attention(q[t : t + 1], k, v, tables, rows[t : t + 1], lengths[t : t + 1])
+        assert torch.equal(alone[0], together[t])
+
+
+@pytest.mark.parametrize("what, value", [("tables", 10**6), ("tables", -1), ("rows", 5), ("rows", -1), ("lengths", 999)])
+def test_an_index_outside_of_its_table_or_cache_is_refused(what: str, value: int) -> None:
+    q, k, v, tables, rows, lengths = random_job(0, [(2, 40)], 4, 2, 32, torch.float32)
+    {"tables": tables[0], "rows": rows, "lengths": lengths}[what][0] = value
+    with pytest.raises(ValueError, match=str(value)):
+        paged_attention(q, k, v, tables, rows, lengths)
+
+
+def test_no_tokens_are_no_work() -> None:
+    q, k, v, tables, rows, lengths = random_job(0, [(2, 40)], 4, 2, 32, torch.float32)
+    assert paged_attention(q[:0], k, v, tables, rows[:0], lengths[:0]).shape == (0, 4, 32)
