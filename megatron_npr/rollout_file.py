@@ -1,0 +1,72 @@
+"""Rollouts on disk: one JSON object a line, everything the engine said about a response."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from npr_engine.rollout import Rollout
+from npr_engine.vocabulary import Vocabulary
+from npr_ext.errors import UserError
+
+ARRAYS = {
+    "prompt_ids": np.int32,
+    "token_ids": np.int32,
+    "logprobs": np.float32,
+    "sampler_logprobs": np.float32,
+    "forced": np.bool_,
+    "branch_ids": np.int32,
+    "decode_steps": np.int32,
+    "positions": np.int32,
+}
+SCALARS = ("request_id", "finish_reason", "branching", "weights_version")
+
+
+def to_record(rollout: Rollout) -> dict[str, Any]:
+    """A rollout as JSON data; log-probs that are NaN (forced tokens) become null."""
+    fields = vars(rollout)
+    record = {name: fields[name] for name in SCALARS}
+    for name, kind in ARRAYS.items():
+        values = fields[name].tolist()
+        record[name] = (
+            [None if value != value else value for value in values] if kind is np.float32 else values
+        )
+    return record
+
+
+def from_record(record: dict[str, Any]) -> Rollout:
+    """The inverse of `to_record`."""
+    fields: dict[str, Any] = {name: record[name] for name in SCALARS}
+    fields |= {name: np.array(record[name], dtype=kind) for name, kind in ARRAYS.items()}
+    return Rollout(**fields)
+
+
+def pieces(rollout: Rollout, vocabulary: Vocabulary) -> tuple[str, ...]:
+    """The text of every response token; a byte of a longer character shows as a replacement mark."""
+    return tuple(vocabulary.pieces[token].decode(errors="replace") for token in rollout.token_ids.tolist())
+
+
+def write_rollouts(path: Path, rollouts: Iterable[Rollout], vocabulary: Vocabulary) -> None:
+    """Write a JSONL file with the tokens' texts beside their ids, in one piece or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".tmp")
+    with unfinished.open("w") as file:
+        for rollout in rollouts:
+            file.write(json.dumps({**to_record(rollout), "pieces": pieces(rollout, vocabulary)}) + "\n")
+    unfinished.replace(path)
+
+
+def read_rollouts(path: Path) -> list[Rollout]:
+    """Read a JSONL file; UserError names the file and the line that is not a rollout."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; `npr eval` and `npr demo` write rollouts.jsonl")
+    rollouts = []
+    with path.open() as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                rollouts.append(from_record(json.loads(line)))
+            except (KeyError, TypeError, ValueError) as error:
+                raise UserError(f"{path}:{number}: not a rollout: {type(error).__name__} {error}") from None
+    return rollouts

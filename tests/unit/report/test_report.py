@@ -1,0 +1,153 @@
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_npr.report import DemoResult, check, floors, rebuild, write_report
+from megatron_npr.statistics import PairedDifference
+from npr_ext.errors import UserError
+from tests.unit.report.sample import result, rollout
+
+FIGURES = {
+    "accuracy",
+    "accuracy_ci95",
+    "accuracy_greedy",
+    "accuracy_top_p_0.7",
+    "format_valid",
+    "format_valid_unforced",
+    "parallel_rate",
+    "mean_total_tokens",
+    "mean_critical_path",
+    "tokens_per_second",
+}
+VOID = {"meta", "br", "line", "circle", "rect", "polyline"}
+
+
+class Balanced(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+
+def test_report_json_has_exactly_the_promised_keys(tmp_path: Path) -> None:
+    write_report(tmp_path, result(tmp_path))
+    report = json.loads((tmp_path / "report.json").read_text())
+    promised = {"wall_seconds", "seed", "stages", "npr_minus_beta", "speedup_wall"}
+    assert set(report) == promised | {"controls", "details"}
+    assert set(report["stages"]) == {"base", "base_sequential", "zero", "beta", "npr", "sequential_rl"}
+    assert all(set(figures) == FIGURES for figures in report["stages"].values())
+    assert set(report["npr_minus_beta"]) == {"delta", "ci95", "p_value"}
+    assert set(report["speedup_wall"]) == {"batch_1", "batch_32", "ideal"}
+
+
+def test_a_result_that_reaches_everything_misses_no_floor(tmp_path: Path) -> None:
+    assert write_report(tmp_path, result(tmp_path)) == []
+
+
+def with_stage(good: DemoResult, name: str, **figures: Any) -> DemoResult:
+    return replace(good, stages={**good.stages, name: replace(good.stages[name], **figures)})
+
+
+@pytest.mark.parametrize(
+    ("name", "figures", "line"),
+    [
+        ("base", {"format_valid": 0.61}, "format_valid of base is 0.61, must be <= 0.6"),
+        ("zero", {"format_valid": 0.89}, "format_valid of zero is 0.89, must be >= 0.9"),
+        ("beta", {"format_valid": 0.96}, "format_valid of beta is 0.96, must be >= 0.97"),
+        ("npr", {"format_valid": float("nan")}, "format_valid of npr is nan, must be >= 0.97"),
+        ("npr", {"parallel_rate": 0.98}, "parallel_rate of npr is 0.98, must be >= 0.99"),
+        ("base_sequential", {"accuracy": 0.72}, "accuracy npr - base_sequential is 0.14, must be >= 0.15"),
+        ("npr", {"accuracy_greedy": 0.80}, "greedy accuracy npr - beta is -0.03, must be >= -0.02"),
+        ("npr", {"accuracy_top_p": 0.78}, "top_p 0.7 accuracy npr - beta is -0.03, must be >= -0.02"),
+    ],
+)
+def test_a_missed_figure_of_a_stage_is_named(
+    name: str, figures: dict[str, float], line: str, tmp_path: Path
+) -> None:
+    assert floors(with_stage(result(tmp_path), name, **figures).to_report()) == [line]
+
+
+def test_missed_gains_speeds_and_sizes_are_named(tmp_path: Path) -> None:
+    bad = replace(
+        result(tmp_path),
+        wall_seconds=721.0,
+        evaluation_seconds=300.0,
+        num_problems=511,
+        comparisons={"npr - beta": PairedDifference(0.02, 0.0, 0.04, 0.06)},
+        speedup=replace(result(tmp_path).speedup, batch_32=1.4, ideal=1.7, median_step_tokens=41),
+    )
+    missed = floors(bad.to_report())
+    assert [line.split(" is ")[0] for line in missed] == [
+        "wall time",
+        "evaluation's share of the wall time",
+        "held-out problems",
+        "accuracy npr - beta",
+        "lower end of the 95 % interval of npr - beta",
+        "wall-clock speedup at batch 32 as a share of the ideal",
+        "ideal speedup (total / critical-path tokens)",
+        "median tokens of a step",
+    ]
+    assert missed[0] == "wall time is 721 s, must be <= 720 s"
+
+
+def test_a_difference_that_is_exactly_the_bound_is_enough(tmp_path: Path) -> None:
+    good = with_stage(result(tmp_path), "base_sequential", accuracy=0.86 - 0.15)
+    assert floors(good.to_report()) == []
+
+
+def test_the_page_is_balanced_and_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
+    write_report(tmp_path, result(tmp_path))
+    html = (tmp_path / "report.html").read_text()
+    parser = Balanced()
+    parser.feed(html)
+    assert parser.open == []
+    assert not re.search(r"""(src|href)\s*=|url\(|@import|https?://""", html)
+
+
+def test_the_page_shows_every_floor_stage_and_curve(tmp_path: Path) -> None:
+    made = result(tmp_path)
+    write_report(tmp_path, made)
+    html = (tmp_path / "report.html").read_text()
+    assert html.count('class="held">held') == len(check(made.to_report()))
+    assert all(title in html for title in ("Stage 1, DAPO", "Stage 3, PAPO", "Control: sequential RL"))
+
+
+def test_a_timeline_has_a_cell_for_every_token(tmp_path: Path) -> None:
+    write_report(tmp_path, result(tmp_path))
+    html = (tmp_path / "report.html").read_text()
+    made, _ = rollout()
+    assert html.count('<rect class="cell') == 2 * made.num_tokens
+    assert "branch 2, step 32, p = 0.90" in html
+    assert "&lt;step&gt;   branch 1, step 29, forced by the engine" in html
+
+
+def test_a_question_with_markup_is_text(tmp_path: Path) -> None:
+    made = result(tmp_path)
+    write_report(
+        tmp_path, replace(made, timelines=(replace(made.timelines[0], question="<script>1</script>"),))
+    )
+    assert "<script>" not in (tmp_path / "report.html").read_text()
+
+
+def test_a_report_is_rebuilt_from_what_was_saved(tmp_path: Path) -> None:
+    write_report(tmp_path, result(tmp_path))
+    before = [(tmp_path / name).read_text() for name in ("report.html", "report.json")]
+    assert rebuild(tmp_path) == tmp_path / "report.html"
+    assert [(tmp_path / name).read_text() for name in ("report.html", "report.json")] == before
+
+
+def test_a_folder_without_a_result_is_one_clear_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"result\.json: no such file; `npr demo` writes it"):
+        rebuild(tmp_path)
