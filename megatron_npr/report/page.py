@@ -71,7 +71,10 @@ def _cards(result: DemoResult) -> str:
             f"{npr.accuracy:.1%}",
             f"accuracy of NPR; base {stages['base'].accuracy:.1%} in the parallel format",
         ),
-        (f"{gain.delta:+.1%}", f"PAPO over parallel SFT, 95 % [{gain.low:+.1%}, {gain.high:+.1%}]"),
+        (
+            f"{100 * gain.delta:+.1f}",
+            f"points by PAPO over parallel SFT, 95 % [{100 * gain.low:+.1f}, {100 * gain.high:+.1f}]",
+        ),
         (f"{npr.parallel_rate:.1%}", "of NPR's responses are valid and ran branches in the same steps"),
         (f"{speed.batch_1:.2f}x", f"faster than sequential decoding at batch 1; ideal {speed.ideal:.2f}x"),
     ]
@@ -91,7 +94,7 @@ def _stage_table(result: DemoResult) -> str:
         "and NPR branch in the engine, grammar constraint off. The engine writes some tags itself, so <em>valid, unforced</em> "
         "decodes the same model as one plain sequence, nothing forced.</p>"
         + _table(["", *(title for _, title in COLUMNS)], rows)
-        + f'<div class="panel">{charts.interval_dots(dots)}</div>'
+        + f'<div class="scroll timeline-box">{charts.interval_dots(dots)}</div>'
     )
 
 
@@ -210,7 +213,9 @@ def _table(head: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]]) -> st
         f'<tr class="{kind}">{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>' for kind, cells in rows
     )
     titles = "".join(f"<th>{escape(title)}</th>" for title in head)
-    return f'<div class="scroll"><table><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table></div>'
+    return (
+        f'<div class="scroll wrap"><table><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table></div>'
+    )
 
 
 def _p_value(value: float) -> str:
