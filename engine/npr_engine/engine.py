@@ -1,0 +1,227 @@
+"""NPR-Engine: prompts in, rollouts out, branches decoded in one batch.
+
+generate ─► Scheduler.submit
+              └► plan ─► Runner.run (model, sampler) ─► commit ─┐
+                  ▲                                             │ until nothing is left
+                  └─────────────────────────────────────────────┘ ─► Rollout of each request, in order
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from npr_engine.grammar import Grammar
+from npr_engine.model import InferenceModel
+from npr_engine.response_state import Request
+from npr_engine.rollout import Rollout
+from npr_engine.runner import Runner
+from npr_engine.sampling import SamplingParams
+from npr_engine.scheduler import Finished, Limits, Scheduler
+from npr_engine.token_ids import TokenIds
+from npr_ext.errors import UserError
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Sizes of the engine.
+
+    Attributes:
+        num_kv_slots: tokens whose KV fits; rounded down to blocks.
+        block_size: slots of a block; a response leaves less than one block unused.
+        max_batch_tokens: tokens a step feeds at most, decoding first, then chunks of prompts.
+        max_running: responses that run at once.
+    """
+
+    num_kv_slots: int = 65_536
+    block_size: int = 16
+    max_batch_tokens: int = 4_096
+    max_running: int = 512
+
+    def __post_init__(self) -> None:
+        rules = {"num_kv_slots": self.block_size, "block_size": 1, "max_batch_tokens": 2, "max_running": 1}
+        for name, least in rules.items():
+            value = getattr(self, name)
+            if value < least:
+                raise UserError(f"engine: {name} is {value}, it must be >= {least}")
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """Totals since the engine was made.
+
+    `model_seconds` are spent in forward and sampler, `seconds` in all steps; `overhead_us_per_step` is the
+    rest of a step. `forced_tokens` count when their response ends.
+    """
+
+    steps: int
+    sampled_tokens: int
+    fed_tokens: int
+    forced_tokens: int
+    recomputed_tokens: int
+    preemptions: int
+    forks: int
+    joins: int
+    peak_blocks: int
+    num_blocks: int
+    free_blocks: int
+    seconds: float
+    model_seconds: float
+
+    @property
+    def overhead_us_per_step(self) -> float:
+        return 1e6 * (self.seconds - self.model_seconds) / max(self.steps, 1)
+
+
+class Engine:
+    """A model, a grammar and KV memory. One thread uses it; with tensor parallelism every rank calls it
+    alike."""
+
+    def __init__(self, model: InferenceModel, grammar: Grammar, config: EngineConfig) -> None:
+        self.model = model
+        self.config = config
+        num_blocks = config.num_kv_slots // config.block_size
+        limits = Limits(num_blocks, config.block_size, config.max_batch_tokens, config.max_running)
+        self._scheduler = Scheduler(grammar, limits, model.config.vocab_size)
+        self._runner = Runner(model, num_blocks * config.block_size)
+        self._weights_version = 0
+        self._seconds = self._model_seconds = 0.0
+
+    def generate(
+        self,
+        prompts: Sequence[TokenIds],
+        sampling: SamplingParams | Sequence[SamplingParams],
+        request_ids: Sequence[str] | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> list[Rollout]:
+        """A rollout for each prompt, in their order.
+
+        Args:
+            prompts: token ids of each prompt; equal prompts share their KV.
+            sampling: for all, or one for each.
+            request_ids: different ones; "0", "1", ... by default. With the seed they fix every draw.
+            on_progress: called with (finished, total) when responses end; it may call `abort`.
+        """
+        if not self._runner.has_memory:
+            raise UserError("the engine's memory is released: call resume_memory() before generate()")
+        requests = self._requests(prompts, sampling, request_ids)
+        place = {request.request_id: index for index, request in enumerate(requests)}
+        rollouts: list[Rollout | None] = [None] * len(requests)
+        self._submit(requests)
+        try:
+            while self._scheduler.num_unfinished:
+                self._step()
+                finished = self._scheduler.take_finished()
+                for ended in finished:
+                    rollouts[place[ended.request.request_id]] = self._rollout(ended)
+                if finished and on_progress is not None:
+                    on_progress(len(requests) - self._scheduler.num_unfinished, len(requests))
+        except BaseException:
+            self._abandon(requests)
+            raise
+        for ended in self._scheduler.take_finished():
+            rollouts[place[ended.request.request_id]] = self._rollout(ended)
+        assert all(rollout is not None for rollout in rollouts)
+        return [rollout for rollout in rollouts if rollout is not None]
+
+    def abort(self, request_id: str) -> bool:
+        """Ends a request with what it has decoded, reason "aborted"; False where no such request runs or
+        waits."""
+        return self._scheduler.abort(request_id)
+
+    def weights_updated(self, version: int) -> None:
+        """The weights are others now: all KV is void, rollouts from here on carry `version`."""
+        self._scheduler.restart_all()
+        self._weights_version = version
+
+    def release_memory(self) -> None:
+        """Frees the KV cache (the trainer needs the room)."""
+        self._scheduler.restart_all()
+        self._runner.release_memory()
+
+    def resume_memory(self) -> None:
+        self._runner.resume_memory()
+
+    def stats(self) -> EngineStats:
+        scheduler = self._scheduler
+        return EngineStats(
+            **asdict(scheduler.counters),
+            num_blocks=scheduler.limits.num_blocks,
+            free_blocks=scheduler.num_free_blocks,
+            seconds=self._seconds,
+            model_seconds=self._model_seconds,
+        )
+
+    def check_integrity(self) -> None:
+        """Asserts that no KV block, slot, table row or seat is lost or has two owners."""
+        self._scheduler.check_integrity()
+
+    def _step(self) -> None:
+        start = time.perf_counter()
+        batch = self._scheduler.plan()
+        if batch is None:
+            return
+        inputs = self._scheduler.sample_inputs(batch)
+        before = time.perf_counter()
+        sampled = self._runner.run(batch, inputs)
+        after = time.perf_counter()
+        self._scheduler.commit(batch, sampled)
+        self._model_seconds += after - before
+        self._seconds += time.perf_counter() - start
+
+    def _requests(
+        self,
+        prompts: Sequence[TokenIds],
+        sampling: SamplingParams | Sequence[SamplingParams],
+        request_ids: Sequence[str] | None,
+    ) -> list[Request]:
+        params = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else list(sampling)
+        ids = [str(index) for index in range(len(prompts))] if request_ids is None else list(request_ids)
+        if not len(prompts) == len(params) == len(ids):
+            raise UserError(
+                f"{len(prompts)} prompts, {len(params)} sampling parameters, {len(ids)} request ids"
+            )
+        if len(set(ids)) != len(ids):
+            repeated = next(request_id for request_id in ids if ids.count(request_id) > 1)
+            raise UserError(f"request id {repeated!r} is given twice: ids name requests and fix their draws")
+        arrays = [np.ascontiguousarray(prompt, dtype=np.int32) for prompt in prompts]
+        size = self.model.config.vocab_size
+        for request_id, array in zip(ids, arrays, strict=True):
+            if array.ndim != 1 or (array < 0).any() or (array >= size).any():
+                raise UserError(f"request {request_id}: the prompt must be token ids in [0, {size})")
+        return [Request(*fields) for fields in zip(ids, arrays, params, strict=True)]
+
+    def _submit(self, requests: list[Request]) -> None:
+        """All of them or, where one can never fit, none."""
+        try:
+            for request in requests:
+                self._scheduler.submit(request)
+        except UserError:
+            self._abandon(requests)
+            raise
+
+    def _abandon(self, requests: list[Request]) -> None:
+        """After an error: no request is left, no KV is trusted, the engine is as new."""
+        self._scheduler.restart_all()
+        for request in requests:
+            self._scheduler.abort(request.request_id)
+        self._scheduler.take_finished()
+
+    def _rollout(self, ended: Finished) -> Rollout:
+        return Rollout(
+            request_id=ended.request.request_id,
+            prompt_ids=ended.request.prompt_ids,
+            token_ids=ended.record.tokens,
+            logprobs=ended.record.logprobs,
+            sampler_logprobs=ended.record.sampler_logprobs,
+            forced=ended.record.forced,
+            branch_ids=ended.branch_ids,
+            decode_steps=ended.record.steps,
+            positions=ended.record.positions,
+            finish_reason=ended.reason,
+            branching=ended.request.params.branching,
+            weights_version=self._weights_version,
+        )

@@ -1,0 +1,236 @@
+"""The inference model: a Qwen3-family decoder over a paged KV cache, on the trainer's own weight tensors.
+
+Shapes: T tokens of a step, S sampled ones, D hidden, V vocabulary, G key/value heads of this rank, N query
+heads per key/value head, H head dim, F feed-forward. Weights keep Megatron's shard layout (fused [q.. k v]
+per group, fused [gate; up]) and are referenced, never copied: an optimizer step is seen by the next forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from npr_engine.rotary import Rotary, rotate
+from npr_ext import paged_attention
+from npr_ext.errors import UserError
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The architecture: RMSNorm, grouped-query attention, RoPE (half rotation), SwiGLU; Qwen3, Qwen2.5 and
+    Llama."""
+
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    ffn_hidden_size: int
+    vocab_size: int
+    rope_theta: float = 1_000_000.0
+    rms_norm_eps: float = 1e-6
+    qk_norm: bool = True
+    qkv_bias: bool = False
+    tied_embeddings: bool = True
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise UserError(f"num_heads {self.num_heads} is no multiple of num_kv_heads {self.num_kv_heads}")
+        if self.head_dim % 2:
+            raise UserError(f"head_dim {self.head_dim} is odd: RoPE rotates pairs")
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """Keys (after RoPE) and values by slot, [layers, slots, G, H]."""
+
+    keys: Tensor
+    values: Tensor
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a forward needs about its T tokens: see Batch. `tables` int32 [rows, width], the rest [T] or
+    [S]."""
+
+    token_ids: Tensor
+    positions: Tensor
+    slots: Tensor
+    rows: Tensor
+    lengths: Tensor
+    tables: Tensor
+    sample_index: Tensor
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """Weights of one layer, local shards."""
+
+    attention_norm_D: Tensor
+    qkv_CD: Tensor
+    qkv_bias_C: Tensor | None
+    query_norm_H: Tensor | None
+    key_norm_H: Tensor | None
+    proj_DC: Tensor
+    mlp_norm_D: Tensor
+    gate_up_FD: Tensor
+    down_DF: Tensor
+
+
+class InferenceModel:
+    """Runs a step of the engine: writes the KV of its tokens, gives the logits that are sampled from."""
+
+    def __init__(
+        self, config: ModelConfig, weights: Mapping[str, Tensor], tp_group: ProcessGroup | None = None
+    ) -> None:
+        self.config = config
+        self._group = tp_group
+        self._tp_size = 1 if tp_group is None else dist.get_world_size(tp_group)
+        self._tp_rank = 0 if tp_group is None else dist.get_rank(tp_group)
+        if config.num_kv_heads % self._tp_size:
+            raise UserError(
+                f"num_kv_heads {config.num_kv_heads} cannot be split over {self._tp_size} tensor-parallel ranks"
+            )
+        self._num_groups = config.num_kv_heads // self._tp_size
+        self._queries_per_group = config.num_heads // config.num_kv_heads
+        reader = _Reader(weights)
+        self._embedding_VD = reader["embedding.word_embeddings.weight"]
+        self._layers = [_layer_weights(reader, config, layer) for layer in range(config.num_layers)]
+        self._final_norm_D = reader["decoder.final_layernorm.weight"]
+        self._output_VD = self._embedding_VD if config.tied_embeddings else reader["output_layer.weight"]
+        self._check_shapes()
+        self._rotary = Rotary(config.head_dim, config.rope_theta, self.dtype, self.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._embedding_VD.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._embedding_VD.device
+
+    def new_cache(self, num_slots: int) -> KVCache:
+        """An empty cache for this rank's heads; what it holds at first is never read."""
+        shape = (self.config.num_layers, num_slots, self._num_groups, self.config.head_dim)
+        keys = torch.empty(shape, dtype=self.dtype, device=self.device)
+        return KVCache(keys, torch.empty_like(keys))
+
+    def forward(self, step: Step, cache: KVCache) -> Tensor:
+        """Logits [S, V] after the tokens at `step.sample_index`; S may be 0."""
+        hidden_TD = self._embed(step.token_ids)
+        cos_T11H, sin_T11H = self._rotary.at(step.positions)
+        for layer, weights in enumerate(self._layers):
+            keys, values = cache.keys[layer], cache.values[layer]
+            hidden_TD = self._attend(weights, hidden_TD, step, keys, values, cos_T11H, sin_T11H)
+            hidden_TD = self._feed_forward(weights, hidden_TD)
+        if len(step.sample_index) < len(hidden_TD):
+            hidden_TD = hidden_TD.index_select(0, step.sample_index)
+        return self._logits(self._norm(hidden_TD, self._final_norm_D))
+
+    def _attend(
+        self,
+        weights: LayerWeights,
+        hidden_TD: Tensor,
+        step: Step,
+        keys_SGH: Tensor,
+        values_SGH: Tensor,
+        cos_T11H: Tensor,
+        sin_T11H: Tensor,
+    ) -> Tensor:
+        num_tokens, num_queries = len(hidden_TD), self._queries_per_group
+        normed_TD = self._norm(hidden_TD, weights.attention_norm_D)
+        qkv = F.linear(normed_TD, weights.qkv_CD, weights.qkv_bias_C)
+        qkv_TGNH = qkv.view(num_tokens, self._num_groups, num_queries + 2, self.config.head_dim)
+        qk_TGNH = qkv_TGNH[:, :, :-1]
+        if weights.query_norm_H is not None and weights.key_norm_H is not None:
+            scale_NH = torch.cat((weights.query_norm_H.expand(num_queries, -1), weights.key_norm_H[None]))
+            qk_TGNH = F.rms_norm(qk_TGNH, (self.config.head_dim,), None, self.config.rms_norm_eps) * scale_NH
+        qk_TGNH = rotate(qk_TGNH, cos_T11H, sin_T11H)
+        keys_SGH.index_copy_(0, step.slots, qk_TGNH[:, :, -1])
+        values_SGH.index_copy_(0, step.slots, qkv_TGNH[:, :, -1])
+        queries = qk_TGNH[:, :, :-1].reshape(num_tokens, -1, self.config.head_dim)
+        mixed = paged_attention(queries, keys_SGH, values_SGH, step.tables, step.rows, step.lengths)
+        return hidden_TD + self._all_reduce(F.linear(mixed.view(num_tokens, -1), weights.proj_DC))
+
+    def _feed_forward(self, weights: LayerWeights, hidden_TD: Tensor) -> Tensor:
+        gate_up = F.linear(self._norm(hidden_TD, weights.mlp_norm_D), weights.gate_up_FD)
+        gate_TF, up_TF = gate_up.chunk(2, dim=-1)
+        return hidden_TD + self._all_reduce(F.linear(F.silu(gate_TF) * up_TF, weights.down_DF))
+
+    def _norm(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        return F.rms_norm(hidden, (hidden.shape[-1],), weight, self.config.rms_norm_eps)
+
+    def _embed(self, token_ids: Tensor) -> Tensor:
+        if self._tp_size == 1:
+            return F.embedding(token_ids, self._embedding_VD)
+        shard = len(self._embedding_VD)
+        local = token_ids - self._tp_rank * shard
+        inside = (local >= 0) & (local < shard)
+        hidden_TD = F.embedding(local * inside, self._embedding_VD) * inside[:, None]
+        return self._all_reduce(hidden_TD)
+
+    def _logits(self, hidden_SD: Tensor) -> Tensor:
+        logits = F.linear(hidden_SD, self._output_VD)
+        if self._tp_size == 1:
+            return logits
+        shards = [torch.empty_like(logits) for _ in range(self._tp_size)]
+        dist.all_gather(shards, logits, group=self._group)
+        return torch.cat(shards, dim=-1)
+
+    def _all_reduce(self, partial: Tensor) -> Tensor:
+        if self._tp_size > 1:
+            dist.all_reduce(partial, group=self._group)
+        return partial
+
+    def _check_shapes(self) -> None:
+        """UserError where the weights are of another architecture."""
+        config, tp = self.config, self._tp_size
+        ffn, attention = config.ffn_hidden_size // tp, config.num_heads * config.head_dim // tp
+        fused = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim // tp
+        wanted = {
+            "embedding.word_embeddings.weight": (
+                self._embedding_VD,
+                (config.vocab_size // tp, config.hidden_size),
+            ),
+            "output_layer.weight": (self._output_VD, (config.vocab_size // tp, config.hidden_size)),
+            "linear_qkv.weight": (self._layers[0].qkv_CD, (fused, config.hidden_size)),
+            "linear_proj.weight": (self._layers[0].proj_DC, (config.hidden_size, attention)),
+            "linear_fc1.weight": (self._layers[0].gate_up_FD, (2 * ffn, config.hidden_size)),
+            "linear_fc2.weight": (self._layers[0].down_DF, (config.hidden_size, ffn)),
+        }
+        for name, (tensor, shape) in wanted.items():
+            if tuple(tensor.shape) != shape:
+                raise UserError(f"{name} has shape {tuple(tensor.shape)}, the configuration asks for {shape}")
+
+
+class _Reader:
+    """Looks weights up by name."""
+
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        self._weights = weights
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._weights:
+            raise UserError(f"the weights lack {name!r}: the checkpoint is of another architecture")
+        return self._weights[name].detach()
+
+
+def _layer_weights(reader: _Reader, config: ModelConfig, layer: int) -> LayerWeights:
+    attention, mlp = f"decoder.layers.{layer}.self_attention.", f"decoder.layers.{layer}.mlp."
+    return LayerWeights(
+        attention_norm_D=reader[attention + "linear_qkv.layer_norm_weight"],
+        qkv_CD=reader[attention + "linear_qkv.weight"],
+        qkv_bias_C=reader[attention + "linear_qkv.bias"] if config.qkv_bias else None,
+        query_norm_H=reader[attention + "q_layernorm.weight"] if config.qk_norm else None,
+        key_norm_H=reader[attention + "k_layernorm.weight"] if config.qk_norm else None,
+        proj_DC=reader[attention + "linear_proj.weight"],
+        mlp_norm_D=reader[mlp + "linear_fc1.layer_norm_weight"],
+        gate_up_FD=reader[mlp + "linear_fc1.weight"],
+        down_DF=reader[mlp + "linear_fc2.weight"],
+    )

@@ -1,0 +1,51 @@
+"""Executes planned batches: arrays to tensors, model, sampler. It decides nothing."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from npr_engine.batch import Batch, Sampled, SampleInputs
+from npr_engine.model import InferenceModel, KVCache, Step
+from npr_engine.sampler import sample
+
+
+class Runner:
+    """A model and its KV cache."""
+
+    def __init__(self, model: InferenceModel, num_slots: int) -> None:
+        self._model = model
+        self._num_slots = num_slots
+        self._cache: KVCache | None = model.new_cache(num_slots)
+
+    @property
+    def has_memory(self) -> bool:
+        return self._cache is not None
+
+    def release_memory(self) -> None:
+        self._cache = None
+
+    def resume_memory(self) -> None:
+        if self._cache is None:
+            self._cache = self._model.new_cache(self._num_slots)
+
+    @torch.inference_mode()
+    def run(self, batch: Batch, inputs: SampleInputs) -> Sampled:
+        """Feeds the batch and samples after it."""
+        assert self._cache is not None, "the KV cache is released"
+        step = Step(
+            token_ids=self._tensor(batch.token_ids),
+            positions=self._tensor(batch.positions),
+            slots=self._tensor(batch.slots.astype(np.int64)),
+            rows=self._tensor(batch.rows),
+            lengths=self._tensor(batch.lengths),
+            tables=self._tensor(batch.tables),
+            sample_index=self._tensor(batch.sample_index),
+        )
+        logits = self._model.forward(step, self._cache)
+        return sample(logits, inputs)
+
+    def _tensor(self, array: NDArray[np.int32] | NDArray[np.int64]) -> Tensor:
+        return torch.from_numpy(array).to(self._model.device)

@@ -1,0 +1,407 @@
+"""The scheduler core: decides what every engine step computes. No tensors, no model.
+
+    submit ─► waiting ─► running ──► plan() ─► Batch ─► (runner) ─► Sampled ─► commit() ─► finished
+                 ▲          │          │                                         │
+                 └─ preempt ┘          └ feed prompts, forced tokens, decode     └ fork at </guideline>,
+                 join after
+                   (recompute)           one row per branch                        the last </step>, budgets
+
+First come, first served: the oldest response is never preempted, so everything ends. A preempted response
+keeps its tokens; when it is admitted again, `ResponseState.all_work` feeds them through the same forks and
+joins.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from npr_engine.batch import Batch, Sampled, SampleInputs
+from npr_engine.branching import Branching
+from npr_engine.grammar import Grammar
+from npr_engine.kv_pool import BlockPool
+from npr_engine.memory import Memory
+from npr_engine.prompt_cache import PromptKV
+from npr_engine.response_state import Branch, Feed, Join, Open, Record, Request, ResponseState
+from npr_engine.rows import Rows, Seats
+from npr_engine.step_plan import StepPlan
+from npr_engine.uniforms import uniforms
+from npr_engine.vocabulary import TokenClass
+from npr_ext.errors import UserError
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Sizes of the engine: KV blocks and their size, tokens a step may feed, responses that may run at
+    once."""
+
+    num_blocks: int
+    block_size: int
+    max_batch_tokens: int
+    max_running: int
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A response that has ended, in packed order: its record and branch ids int32 [R]."""
+
+    request: Request
+    reason: str
+    record: Record
+    branch_ids: NDArray[np.int32]
+
+
+@dataclass
+class Counters:
+    """What has happened so far."""
+
+    steps: int = 0
+    sampled_tokens: int = 0
+    fed_tokens: int = 0
+    forced_tokens: int = 0
+    recomputed_tokens: int = 0
+    preemptions: int = 0
+    forks: int = 0
+    joins: int = 0
+    peak_blocks: int = 0
+
+
+class Scheduler:
+    """Requests in, batches out, finished responses out. plan() and commit() alternate."""
+
+    def __init__(self, grammar: Grammar, limits: Limits, num_token_ids: int) -> None:
+        self.limits = limits
+        self.counters = Counters()
+        self.step = 0
+        self._grammar = grammar
+        self._classes = grammar.vocabulary.padded_classes(num_token_ids)
+        self._rows = Rows(width=64, capacity=64)
+        self._seats = Seats(limits.max_running)
+        self._memory = Memory(BlockPool(limits.num_blocks, limits.block_size), self._rows)
+        self._branching = Branching(grammar, self._rows, self._seats)
+        self._waiting: deque[ResponseState] = deque()
+        self._running: list[ResponseState] = []  # in order of arrival
+        self._filling: list[PromptKV] = []
+        self._at_seat: list[ResponseState | None] = [None] * limits.max_running
+        self._finished: list[Finished] = []
+        self._arrivals = 0
+
+    @property
+    def num_unfinished(self) -> int:
+        return len(self._waiting) + len(self._running)
+
+    @property
+    def num_free_blocks(self) -> int:
+        return self._memory.pool.num_free
+
+    def submit(self, request: Request) -> None:
+        """Queues a request; UserError where it could never fit."""
+        params, prompt = request.params, request.prompt_ids
+        if len(prompt) == 0:
+            raise UserError(f"request {request.request_id}: the prompt is empty; give it at least one token")
+        pool = self._memory.pool
+        need = pool.blocks_for(len(prompt) - 1) + pool.blocks_for(params.max_tokens + 1)
+        if need > pool.num_blocks:
+            raise UserError(
+                f"request {request.request_id}: a prompt of {len(prompt)} and max_tokens {params.max_tokens} need"
+                f" {need * pool.block_size} KV slots, the engine has {pool.num_blocks * pool.block_size}:"
+                " raise num_kv_slots or lower max_tokens"
+            )
+        self._rows.need_width(len(prompt) + params.max_tokens + 1)
+        record = Record.given(prompt[-1:].tolist(), len(prompt) - 1, -1)
+        trunk = Branch(0, request.key, record=record)
+        state = ResponseState(request, self._arrivals, self._grammar.parser(), trunk, params.max_tokens)
+        self._arrivals += 1
+        self._waiting.append(state)
+
+    def abort(self, request_id: str) -> bool:
+        """Ends a request with what it has; False where it is unknown. Not between plan() and commit()."""
+        for response in (*self._running, *self._waiting):
+            if response.request.request_id == request_id:
+                self._finish(response, "aborted")
+                return True
+        return False
+
+    def take_finished(self) -> list[Finished]:
+        """What has ended since the last call."""
+        finished, self._finished = self._finished, []
+        return finished
+
+    def plan(self) -> Batch | None:
+        """The next step, or None when nothing is left to do."""
+        self._admit()
+        self._reserve_decoding()
+        decoding = np.flatnonzero(self._rows.decoding)
+        plan = StepPlan(self._rows, max(self.limits.max_batch_tokens - len(decoding), 1))
+        self._fill_prompts(plan)
+        for response in list(self._running):
+            if response.work and response.seat >= 0:
+                self._do_work(response, plan)
+        room = self.limits.max_batch_tokens - plan.num_chunk_tokens
+        decoding = self._first_come(np.flatnonzero(self._rows.decoding), room)
+        if len(decoding) + plan.num_chunk_tokens == 0:
+            assert self.num_unfinished == 0, "the scheduler is stuck"
+            return None
+        counters, pool = self.counters, self._memory.pool
+        counters.fed_tokens += len(decoding) + plan.num_chunk_tokens
+        counters.peak_blocks = max(counters.peak_blocks, pool.num_blocks - pool.num_free)
+        return plan.build(decoding)
+
+    def sample_inputs(self, batch: Batch) -> SampleInputs:
+        """How to sample after the batch that was just planned."""
+        rows, seats, sampled = self._rows, self._seats, batch.sample_rows
+        seat = rows.seat[sampled]
+        penalty = np.where(rows.step_start[sampled] >= 0, seats.penalty[seat], np.float32(1.0))
+        return SampleInputs(
+            uniforms=uniforms(rows.key[sampled], rows.position[sampled]),
+            temperature=seats.temperature[seat],
+            top_p=seats.top_p[seat],
+            top_k=seats.top_k[seat],
+            min_p=seats.min_p[seat],
+            penalty=penalty,
+            penalised=self._penalised(sampled, penalty),
+        )
+
+    def commit(self, batch: Batch, sampled: Sampled) -> None:
+        """Takes what the planned step has sampled: new tokens, forks, joins, ends."""
+        self._memory.release_retired()
+        rows, seats = self._rows, self._seats
+        row, token = batch.sample_rows, sampled.token_ids
+        rows.decoding[row] = True
+        seat = rows.seat[row]
+        counts = np.bincount(seat, minlength=self.limits.max_running)
+        seats.tokens_left -= counts
+        accepted = self._within_budget(row, seat, counts)
+        logprobs, sampler_logprobs = sampled.logprobs, sampled.sampler_logprobs
+        if accepted is not None:
+            row, seat, token = row[accepted], seat[accepted], token[accepted]
+            logprobs, sampler_logprobs = logprobs[accepted], sampler_logprobs[accepted]
+        known, position = rows.known[row], rows.position[row]
+        if len(row):
+            rows.need_capacity(int(known.max()) + 1)
+        rows.tokens[row, known], rows.forced[row, known] = token, False
+        rows.logprobs[row, known], rows.sampler_logprobs[row, known] = logprobs, sampler_logprobs
+        rows.steps[row, known], rows.positions[row, known] = self.step, position
+        rows.known[row] = known + 1
+        self.counters.sampled_tokens += len(row)
+        self._structural_tokens(row, seat, token)
+        self._end_by_length(row, seat, position, counts)
+        self.step += 1
+        self.counters.steps += 1
+
+    def restart_all(self) -> None:
+        """All KV is void (other weights, or a step that failed): every running response starts over from
+        its tokens."""
+        self._memory.release_retired()
+        for response in reversed(list(self._running)):
+            self._preempt(response)
+        for prompt in self._filling:
+            self._rows.release([prompt.row])
+            prompt.row = -1
+        self._filling = []
+        self._memory.prompts.clear()
+
+    def check_integrity(self) -> None:
+        """Asserts that no block, slot, row or seat is lost or owned twice. Not between plan() and
+        commit()."""
+        self._memory.check_integrity(self._running)
+        taken = [response.seat for response in self._running]
+        assert len(set(taken)) == len(taken) and self._seats.num_free + len(taken) == self.limits.max_running
+        assert all(self._at_seat[response.seat] is response for response in self._running)
+        arrivals = [response.arrival for response in (*self._running, *self._waiting)]
+        assert arrivals == sorted(arrivals), "service is out of order"
+        assert all(self._seats.tokens_left[seat] >= 0 for seat in taken)
+
+    def _admit(self) -> None:
+        """First come, first served: as long as the next one's tokens fit beside a block for each that
+        runs."""
+        while self._waiting and self._seats.num_free:
+            response = self._waiting[0]
+            headroom = min(len(self._running), self.limits.num_blocks // 16)
+            if not self._memory.fits(response, headroom, self.step):
+                return
+            self._waiting.popleft()
+            params, prompt_length = response.request.params, len(response.request.prompt_ids)
+            last_position = prompt_length + (params.max_critical_path or params.max_tokens) - 1
+            response.seat = self._seats.take(params, response.tokens_left, last_position)
+            self._at_seat[response.seat] = response
+            self._running.append(response)
+            self._memory.admit(response, self.step)
+            response.work = response.all_work()
+            self._start_filling(response)
+
+    def _start_filling(self, response: ResponseState) -> None:
+        prompt, rows = response.prompt, self._rows
+        assert prompt is not None
+        if prompt.ready or prompt.row >= 0:
+            return
+        length = len(prompt.token_ids)
+        prompt.row = rows.allocate(seat=-1, key=0, position=0)
+        rows.need_capacity(length)
+        rows.tokens[prompt.row, :length], rows.known[prompt.row] = prompt.token_ids, length
+        rows.table[prompt.row, :length], rows.reserved[prompt.row] = prompt.slots, length
+        self._filling.append(prompt)
+
+    def _fill_prompts(self, plan: StepPlan) -> None:
+        """Chunks of prompts whose KV is not complete, in order of arrival."""
+        while self._filling and plan.room:
+            prompt = self._filling[0]
+            count = min(len(prompt.token_ids) - prompt.fed, plan.room)
+            plan.add(prompt.row, count)
+            prompt.fed += count
+            prompt.planned_step = self.step
+            if prompt.ready:
+                self._memory.retired.append(prompt.row)
+                prompt.row = -1
+                self._filling.pop(0)
+
+    def _reserve_decoding(self) -> None:
+        """A slot for the next token of every branch; the youngest response gives way where there is none."""
+        rows = self._rows
+        decoding = np.flatnonzero(rows.decoding)
+        full = decoding[rows.length[decoding] == rows.reserved[decoding]]
+        for row in self._by_arrival(full).tolist():
+            if not rows.decoding[row]:
+                continue  # preempted for an older one
+            response = self._at_seat[rows.seat[row]]
+            assert response is not None
+            if not self._reserve(response, row, 1):
+                self._preempt(response)
+
+    def _do_work(self, response: ResponseState, plan: StepPlan) -> None:
+        """As much of the response's work as fits into this step, in order."""
+        assert response.prompt is not None
+        while response.work and response.prompt.ready:
+            match response.work[0]:
+                case Feed() as feed:
+                    if not self._feed(response, feed, plan):
+                        return
+                case Open(fork):
+                    self._memory.open(response, fork)
+                    self.counters.forks += 1
+                case Join(fork):
+                    self._memory.join(response, fork)
+                    self.counters.joins += 1
+            response.work.popleft()
+
+    def _feed(self, response: ResponseState, feed: Feed, plan: StepPlan) -> bool:
+        """Plans the next chunk; False where the rest has to wait."""
+        row = feed.branch.row
+        until = int(self._rows.known[row]) if feed.until is None else feed.until
+        pending = until - int(self._rows.fed[row])
+        count = min(pending, plan.room)
+        if pending and (count == 0 or not self._reserve(response, row, count)):
+            return False
+        if count:
+            plan.add(row, count)
+        if count < pending:
+            return False
+        if feed.sample:
+            plan.sample_last()
+        return True
+
+    def _reserve(self, response: ResponseState, row: int, count: int) -> bool:
+        """Slots for a row, at the cost of younger responses; False where older ones hold them."""
+        while not self._memory.reserve(response, row, count, self.step):
+            youngest = self._running[-1]
+            if youngest is response:
+                return False
+            self._preempt(youngest)
+        return True
+
+    def _preempt(self, response: ResponseState) -> None:
+        """Back to the queue, before all that came later; its tokens stay, its KV is recomputed."""
+        self.counters.preemptions += 1
+        on_rows = [branch.row for branch in response.branches_on_rows()]
+        self.counters.recomputed_tokens += int(self._rows.fed[on_rows].sum())
+        self._leave(response)
+        self._waiting.appendleft(response)
+
+    def _finish(self, response: ResponseState, reason: str) -> None:
+        if response.seat >= 0:
+            self._leave(response)
+        else:
+            self._waiting.remove(response)
+        record, branch_ids = response.packed()
+        self.counters.forced_tokens += int(record.forced.sum())
+        self._finished.append(Finished(response.request, reason, record, branch_ids))
+
+    def _leave(self, response: ResponseState) -> None:
+        response.tokens_left = int(self._seats.tokens_left[response.seat])
+        self._memory.evacuate(response)
+        self._running.remove(response)
+        self._at_seat[response.seat] = None
+        self._seats.leave(response.seat)
+        response.seat = -1
+
+    def _within_budget(
+        self, row: NDArray[np.int32], seat: NDArray[np.int32], counts: NDArray[np.int64]
+    ) -> NDArray[np.bool_] | None:
+        """Which sampled tokens max_tokens still allows, the first ones in packed order; None: all of them."""
+        left = self._seats.tokens_left
+        over = np.flatnonzero(left < 0)
+        if len(over) == 0:
+            return None
+        accepted = np.ones(len(row), np.bool_)
+        for place in over.tolist():
+            response = self._at_seat[place]
+            assert response is not None
+            allowed = int(counts[place] + left[place])
+            mine = set(row[seat == place].tolist())
+            order = [branch.row for branch in response.branches_on_rows() if branch.row in mine]
+            accepted[np.isin(row, order[allowed:])] = False
+            left[place] = 0
+        return accepted
+
+    def _structural_tokens(
+        self, row: NDArray[np.int32], seat: NDArray[np.int32], token: NDArray[np.int32]
+    ) -> None:
+        """Forks, joins and ends by tags and EOS."""
+        classes = self._classes[token]
+        for index in np.flatnonzero(classes >= TokenClass.EOS).tolist():
+            response = self._at_seat[seat[index]]
+            if response is None:
+                continue  # another of its branches has just ended it
+            branch = self._memory.branch_at[int(row[index])]
+            reason = self._branching.structural(response, branch, TokenClass(classes[index]), self.step)
+            if reason is not None:
+                self._finish(response, reason)
+
+    def _end_by_length(
+        self,
+        row: NDArray[np.int32],
+        seat: NDArray[np.int32],
+        position: NDArray[np.int32],
+        counts: NDArray[np.int64],
+    ) -> None:
+        """Ends responses that have used up max_tokens, or that would go on beyond their critical path."""
+        at_end = (position >= self._seats.last_position[seat]) & self._rows.decoding[row]
+        used_up = (counts > 0) & (self._seats.tokens_left <= 0)
+        for place in {*seat[at_end].tolist(), *np.flatnonzero(used_up).tolist()}:
+            response = self._at_seat[place]
+            if response is not None:
+                self._finish(response, "length")
+
+    def _penalised(self, sampled: NDArray[np.int32], penalty: NDArray[np.float32]) -> NDArray[np.int32]:
+        """Tokens of the open step of each sampled row, int32 [S, L], padded with -1."""
+        if (penalty == 1.0).all():
+            return np.empty((len(sampled), 0), np.int32)
+        start = self._rows.step_start[sampled]
+        length = np.where(penalty == 1.0, 0, self._rows.known[sampled] - start)
+        columns = np.arange(length.max())
+        inside = columns < length[:, None]
+        source = np.where(inside, start[:, None] + columns, 0)
+        return np.where(inside, self._rows.tokens[sampled[:, None], source], -1).astype(np.int32)
+
+    def _by_arrival(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The rows, oldest response first, the rows of a response in order of their number."""
+        order = {seat: place for place, seat in enumerate(response.seat for response in self._running)}
+        places = [order[seat] for seat in self._rows.seat[rows].tolist()]
+        return rows[np.argsort(places, kind="stable")] if len(rows) > 1 else rows
+
+    def _first_come(self, decoding: NDArray[np.int64], room: int) -> NDArray[np.int64]:
+        """The rows that decode in this step: all, or those of the oldest responses."""
+        return decoding if len(decoding) <= room else self._by_arrival(decoding)[:room]
