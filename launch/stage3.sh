@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=npr-stage3
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=12
+#SBATCH --time=48:00:00
+#SBATCH --signal=TERM@300
+#SBATCH --open-mode=append
+#SBATCH --output=slurm-%x-%j.log
+# Native parallel RL (PAPO). TERM, five minutes before the time limit, leaves a checkpoint; --run.resume continues.
+#   sbatch launch/stage3.sh configs/stage3.toml
+#   NPROC=2 launch/stage3.sh configs/stage3.toml   (without Slurm)
+set -euo pipefail
+here=$(dirname "${BASH_SOURCE[0]}")
+[[ -x $here/local.sh ]] || here=$SLURM_SUBMIT_DIR/launch # Slurm runs a copy of this file in its spool folder
+exec "$here/local.sh" stage3 "$@"
