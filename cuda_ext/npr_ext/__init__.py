@@ -8,6 +8,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from npr_ext.attention import branch_attention
     from npr_ext.errors import UserError
     from npr_ext.layout import BranchLayout, LayoutViolation, branch_layout
     from npr_ext.paged import paged_attention
@@ -21,6 +22,7 @@ _HOMES = {
     "TagIds": "tags",
     "UserError": "errors",
     "Violation": "violations",
+    "branch_attention": "attention",
     "branch_layout": "layout",
     "paged_attention": "paged",
 }
@@ -32,6 +34,7 @@ __all__ = [
     "TagIds",
     "UserError",
     "Violation",
+    "branch_attention",
     "branch_layout",
     "paged_attention",
 ]

@@ -1,0 +1,396 @@
+// Branch attention, forward and backward, over the rectangles and triangles of an attention plan. Torch-free.
+//
+// Rows of a tile are the queries of up to kTileRows / group tokens of one unit, times the query heads that share a key
+// head. A hidden key is never read for a row, so it cannot influence it. Backward accumulates keys and values in task
+// order only: the split into tasks depends on the layout and the heads, never on threads, so gradients are reproducible.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+#include "npr/tile.h"
+#include "npr/visibility.h"
+
+namespace npr {
+
+// [T, heads, dim] with dim contiguous.
+template <typename T>
+struct HeadTensor {
+  T* data;
+  std::ptrdiff_t token_stride;
+  std::ptrdiff_t head_stride;
+  T* row(int64_t token, int64_t head) const { return data + token * token_stride + head * head_stride; }
+};
+
+// Queries [begin, end) of unit `unit`: never across a boundary of packed blocks.
+struct QueryTile {
+  int32_t begin;
+  int32_t end;
+  int32_t unit;
+};
+
+// Keys [begin, end) inside one packed block; rows see all of them, or those up to their own token.
+struct KeyPiece {
+  int32_t begin;
+  int32_t end;
+  bool causal;
+};
+
+// Consecutive tiles. In backward: the keys that they touch, and where their gradients go (0: the result itself).
+struct TileRange {
+  int32_t first_tile;
+  int32_t end_tile;
+  int32_t first_token;
+  int32_t end_token;
+  int64_t scratch_token;  // first row in the scratch for partial gradients, -1: into the result
+};
+
+struct Schedule {
+  std::vector<QueryTile> tiles;
+  std::vector<TileRange> forward;
+  std::vector<TileRange> backward;
+  int64_t scratch_tokens = 0;
+};
+
+constexpr int64_t kTileOverhead = 2048;   // a tile's fixed cost in pairs
+constexpr int kForwardTasks = 24;         // tasks that a key head's work is split into
+constexpr int kBackwardTasks = 24;
+constexpr int kMaxSlices = 4;             // of one component in backward: each but the last costs scratch
+constexpr int64_t kWorthSlicing = 1 << 18;  // pairs
+
+inline Schedule make_schedule(const AttentionPlan& plan, int group) {
+  Schedule schedule;
+  const int tokens_per_tile = std::max(1, kTileRows / group);
+  std::vector<int64_t> cost_until{0};                // by tile
+  std::vector<int32_t> first_tile_of_component;
+  std::size_t component = 0;
+  for (std::size_t u = 0; u < plan.units.size(); ++u) {
+    if (component < plan.components.size() && plan.components[component] == static_cast<int32_t>(u)) {
+      first_tile_of_component.push_back(static_cast<int32_t>(schedule.tiles.size()));
+      ++component;
+    }
+    const Unit& unit = plan.units[u];
+    const std::size_t end = u + 1 < plan.units.size() ? plan.units[u + 1].first_interval : plan.intervals.size();
+    int64_t keys = 0;
+    for (std::size_t i = unit.first_interval; i < end; ++i) keys += plan.intervals[i].end - plan.intervals[i].begin;
+    for (int32_t begin = unit.begin; begin < unit.end;) {
+      const int32_t block_end = (begin / kTileKeys + 1) * kTileKeys;
+      const int32_t tile_end = std::min({unit.end, begin + tokens_per_tile, block_end});
+      schedule.tiles.push_back({begin, tile_end, static_cast<int32_t>(u)});
+      cost_until.push_back(cost_until.back() + kTileOverhead +
+                           (tile_end - begin) * (keys + begin - unit.begin + (tile_end - begin + 1) / 2));
+      begin = tile_end;
+    }
+  }
+  const auto num_tiles = static_cast<int32_t>(schedule.tiles.size());
+  first_tile_of_component.push_back(num_tiles);
+  const int64_t total = cost_until.back();
+  const auto first_token = [&](int32_t tile) { return schedule.tiles[tile].begin; };
+  const auto end_token = [&](int32_t tile) { return schedule.tiles[tile - 1].end; };
+  const auto tile_at_cost = [&](int64_t cost, int32_t low, int32_t high) {
+    return static_cast<int32_t>(
+        std::lower_bound(cost_until.begin() + low, cost_until.begin() + high, cost) - cost_until.begin());
+  };
+
+  for (int32_t begin = 0; begin < num_tiles;) {
+    const int32_t end = std::max(begin + 1, tile_at_cost(cost_until[begin] + total / kForwardTasks, begin, num_tiles));
+    schedule.forward.push_back({begin, end, first_token(begin), end_token(end), -1});
+    begin = end;
+  }
+
+  for (std::size_t c = 0; c + 1 < first_tile_of_component.size();) {
+    const int32_t begin = first_tile_of_component[c];
+    std::size_t next = c + 1;
+    while (next + 1 < first_tile_of_component.size() &&
+           cost_until[first_tile_of_component[next + 1]] - cost_until[begin] <= total / kBackwardTasks) {
+      ++next;
+    }
+    const int32_t end = first_tile_of_component[next];
+    const int64_t cost = cost_until[end] - cost_until[begin];
+    int64_t slices = 1;
+    if (next == c + 1 && cost > kWorthSlicing) {
+      slices = std::clamp<int64_t>(kMaxSlices * cost / total, 1, kMaxSlices);
+    }
+    int32_t slice_begin = begin;
+    for (int64_t slice = 1; slice <= slices && slice_begin < end; ++slice) {
+      const int64_t cost_wanted = cost_until[begin] + cost * slice / slices;
+      const int32_t slice_end = slice == slices ? end : std::max(slice_begin + 1, tile_at_cost(cost_wanted, begin, end));
+      TileRange range{slice_begin, slice_end, first_token(begin), end_token(slice_end), -1};
+      if (slice_end != end) {
+        range.scratch_token = schedule.scratch_tokens;
+        schedule.scratch_tokens += range.end_token - range.first_token;
+      }
+      schedule.backward.push_back(range);
+      slice_begin = slice_end;
+    }
+    c = next;
+  }
+  return schedule;
+}
+
+template <typename T>
+struct BranchAttention {
+  AttentionPlan plan;
+  Schedule schedule;
+  HeadTensor<const T> q;  // [T, N, H]
+  HeadTensor<const T> k;  // [T, K, H]
+  HeadTensor<const T> v;
+  HeadTensor<T> output;  // [T, N, H]
+  T* log_sums;           // [T, N]
+  T* packed_keys;        // [K, blocks, H, kTileStride]: key blocks, transposed
+  int64_t num_tokens;
+  int group;
+  int num_kv_heads;
+  int dim;
+  T scale;
+
+  int64_t num_blocks() const { return (num_tokens + kTileKeys - 1) / kTileKeys; }
+  std::ptrdiff_t packed_offset(int64_t block, int kv_head) const {
+    return (kv_head * num_blocks() + block) * dim * kTileStride;
+  }
+};
+
+template <typename T>
+struct BranchAttentionGradient {
+  HeadTensor<const T> output;  // gradient of it
+  HeadTensor<T> q;
+  HeadTensor<T> k;
+  HeadTensor<T> v;
+  T* packed_values;  // as packed_keys
+  T* scratch_k;      // [scratch tokens, K, H]
+  T* scratch_v;
+};
+
+// One block of keys or values, transposed to [dim, keys].
+template <typename T>
+void pack_block(const HeadTensor<const T>& from, int64_t block, int kv_head, int64_t num_tokens, int dim, T* to) {
+  const int64_t first = block * kTileKeys;
+  const int count = static_cast<int>(std::min<int64_t>(kTileKeys, num_tokens - first));
+  for (int i = 0; i < dim; ++i) std::fill(to + i * kTileStride + count, to + (i + 1) * kTileStride, T(0));
+  constexpr int kStep = 16;  // keys and dimensions at a time: whole cache lines on both sides
+  for (int j0 = 0; j0 < count; j0 += kStep) {
+    const int j1 = std::min(count, j0 + kStep);
+    for (int i0 = 0; i0 < dim; i0 += kStep) {
+      for (int j = j0; j < j1; ++j) {
+        const T* row = from.row(first + j, kv_head) + i0;
+        for (int i = 0; i < kStep; ++i) to[(i0 + i) * kTileStride + j] = row[i];
+      }
+    }
+  }
+}
+
+// Calls use(piece) for all keys that the tile's rows see, in order.
+template <typename Use>
+void for_each_piece(const AttentionPlan& plan, const QueryTile& tile, const Use& use) {
+  const auto split = [&](int32_t begin, int32_t end) {
+    while (begin < end) {
+      const int32_t next = std::min(end, (begin / kTileKeys + 1) * kTileKeys);
+      use(KeyPiece{begin, next, false});
+      begin = next;
+    }
+  };
+  const Unit& unit = plan.units[tile.unit];
+  const std::size_t next_unit = tile.unit + 1;
+  const std::size_t end =
+      next_unit < plan.units.size() ? plan.units[next_unit].first_interval : plan.intervals.size();
+  int32_t own_begin = unit.begin;
+  for (std::size_t i = unit.first_interval; i < end; ++i) {
+    const Interval& interval = plan.intervals[i];
+    if (interval.end == unit.begin) {
+      own_begin = interval.begin;
+    } else {
+      split(interval.begin, interval.end);
+    }
+  }
+  split(own_begin, tile.begin);
+  use(KeyPiece{tile.begin, tile.end, true});
+}
+
+template <typename T>
+class BranchAttentionTask {
+ public:
+  BranchAttentionTask() : query_(kTileRows), scores_(kTileRows), output_(kTileRows), gradient_(0), weights_(0) {}
+
+  explicit BranchAttentionTask(bool) : query_(kTileRows), scores_(kTileRows), output_(kTileRows), gradient_(kTileRows), weights_(kTileRows) {}
+
+  void forward(const BranchAttention<T>& job, const TileRange& range, int kv_head) {
+    for (int32_t index = range.first_tile; index < range.end_tile; ++index) {
+      forward_tile(job, job.schedule.tiles[index], kv_head);
+    }
+  }
+
+  void backward(const BranchAttention<T>& job, const BranchAttentionGradient<T>& gradient, const TileRange& range,
+                int kv_head) {
+    HeadTensor<T> dk = gradient.k;
+    HeadTensor<T> dv = gradient.v;
+    if (range.scratch_token >= 0) {
+      const std::ptrdiff_t stride = static_cast<std::ptrdiff_t>(job.num_kv_heads) * job.dim;
+      const std::ptrdiff_t offset = (range.scratch_token - range.first_token) * stride;
+      dk = {gradient.scratch_k + offset, stride, job.dim};
+      dv = {gradient.scratch_v + offset, stride, job.dim};
+    }
+    for (int32_t t = range.first_token; t < range.end_token; ++t) {
+      std::fill_n(dk.row(t, kv_head), job.dim, T(0));
+      std::fill_n(dv.row(t, kv_head), job.dim, T(0));
+    }
+    for (int32_t index = range.first_tile; index < range.end_tile; ++index) {
+      backward_tile(job, gradient, job.schedule.tiles[index], kv_head, dk, dv);
+    }
+  }
+
+ private:
+  void load_rows(const HeadTensor<const T>& from, const QueryTile& tile, int kv_head, int group, int dim, T factor,
+                 Tile<T>& to) {
+    int r = 0;
+    for (int32_t t = tile.begin; t < tile.end; ++t) {
+      for (int g = 0; g < group; ++g, ++r) {
+        const T* row = from.row(t, kv_head * group + g);
+        for (int i = 0; i < dim; ++i) to.row(r)[i] = row[i] * factor;
+      }
+    }
+  }
+
+  static StridedRows<T> packed(const T* blocks, const BranchAttention<T>& job, int kv_head, int32_t key) {
+    return {blocks + job.packed_offset(key / kTileKeys, kv_head) + key % kTileKeys, kTileStride};
+  }
+  static StridedRows<T> natural(const HeadTensor<const T>& from, int kv_head, int32_t key) {
+    return {from.row(key, kv_head), from.token_stride};
+  }
+
+  // scores[rows, keys] = left[rows, dim] x packed^T
+  void dot_products(Tile<T>& left, StridedRows<T> right, int rows, int keys, int dim, int group, bool causal,
+                    Tile<T>& scores) {
+    if (causal) {
+      multiply<T, kTileStride, 1, false, Part::kColumnsToRow>(rows, keys, dim, left.row(0), right, scores.row(0),
+                                                              kTileStride, group);
+    } else {
+      multiply<T, kTileStride, 1, false>(rows, keys, dim, left.row(0), right, scores.row(0), kTileStride);
+    }
+  }
+
+  // sums[rows, dim] += weights[rows, keys] x values[keys, dim]
+  void add_weighted_keys(Tile<T>& weights, StridedRows<T> values, int rows, int keys, int dim, int group, bool causal,
+                         Tile<T>& sums) {
+    if (causal) {
+      multiply<T, kTileStride, 1, true, Part::kReduceToRow>(rows, dim, keys, weights.row(0), values, sums.row(0),
+                                                            kTileStride, group);
+    } else {
+      multiply<T, kTileStride, 1, true>(rows, dim, keys, weights.row(0), values, sums.row(0), kTileStride);
+    }
+  }
+
+  // sums[keys, dim] += weights[rows, keys]^T x values[rows, dim]
+  void add_weighted_rows(Tile<T>& weights, Tile<T>& values, int rows, int keys, int dim, int group, bool causal,
+                         T* sums, std::ptrdiff_t stride) {
+    const StridedRows<T> right{values.row(0), kTileStride};
+    if (causal) {
+      multiply<T, 1, kTileStride, true, Part::kReduceFromRow>(keys, dim, rows, weights.row(0), right, sums, stride,
+                                                              group);
+    } else {
+      multiply<T, 1, kTileStride, true>(keys, dim, rows, weights.row(0), right, sums, stride);
+    }
+  }
+
+  void forward_tile(const BranchAttention<T>& job, const QueryTile& tile, int kv_head) {
+    const int rows = (tile.end - tile.begin) * job.group;
+    load_rows(job.q, tile, kv_head, job.group, job.dim, job.scale, query_);
+    output_.clear(rows);
+    std::fill_n(maximum_, rows, -std::numeric_limits<T>::infinity());
+    std::fill_n(total_, rows, T(0));
+    for_each_piece(job.plan, tile, [&](const KeyPiece& piece) {
+      const int keys = piece.end - piece.begin;
+      dot_products(query_, packed(job.packed_keys, job, kv_head, piece.begin), rows, keys, job.dim, job.group,
+                   piece.causal, scores_);
+      for (int r = 0; r < rows; ++r) {
+        const int limit = piece.causal ? r / job.group + 1 : keys;
+        absorb_scores(scores_.row(r), limit, keys, maximum_[r], total_[r], output_.row(r), job.dim);
+      }
+      add_weighted_keys(scores_, natural(job.v, kv_head, piece.begin), rows, keys, job.dim, job.group, piece.causal,
+                        output_);
+    });
+    int r = 0;
+    const int num_heads = job.group * job.num_kv_heads;
+    for (int32_t t = tile.begin; t < tile.end; ++t) {
+      for (int g = 0; g < job.group; ++g, ++r) {
+        const int head = kv_head * job.group + g;
+        T* to = job.output.row(t, head);
+        const T factor = T(1) / total_[r];
+        for (int i = 0; i < job.dim; ++i) to[i] = output_.row(r)[i] * factor;
+        job.log_sums[static_cast<int64_t>(t) * num_heads + head] = maximum_[r] + std::log(total_[r]);
+      }
+    }
+  }
+
+  void backward_tile(const BranchAttention<T>& job, const BranchAttentionGradient<T>& gradient, const QueryTile& tile,
+                     int kv_head, const HeadTensor<T>& dk, const HeadTensor<T>& dv) {
+    const int rows = (tile.end - tile.begin) * job.group;
+    load_rows(job.q, tile, kv_head, job.group, job.dim, T(1), query_);
+    load_rows(gradient.output, tile, kv_head, job.group, job.dim, T(1), gradient_);
+    load_statistics(job, tile, kv_head);
+    output_.clear(rows);  // becomes the gradient of q
+    for_each_piece(job.plan, tile, [&](const KeyPiece& piece) {
+      const int keys = piece.end - piece.begin;
+      dot_products(query_, packed(job.packed_keys, job, kv_head, piece.begin), rows, keys, job.dim, job.group,
+                   piece.causal, weights_);
+      dot_products(gradient_, packed(gradient.packed_values, job, kv_head, piece.begin), rows, keys, job.dim,
+                   job.group, piece.causal, scores_);
+      for (int r = 0; r < rows; ++r) {
+        differentiate_softmax(r, piece.causal ? r / job.group + 1 : keys, keys, job.scale);
+      }
+      add_weighted_rows(weights_, gradient_, rows, keys, job.dim, job.group, piece.causal,
+                        dv.row(piece.begin, kv_head), dv.token_stride);
+      add_weighted_keys(scores_, natural(job.k, kv_head, piece.begin), rows, keys, job.dim, job.group, piece.causal,
+                        output_);
+      add_weighted_rows(scores_, query_, rows, keys, job.dim, job.group, piece.causal, dk.row(piece.begin, kv_head),
+                        dk.token_stride);
+    });
+    int r = 0;
+    for (int32_t t = tile.begin; t < tile.end; ++t) {
+      for (int g = 0; g < job.group; ++g, ++r) {
+        std::copy_n(output_.row(r), job.dim, gradient.q.row(t, kv_head * job.group + g));
+      }
+    }
+  }
+
+  // Log-sums of the rows, and the inner products of output and its gradient.
+  void load_statistics(const BranchAttention<T>& job, const QueryTile& tile, int kv_head) {
+    int r = 0;
+    const int num_heads = job.group * job.num_kv_heads;
+    for (int32_t t = tile.begin; t < tile.end; ++t) {
+      for (int g = 0; g < job.group; ++g, ++r) {
+        const int head = kv_head * job.group + g;
+        const T* output = job.output.row(t, head);
+        Vec<T> sum{};
+        for (int i = 0; i < job.dim; i += kLanes<T>) sum += load(output + i) * load(gradient_.row(r) + i);
+        total_[r] = sum_lanes<T>(sum);
+        maximum_[r] = job.log_sums[static_cast<int64_t>(t) * num_heads + head];
+      }
+    }
+  }
+
+  // weights: scores -> softmax; scores: gradient of the softmax -> gradient of the scores. Zero from `limit` on.
+  void differentiate_softmax(int r, int limit, int keys, T scale) {
+    T* weights = weights_.row(r);
+    T* scores = scores_.row(r);
+    const Vec<T> log_sum = broadcast<T>(maximum_[r]);
+    const Vec<T> inner = broadcast<T>(total_[r]);
+    const Vec<T> factor = broadcast<T>(scale);
+    for (int j = 0; j < limit; j += kLanes<T>) {
+      const Vec<T> weight = exp_of(load(weights + j) * factor - log_sum);
+      store<T>(weights + j, weight);
+      store<T>(scores + j, weight * (load(scores + j) - inner) * factor);
+    }
+    for (int j = limit; j < keys; ++j) weights[j] = scores[j] = 0;
+  }
+
+  Tile<T> query_;
+  Tile<T> scores_;
+  Tile<T> output_;
+  Tile<T> gradient_;
+  Tile<T> weights_;
+  T maximum_[kTileRows];
+  T total_[kTileRows];
+};
+
+}  // namespace npr
