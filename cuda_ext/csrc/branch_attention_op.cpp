@@ -133,7 +133,7 @@ void run_backward(const at::Tensor& gradient, const at::Tensor& q, const at::Ten
                                              static_cast<T*>(scratch_v.mutable_data_ptr())};
   const auto num_ranges = static_cast<int64_t>(job.schedule.backward.size());
   run_tasks(num_ranges * job.num_kv_heads, [&] {
-    return [&, task = std::make_unique<BranchAttentionTask<T>>(true)](int64_t index) {
+    return [&, task = std::make_unique<BranchAttentionTask<T>>()](int64_t index) {
       task->backward(job, gradients, job.schedule.backward[num_ranges - 1 - index / job.num_kv_heads],
                      static_cast<int>(index % job.num_kv_heads));
     };

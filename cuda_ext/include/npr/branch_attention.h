@@ -210,9 +210,8 @@ void for_each_piece(const AttentionPlan& plan, const QueryTile& tile, const Use&
 template <typename T>
 class BranchAttentionTask {
  public:
-  BranchAttentionTask() : query_(kTileRows), scores_(kTileRows), output_(kTileRows), gradient_(0), weights_(0) {}
-
-  explicit BranchAttentionTask(bool) : query_(kTileRows), scores_(kTileRows), output_(kTileRows), gradient_(kTileRows), weights_(kTileRows) {}
+  BranchAttentionTask()
+      : query_(kTileRows), scores_(kTileRows), output_(kTileRows), gradient_(kTileRows), weights_(kTileRows) {}
 
   void forward(const BranchAttention<T>& job, const TileRange& range, int kv_head) {
     for (int32_t index = range.first_tile; index < range.end_tile; ++index) {

@@ -54,9 +54,7 @@ void multiply_micro(int k_begin, int k_end, const T* a, Rows b, int column, T* c
 #pragma GCC unroll 32
   for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      sums[m][v] = kAccumulate ? load(c + m * c_stride + v * kLanes<T>) : Vec<T>{};
-    }
+    for (int v = 0; v < kVectors; ++v) sums[m][v] = Vec<T>{};
   }
   for (int k = k_begin; k < k_end; ++k) {
     const auto* b_row = b(k) + column;
@@ -73,7 +71,10 @@ void multiply_micro(int k_begin, int k_end, const T* a, Rows b, int column, T* c
 #pragma GCC unroll 32
   for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) store<T>(c + m * c_stride + v * kLanes<T>, sums[m][v]);
+    for (int v = 0; v < kVectors; ++v) {  // a tile is summed by itself first: shorter chains of rounding errors
+      T* to = c + m * c_stride + v * kLanes<T>;
+      store<T>(to, kAccumulate ? load(to) + sums[m][v] : sums[m][v]);
+    }
   }
 }
 
