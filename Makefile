@@ -26,6 +26,7 @@ $(VENV)/bin/python:
 
 # torch comes first and with pip, so that a wheel on the machine's own find-links is used.
 $(VENV)/installed: pyproject.toml | $(VENV)/bin/python
+	@echo "installing into $(VENV), once: a few minutes"
 	$(PIP) $(call pin,torch)
 	$(PIP) $(call pin,setuptools) $(call pin,ninja)
 	$(PIP) --no-build-isolation --editable '.[dev]'
