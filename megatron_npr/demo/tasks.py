@@ -23,7 +23,9 @@ Split: TypeAlias = Literal["train", "heldout"]
 NAMES = ("pen", "cup", "map", "hat", "box")
 """The items, in the order in which they stand in every question."""
 
-MIN_PARTS, MAX_PARTS = 3, len(NAMES)
+NUM_PARTS = {3: 1, 4: 2, 5: 2}
+"""Number of parts -> relative frequency."""
+
 MIN_FACTOR, MAX_FACTOR = 12, 99
 MIN_DIGIT, MAX_DIGIT = 3, 9
 HELDOUT_SHARE = 8
@@ -76,10 +78,10 @@ class Task:
 def draw_task(rng: random.Random) -> Task:
     """A random task of either split."""
     while True:
-        names = NAMES[: rng.randint(MIN_PARTS, MAX_PARTS)]
+        (num_parts,) = rng.choices(list(NUM_PARTS), weights=list(NUM_PARTS.values()))
         parts = tuple(
             Part(name, rng.randint(MIN_FACTOR, MAX_FACTOR), rng.randint(MIN_DIGIT, MAX_DIGIT))
-            for name in names
+            for name in NAMES[:num_parts]
         )
         if len({part.cost for part in parts}) == len(parts):
             return Task(parts)
