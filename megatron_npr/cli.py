@@ -228,7 +228,8 @@ def _check_run_folder(folder: Path) -> None:
 
 def _how_to_continue(words: Sequence[str]) -> str:
     if words[:1] == ["demo"]:
-        return "continue with: npr demo --resume"
+        again = words if "--resume" in words else [*words, "--resume"]
+        return f"continue with: npr {shlex.join(again)}"
     if words and words[0] in ("stage1", "stage2", "stage3"):
         again = words if any(word.startswith("--run.resume") for word in words) else [*words, "--run.resume"]
         return f"continue with: npr {shlex.join(again)}"
