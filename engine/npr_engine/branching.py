@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 from npr_engine.grammar import Grammar
-from npr_engine.response_state import Branch, Feed, Fork, Join, Open, Record, ResponseState, branch_key
+from npr_engine.response_state import (
+    Branch,
+    Feed,
+    Fork,
+    Join,
+    Open,
+    Record,
+    ResponseState,
+    Resume,
+    branch_key,
+)
 from npr_engine.rows import Rows, Seats
 from npr_engine.tree import Defect
 from npr_engine.vocabulary import TokenClass
@@ -81,9 +91,9 @@ class Branching:
         fork = Fork(int(self._rows.known[row]), branches, open=len(branches))
         response.forks.append(fork)
         self._rows.decoding[row] = False
-        response.work.append(Feed(response.trunk, fork.trunk_tokens, sample=False))
+        response.work.append(Feed(response.trunk, fork.trunk_tokens))
         response.work.append(Open(fork))
-        response.work.extend(Feed(branch, None, sample=True) for branch in branches)
+        response.work.append(Resume(tuple(branches)))
         return None
 
     def _in_branch(self, response: ResponseState, branch: Branch, step: int) -> str | None:
@@ -95,7 +105,7 @@ class Branching:
         branch.closed = True
         fork.open -= 1
         self._rows.decoding[branch.row] = False
-        response.work.append(Feed(branch, None, sample=False))
+        response.work.append(Feed(branch, None))
         return self._close_block(response, fork, step) if fork.open == 0 else None
 
     def _close_block(self, response: ResponseState, fork: Fork, step: int) -> str | None:
@@ -112,7 +122,7 @@ class Branching:
         self._seats.tokens_left[seat] -= len(forced)
         Record.given(forced, position, step + 1).append_to(rows, trunk.row)
         response.work.append(Join(fork))
-        response.work.append(Feed(trunk, None, sample=True))
+        response.work.append(Resume((trunk,)))
         return None
 
 

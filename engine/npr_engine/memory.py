@@ -76,6 +76,7 @@ class Memory:
         """Slots for `count` more tokens of the row, from what is spare, free, evictable or idle; False
         without."""
         rows, size = self.rows, self.pool.block_size
+        rows.promised[row] = count
         need = int(rows.length[row]) + count - int(rows.reserved[row])
         while need > 0:
             if not response.spare and not self._take_block(response, step):
@@ -141,7 +142,7 @@ class Memory:
         """Out of blocks: what the response's other rows hold beyond this step's token."""
         for branch in response.branches_on_rows():
             if branch.row != row:
-                self._spare_tail(response, branch.row, keep=int(self.rows.decoding[branch.row]))
+                self._spare_tail(response, branch.row, keep=int(self.rows.promised[branch.row]))
 
     def check_integrity(self, running: list[ResponseState]) -> None:
         """Every block has one owner or is free; every slot of a response is seen from one place; no row is

@@ -127,11 +127,18 @@ class Fork:
 
 @dataclass(frozen=True)
 class Feed:
-    """Compute the KV of the branch's tokens before `until`; then sample, if told so."""
+    """Compute the KV of the branch's tokens before `until` (None: of all that are known)."""
 
     branch: Branch
-    until: int | None  # None: all that are known
-    sample: bool
+    until: int | None
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Feed what is known of all these branches and sample after each, in one step: siblings stay in
+    lock-step, so what a response is when it ends early does not depend on the batch."""
+
+    branches: tuple[Branch, ...]
 
 
 @dataclass(frozen=True)
@@ -148,7 +155,7 @@ class Join:
     fork: Fork
 
 
-Work: TypeAlias = Feed | Open | Join
+Work: TypeAlias = Feed | Resume | Open | Join
 
 
 @dataclass(eq=False)
@@ -192,13 +199,14 @@ class ResponseState:
         """The work that brings a response without any KV to where its tokens are."""
         work: deque[Work] = deque()
         for fork in self.forks:
-            work.append(Feed(self.trunk, fork.trunk_tokens, sample=False))
+            work.append(Feed(self.trunk, fork.trunk_tokens))
             work.append(Open(fork))
-            work.extend(Feed(branch, None, sample=not branch.closed) for branch in fork.branches)
+            work.extend(Feed(branch, None) for branch in fork.branches if branch.closed)
+            work.append(Resume(tuple(branch for branch in fork.branches if not branch.closed)))
             if fork.open == 0:
-                work.append(Join(fork))
+                work[-1] = Join(fork)
         if not self.forks or self.forks[-1].open == 0:
-            work.append(Feed(self.trunk, None, sample=True))
+            work.append(Resume((self.trunk,)))
         return work
 
     def packed(self) -> tuple[Record, NDArray[np.int32]]:

@@ -29,6 +29,7 @@ class Rows:
             first one is the last token of the prompt. Beside each token: logprobs, sampler_logprobs, steps,
             positions, forced.
         position: position of the next token to feed.
+        promised: slots beyond `length` that the step which is being planned will use.
         decoding: one token pending, sample after it: the steady state.
         seat: the response's index in Seats.
         key: uint64, names the branch to the sampler.
@@ -47,6 +48,7 @@ class Rows:
         self.fed: NDArray[np.int32] = np.zeros(FIRST_ROWS, np.int32)
         self.length: NDArray[np.int32] = np.zeros(FIRST_ROWS, np.int32)
         self.reserved: NDArray[np.int32] = np.zeros(FIRST_ROWS, np.int32)
+        self.promised: NDArray[np.int32] = np.zeros(FIRST_ROWS, np.int32)
         self.position: NDArray[np.int32] = np.zeros(FIRST_ROWS, np.int32)
         self.decoding: NDArray[np.bool_] = np.zeros(FIRST_ROWS, np.bool_)
         self.seat: NDArray[np.int32] = np.full(FIRST_ROWS, -1, np.int32)
@@ -67,7 +69,7 @@ class Rows:
         if not self._free:
             self._grow_rows()
         row = self._free.pop()
-        for array in (self.known, self.fed, self.length, self.reserved):
+        for array in (self.known, self.fed, self.length, self.reserved, self.promised):
             array[row] = 0
         self.position[row], self.seat[row], self.key[row], self.step_start[row] = position, seat, key, -1
         return row

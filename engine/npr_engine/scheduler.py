@@ -25,7 +25,7 @@ from npr_engine.grammar import Grammar
 from npr_engine.kv_pool import BlockPool
 from npr_engine.memory import Memory
 from npr_engine.prompt_cache import PromptKV
-from npr_engine.response_state import Branch, Feed, Join, Open, Record, Request, ResponseState
+from npr_engine.response_state import Branch, Feed, Join, Open, Record, Request, ResponseState, Resume
 from npr_engine.rows import Rows, Seats
 from npr_engine.step_plan import StepPlan
 from npr_engine.uniforms import uniforms
@@ -102,6 +102,11 @@ class Scheduler:
         params, prompt = request.params, request.prompt_ids
         if len(prompt) == 0:
             raise UserError(f"request {request.request_id}: the prompt is empty; give it at least one token")
+        if params.branching and params.max_branches >= self.limits.max_batch_tokens:
+            raise UserError(
+                f"request {request.request_id}: {params.max_branches} branches decode in one step, which takes"
+                f" {self.limits.max_batch_tokens} tokens: raise max_batch_tokens or lower max_branches"
+            )
         pool = self._memory.pool
         need = pool.blocks_for(len(prompt) - 1) + pool.blocks_for(params.max_tokens + 1)
         if need > pool.num_blocks:
@@ -262,6 +267,7 @@ class Scheduler:
         """A slot for the next token of every branch; the youngest response gives way where there is none."""
         rows = self._rows
         decoding = np.flatnonzero(rows.decoding)
+        rows.promised[decoding] = 1
         full = decoding[rows.length[decoding] == rows.reserved[decoding]]
         for row in self._by_arrival(full).tolist():
             if not rows.decoding[row]:
@@ -278,6 +284,9 @@ class Scheduler:
             match response.work[0]:
                 case Feed() as feed:
                     if not self._feed(response, feed, plan):
+                        return
+                case Resume(branches):
+                    if not self._resume(response, branches, plan):
                         return
                 case Open(fork):
                     self._memory.open(response, fork)
@@ -297,11 +306,24 @@ class Scheduler:
             return False
         if count:
             plan.add(row, count)
-        if count < pending:
-            return False
-        if feed.sample:
-            plan.sample_last()
-        return True
+        return count == pending
+
+    def _resume(self, response: ResponseState, branches: tuple[Branch, ...], plan: StepPlan) -> bool:
+        """Plans all that is pending of the branches, sampled after, if it fits; else what fits without
+        their last tokens, which wait for each other."""
+        rows = [branch.row for branch in branches]
+        pending = [int(self._rows.known[row] - self._rows.fed[row]) for row in rows]
+        whole = sum(pending) <= plan.room
+        for row, count in zip(rows, pending, strict=True):
+            take = count if whole else min(count - 1, plan.room)
+            if take and not self._reserve(response, row, take):
+                return False
+            if take and not whole:
+                plan.add(row, take)
+        if whole:
+            for row, count in zip(rows, pending, strict=True):
+                plan.add(row, count, sample=True)
+        return whole
 
     def _reserve(self, response: ResponseState, row: int, count: int) -> bool:
         """Slots for a row, at the cost of younger responses; False where older ones hold them."""
@@ -403,5 +425,10 @@ class Scheduler:
         return rows[np.argsort(places, kind="stable")] if len(rows) > 1 else rows
 
     def _first_come(self, decoding: NDArray[np.int64], room: int) -> NDArray[np.int64]:
-        """The rows that decode in this step: all, or those of the oldest responses."""
-        return decoding if len(decoding) <= room else self._by_arrival(decoding)[:room]
+        """The rows that decode in this step: all, or those of the oldest responses, whole responses only."""
+        if len(decoding) <= room:
+            return decoding
+        ordered = self._by_arrival(decoding)
+        seats = self._rows.seat[ordered]
+        starts = np.flatnonzero(np.concatenate(([True], seats[1:] != seats[:-1])))
+        return ordered[: starts[starts <= room].max()]

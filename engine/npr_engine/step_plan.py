@@ -20,19 +20,18 @@ class StepPlan:
         self._sampled: list[int] = []  # indices of chunks
         self.num_chunk_tokens = 0
 
-    def add(self, row: int, count: int) -> None:
-        """Feeds the next `count` tokens of the row, whose slots are reserved."""
+    def add(self, row: int, count: int, *, sample: bool = False) -> None:
+        """Feeds the next `count` tokens of the row, whose slots are reserved; then samples, if told so."""
         rows = self._rows
+        if sample:
+            self._sampled.append(len(self._chunks))
         self._chunks.append((row, int(rows.fed[row]), int(rows.length[row]), int(rows.position[row]), count))
         rows.fed[row] += count
         rows.length[row] += count
         rows.position[row] += count
+        rows.promised[row] = 0
         self.room -= count
         self.num_chunk_tokens += count
-
-    def sample_last(self) -> None:
-        """Samples after the chunk added last."""
-        self._sampled.append(len(self._chunks) - 1)
 
     def build(self, decoding: NDArray[np.int64]) -> Batch:
         """The step: one token of each decoding row, then the chunks."""

@@ -83,9 +83,7 @@ def ran_in_parallel(rollout: Rollout) -> bool:
     return not execution.faults and execution.parallel_blocks > 0
 
 
-def write_chrome_trace(
-    path: Path, rollouts: Sequence[Rollout], piece: Callable[[int], str] = lambda token: str(token)
-) -> None:
+def write_chrome_trace(path: Path, rollouts: Sequence[Rollout], piece: Callable[[int], str] = str) -> None:
     """Writes a trace that Perfetto and chrome://tracing open: a process per request, a thread per branch, a
     slice per token (forced ones of a step share it), a millisecond per engine step. `piece` gives the text
     of a token."""

@@ -1,4 +1,5 @@
-"""A two-layer Qwen3 that has learned to write parallel responses, and the same model as the engine sees it."""
+"""A two-layer Qwen3 that has learned to write parallel responses, and the same model as the engine sees
+it."""
 
 from __future__ import annotations
 
@@ -45,7 +46,8 @@ class Plain:
     model: Qwen3ForCausalLM
 
     def logits(self, prompt: list[int], ids: list[int], *, branching: bool = True) -> tuple[Tensor, Tensor]:
-        """Logits [R, V] that predict each response token, and their predecessors [R] (-1: predicted by nobody)."""
+        """Logits [R, V] that predict each response token, and their predecessors [R] (-1: predicted by
+        nobody)."""
         tokens = torch.tensor([*prompt, *ids], dtype=torch.int32)
         layout = branch_layout(tokens, tags=VOCABULARY.tags, prompt_lengths=len(prompt), branching=branching)
         mask = torch.zeros(len(tokens), len(tokens), dtype=self.model.dtype)
@@ -115,7 +117,7 @@ def plain() -> Plain:
     reference = Plain(Qwen3ForCausalLM(hf))
     optimizer = torch.optim.AdamW(reference.model.parameters(), lr=3e-3)
     samples = [(prompt, response(prompt)) for prompt in PROMPTS]
-    for step in range(240):
+    for step in range(320):
         prompt, ids = samples[step % len(samples)]
         logits, before = reference.logits(prompt, ids)
         loss = torch.nn.functional.cross_entropy(logits[before >= 0], torch.tensor(ids)[before >= 0])

@@ -1,0 +1,130 @@
+"""What the engine decodes is what the plain model says, whatever else happens in the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from npr_engine.engine import Engine
+from npr_engine.grammar import Response
+from npr_engine.rollout import Rollout
+from npr_engine.sampling import SamplingParams
+from npr_engine.testing import GRAMMAR, VOCABULARY
+from npr_ext import branch_layout
+from tests.unit.engine.conftest import PROMPTS, Plain
+
+GREEDY = SamplingParams(max_tokens=300, temperature=0.0)
+TIGHT = {"num_kv_slots": 336, "block_size": 4, "max_batch_tokens": 24}
+SIZES: dict[str, dict[str, int]] = {
+    "one at a time": {"max_running": 1},
+    "blocks of one slot": {"block_size": 1},
+    "blocks of 64 slots": {"block_size": 64},
+    "chunks of 9 tokens": {"max_batch_tokens": 9},
+    "too little memory": TIGHT,
+}
+
+
+def same(one: Rollout, other: Rollout) -> None:
+    """Equal tokens and log-probs."""
+    assert one.token_ids.tolist() == other.token_ids.tolist()
+    np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-6)
+    assert one.finish_reason == other.finish_reason
+
+
+def test_greedy_output_is_the_plain_models_choice_at_every_token(
+    plain: Plain, new_engine: Callable[..., Engine]
+) -> None:
+    for rollout in new_engine().generate(PROMPTS, GREEDY):
+        assert isinstance(GRAMMAR.parse(rollout.token_ids), Response), rollout.finish_reason
+        with torch.no_grad():
+            logits, _ = plain.logits(rollout.prompt_ids.tolist(), rollout.token_ids.tolist())
+        best = logits.argmax(-1).numpy()
+        assert (best == rollout.token_ids)[~rollout.forced].all()
+        assert rollout.forced.sum() >= 3 * 5 + 3
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_greedy_output_does_not_depend_on_the_engines_sizes(
+    size: str, new_engine: Callable[..., Engine]
+) -> None:
+    engine = new_engine(**SIZES[size])
+    for one, other in zip(
+        engine.generate(PROMPTS, GREEDY), new_engine().generate(PROMPTS, GREEDY), strict=True
+    ):
+        same(one, other)
+    engine.check_integrity()
+    assert (engine.stats().preemptions > 0) == (size == "too little memory")
+
+
+@pytest.mark.parametrize("sizes", [{}, TIGHT], ids=["roomy", "too little memory"])
+def test_samples_do_not_depend_on_what_else_is_in_the_batch(
+    sizes: dict[str, int], new_engine: Callable[..., Engine]
+) -> None:
+    params = SamplingParams(max_tokens=200, seed=3)
+    ids = [f"request {index}" for index in range(12)]
+    together = new_engine(**sizes).generate(PROMPTS * 2, params, ids)
+    alone = new_engine()
+    for index in (0, 5, 7):
+        same(together[index], alone.generate([(PROMPTS * 2)[index]], params, [ids[index]])[0])
+    assert together[0].token_ids.tolist() != together[6].token_ids.tolist(), "equal prompts, other ids"
+
+
+@pytest.mark.parametrize("branching", [True, False])
+def test_log_probs_are_the_plain_models(
+    branching: bool, plain: Plain, new_engine: Callable[..., Engine]
+) -> None:
+    params = SamplingParams(max_tokens=250, branching=branching, temperature=1.3, top_p=0.9)
+    for rollout in new_engine(**TIGHT).generate(PROMPTS * 3, params):
+        expected = plain.logprobs(rollout)
+        assert np.isnan(rollout.logprobs[rollout.forced]).all()
+        np.testing.assert_allclose(rollout.logprobs[~rollout.forced], expected[~rollout.forced], atol=1e-5)
+
+
+def test_log_probs_right_after_each_fork_and_join_are_the_plain_models(
+    plain: Plain, new_engine: Callable[..., Engine]
+) -> None:
+    (rollout,) = new_engine().generate(PROMPTS[:1], GREEDY)
+    expected = plain.logprobs(rollout)
+    first_sampled = np.flatnonzero(~rollout.forced[1:] & rollout.forced[:-1]) + 1
+    assert len(first_sampled) == 7, "five branches, two joins"
+    np.testing.assert_allclose(rollout.logprobs[first_sampled], expected[first_sampled], atol=1e-6)
+
+
+def test_positions_and_branch_ids_are_those_of_the_layout(new_engine: Callable[..., Engine]) -> None:
+    for rollout in new_engine().generate(PROMPTS, SamplingParams(max_tokens=120, seed=1)):
+        prompt = len(rollout.prompt_ids)
+        tokens = torch.from_numpy(np.concatenate((rollout.prompt_ids, rollout.token_ids)))
+        layout = branch_layout(tokens, tags=VOCABULARY.tags, prompt_lengths=prompt)
+        assert layout.position_ids[prompt:].tolist() == rollout.positions.tolist()
+        assert layout.branch_ids[prompt:].tolist() == rollout.branch_ids.tolist()
+        assert rollout.critical_path == int(layout.position_ids.max()) + 1 - prompt
+
+
+def test_forks_feed_each_token_once(new_engine: Callable[..., Engine]) -> None:
+    engine = new_engine()
+    (rollout,) = engine.generate(PROMPTS[:1], GREEDY)
+    fed = len(PROMPTS[0]) + rollout.num_tokens - 1  # the last token is never fed
+    assert engine.stats().fed_tokens == fed
+
+
+def test_a_group_computes_its_prompt_once_until_the_weights_change(new_engine: Callable[..., Engine]) -> None:
+    engine, prompt = new_engine(), PROMPTS[0] * 20
+    params = SamplingParams(max_tokens=1, branching=False)
+    engine.generate([prompt] * 8, params)
+    assert engine.stats().fed_tokens == len(prompt) - 1 + 8
+    engine.generate([prompt], params)
+    assert engine.stats().fed_tokens == len(prompt) - 1 + 9
+    engine.weights_updated(1)
+    (rollout,) = engine.generate([prompt], params)
+    assert engine.stats().fed_tokens == 2 * (len(prompt) - 1) + 10
+    assert rollout.weights_version == 1
+
+
+def test_ignoring_eos_decodes_exactly_max_tokens(new_engine: Callable[..., Engine]) -> None:
+    params = SamplingParams(max_tokens=150, branching=False, ignore_eos=True)
+    for rollout in new_engine().generate(PROMPTS, params):
+        assert rollout.num_tokens == rollout.critical_path == 150 and rollout.finish_reason == "length"
+        assert not rollout.forced.any() and not rollout.branch_ids.any()
