@@ -18,7 +18,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from npr_ext.errors import UserError
 
@@ -44,6 +44,13 @@ class Tool:
     summary: str
     run: Callable[[argparse.Namespace], int]
     arguments: Callable[[argparse.ArgumentParser], None]
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
 
 
 STAGES = {
@@ -87,7 +94,7 @@ def _dispatch(words: list[str]) -> int:
         return _run_stage(command, rest)
     if command in TOOLS:
         tool = TOOLS[command]
-        parser = argparse.ArgumentParser(prog=f"npr {command}", description=tool.summary)
+        parser = Parser(prog=f"npr {command}", description=tool.summary)
         tool.arguments(parser)
         return tool.run(parser.parse_args(rest))
     raise UserError(f"unknown command {command!r}; {_suggestion(command)}")
@@ -152,16 +159,19 @@ def _report_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_trace(arguments: argparse.Namespace) -> int:
-    traces = importlib.import_module("megatron_npr.rollout_file")
-    print(traces.write_trace(arguments.rollouts, arguments.out))
-    return 0
+    traces = importlib.import_module("megatron_npr.traces")
+    _check_run_folder(arguments.out.parent)
+    verdict = traces.check_and_write(arguments.rollouts, arguments.out, limit=arguments.limit)
+    print(verdict)
+    return 1 if verdict.faults else 0
 
 
 def _trace_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("rollouts", type=Path, help="rollouts.jsonl of `npr eval` or the demo")
+    parser.add_argument("rollouts", type=Path, help="rollouts.jsonl of `npr eval`")
     parser.add_argument(
-        "--out", type=Path, default=Path("trace.json"), help="opens in Perfetto and chrome://tracing"
+        "--out", type=Path, default=Path("trace.json"), help="for Perfetto or chrome://tracing"
     )
+    parser.add_argument("--limit", type=int, default=32, help="rollouts drawn; all are checked (default 32)")
 
 
 TOOLS = {

@@ -60,13 +60,19 @@ def write_rollouts(path: Path, rollouts: Iterable[Rollout], vocabulary: Vocabula
 
 def read_rollouts(path: Path) -> list[Rollout]:
     """Read a JSONL file; UserError names the file and the line that is not a rollout."""
+    return [rollout for rollout, _ in read_with_pieces(path)]
+
+
+def read_with_pieces(path: Path) -> list[tuple[Rollout, tuple[str, ...]]]:
+    """Rollouts with the texts of their tokens."""
     if not path.is_file():
-        raise UserError(f"{path}: no such file; `npr eval` and `npr demo` write rollouts.jsonl")
+        raise UserError(f"{path}: no such file; `npr eval` and `npr demo` write rollouts")
     rollouts = []
     with path.open() as file:
         for number, line in enumerate(file, start=1):
             try:
-                rollouts.append(from_record(json.loads(line)))
+                record = json.loads(line)
+                rollouts.append((from_record(record), tuple(record["pieces"])))
             except (KeyError, TypeError, ValueError) as error:
                 raise UserError(f"{path}:{number}: not a rollout: {type(error).__name__} {error}") from None
     return rollouts

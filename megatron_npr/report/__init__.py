@@ -41,5 +41,11 @@ def rebuild(folder: Path) -> Path:
     saved = folder / "result.json"
     if not saved.is_file():
         raise UserError(f"{saved}: no such file; `npr demo` writes it when it ends")
-    write_report(folder, DemoResult.load(saved))
+    try:
+        result = DemoResult.load(saved)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{saved} is damaged ({type(error).__name__} {error}): run `npr demo` again"
+        ) from None
+    write_report(folder, result)
     return folder / "report.html"

@@ -76,6 +76,13 @@ def test_a_run_folder_under_a_file_is_refused_before_anything_runs(
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.parametrize("words", [["demo", "--seed", "x"], ["demo", "--sed", "1"], ["trace"]])
+def test_a_mistake_in_the_options_of_a_tool_is_one_line(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert failure(words, capsys).endswith(f"see npr {words[0]} --help")
+
+
 def test_only_rank_0_reports(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("RANK", "1")
     assert main(["stge3"]) == 2

@@ -148,6 +148,12 @@ def test_a_report_is_rebuilt_from_what_was_saved(tmp_path: Path) -> None:
     assert [(tmp_path / name).read_text() for name in ("report.html", "report.json")] == before
 
 
+def test_a_damaged_result_is_one_clear_line(tmp_path: Path) -> None:
+    (tmp_path / "result.json").write_text('{"report": {}}')
+    with pytest.raises(UserError, match=r"result\.json is damaged"):
+        rebuild(tmp_path)
+
+
 def test_a_folder_without_a_result_is_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"result\.json: no such file; `npr demo` writes it"):
         rebuild(tmp_path)
