@@ -1,0 +1,173 @@
+"""The scheduler core under random use: no KV is lost or shared by mistake, and no use changes what is
+decoded.
+
+In place of a model stands a pure function of what a token sees (the tokens and positions behind its table
+row), so a wrong slot, position or recomputation anywhere changes the output.
+"""
+
+from __future__ import annotations
+
+import random
+import zlib
+
+import numpy as np
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from npr_engine.batch import Batch, Sampled
+from npr_engine.response_state import Request
+from npr_engine.sampling import SamplingParams
+from npr_engine.scheduler import Finished, Limits, Scheduler
+from npr_engine.testing import EOS, GRAMMAR, PIECES, encode
+
+GUIDELINE, GUIDELINE_END, PLAN, PLAN_END, STEP, STEP_END, TAKEAWAY, TAKEAWAY_END = range(2, 10)
+PROMPTS = [encode(text) for text in ("a", "ab", "abcdefgh", "abcdefgh12345678+", "<plan>a</plan>")]
+
+
+def next_token(seen: list[int], draw: random.Random) -> int:
+    """A token that mostly keeps to the language, given all that the last token sees."""
+    if draw.random() < 0.004:
+        return draw.randrange(len(PIECES))
+    opened = next((token for token in reversed(seen) if GUIDELINE <= token <= TAKEAWAY_END), TAKEAWAY_END)
+    if opened == PLAN:
+        start = len(seen) - seen[::-1].index(PLAN)
+        guideline = len(seen) - 1 - seen[::-1].index(GUIDELINE) if GUIDELINE in seen else 0
+        number = encode(f"{seen[guideline:].count(PLAN)}:")
+        if len(seen) - start < len(number):
+            return number[len(seen) - start]
+        return draw.choice([*encode("abc"), PLAN_END])
+    if opened in (GUIDELINE, PLAN_END):
+        return draw.choice([PLAN, GUIDELINE_END]) if opened == PLAN_END else PLAN
+    if opened == TAKEAWAY_END:
+        return draw.choice([*encode("ab\nc"), GUIDELINE, GUIDELINE, GUIDELINE, EOS])
+    return draw.choice([*encode("abcdefgh"), STEP_END if opened == STEP else TAKEAWAY_END])
+
+
+class ContextModel:
+    """A model whose KV of a token is the token and its position."""
+
+    def __init__(self, num_slots: int) -> None:
+        self.kv = np.full((num_slots, 2), -1, np.int64)
+
+    def run(self, batch: Batch) -> Sampled:
+        assert len(set(batch.slots.tolist())) == batch.num_tokens, "two tokens write one slot"
+        self.kv[batch.slots] = np.stack((batch.token_ids, batch.positions), 1)
+        drawn = []
+        for index in batch.sample_index.tolist():
+            slots = batch.tables[batch.rows[index], : batch.lengths[index]]
+            assert slots[-1] == batch.slots[index]
+            context = self.kv[slots]
+            assert (context >= 0).all(), "a token sees a slot that nobody has written"
+            draw = random.Random(zlib.crc32(context.tobytes()))
+            drawn.append(next_token(context[:, 0].tolist(), draw))
+        zeros = np.zeros(len(drawn), np.float32)
+        return Sampled(np.array(drawn, np.int32), zeros, zeros)
+
+
+def decode_alone(request: Request) -> Finished:
+    """What a request gives in an engine of its own."""
+    scheduler = Scheduler(GRAMMAR, Limits(4096, 1, 4096, 1), len(PIECES))
+    model = ContextModel(4096)
+    scheduler.submit(request)
+    while (batch := scheduler.plan()) is not None:
+        scheduler.commit(batch, model.run(batch))
+    (finished,) = scheduler.take_finished()
+    return finished
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Submit, step, abort, new weights and failing steps in any order, with memory for a few responses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.limits = Limits(num_blocks=48, block_size=4, max_batch_tokens=12, max_running=6)
+        self.scheduler = Scheduler(GRAMMAR, self.limits, len(PIECES))
+        self.model = ContextModel(self.limits.num_blocks * self.limits.block_size)
+        self.num_submitted = 0
+        self.submitted: dict[str, Request] = {}
+        self.finished: dict[str, Finished] = {}
+
+    @rule(
+        prompt=st.sampled_from(PROMPTS),
+        max_tokens=st.integers(1, 150),
+        path=st.one_of(st.none(), st.integers(1, 100)),
+        max_branches=st.integers(1, 8),
+        branching=st.sampled_from([True, True, True, False]),
+    )
+    def submit(
+        self, prompt: list[int], max_tokens: int, path: int | None, max_branches: int, branching: bool
+    ) -> None:
+        params = SamplingParams(
+            max_tokens=max_tokens, max_critical_path=path, max_branches=max_branches, branching=branching
+        )
+        request = Request(str(self.num_submitted), np.array(prompt, np.int32), params)
+        self.num_submitted += 1
+        self.submitted[request.request_id] = request
+        self.scheduler.submit(request)
+
+    @rule(steps=st.integers(1, 30))
+    def run(self, steps: int) -> None:
+        for _ in range(steps):
+            batch = self.scheduler.plan()
+            if batch is None:
+                return
+            assert batch.num_tokens <= self.limits.max_batch_tokens
+            self.scheduler.commit(batch, self.model.run(batch))
+            self.scheduler.check_integrity()
+
+    @rule()
+    def fail_in_a_step(self) -> None:
+        self.scheduler.plan()
+        self.scheduler.restart_all()
+
+    @rule()
+    def new_weights(self) -> None:
+        self.scheduler.restart_all()
+        assert self.scheduler.num_free_blocks == self.limits.num_blocks
+        self.model.kv[:] = -1
+
+    @rule(index=st.integers(0, 30))
+    def abort(self, index: int) -> None:
+        if self.scheduler.abort(str(index)):
+            self.submitted.pop(str(index))
+
+    @invariant()
+    def nothing_is_lost(self) -> None:
+        self.scheduler.check_integrity()
+        self._collect()
+
+    def teardown(self) -> None:
+        """Everything ends, without a block lost, and as if it had been alone."""
+        self.run(100_000)
+        self._collect()
+        assert self.scheduler.num_unfinished == 0
+        self.scheduler.restart_all()
+        assert self.scheduler.num_free_blocks == self.limits.num_blocks
+        for request_id, request in self.submitted.items():
+            ended, alone = self.finished[request_id], decode_alone(request)
+            assert ended.reason == alone.reason
+            for name in ("tokens", "positions", "forced"):
+                assert getattr(ended.record, name).tolist() == getattr(alone.record, name).tolist()
+            assert len(ended.record) <= request.params.max_tokens
+            assert (np.diff(ended.record.steps[ended.branch_ids == 0]) >= 0).all()
+
+    def _collect(self) -> None:
+        for ended in self.scheduler.take_finished():
+            assert ended.request.request_id not in self.finished
+            self.finished[ended.request.request_id] = ended
+
+
+SchedulerMachine.TestCase.settings = settings(max_examples=25, stateful_step_count=20, deadline=None)
+TestTheSchedulerUnderAnyUse = SchedulerMachine.TestCase
+
+
+def test_the_stand_in_reaches_every_part_of_the_language() -> None:
+    reasons: dict[str, int] = {}
+    forks = 0
+    for index in range(60):
+        prompt = np.array([*PROMPTS[3], 10 + index % 20, 10 + index // 20], np.int32)
+        ended = decode_alone(Request(str(index), prompt, SamplingParams(max_tokens=200)))
+        reasons[ended.reason.partition("(")[0]] = reasons.get(ended.reason.partition("(")[0], 0) + 1
+        forks += bool(ended.branch_ids.max(initial=0) > 1)
+    assert min(reasons["eos"], reasons["length"], reasons["malformed"], reasons["budget"], forks) >= 2, (reasons, forks)
