@@ -57,7 +57,8 @@ at::Tensor packed_blocks(const at::Tensor& tensor) {
   const int64_t num_tokens = tensor.size(0);
   at::parallel_for(0, num_kv_heads * num_blocks, 64, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      pack_block<T>(from, i % num_blocks, static_cast<int>(i / num_blocks), num_tokens, dim, to + i * dim * kTileStride);
+      pack_block<T>(from, i % num_blocks, static_cast<int>(i / num_blocks), num_tokens, dim,
+                    to + i * dim * kTileStride);
     }
   });
   return packed;
@@ -174,8 +175,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& gradie
   const at::Tensor dk = at::empty(keys.sizes(), keys.options());
   const at::Tensor dv = at::empty(keys.sizes(), keys.options());
   if (queries.scalar_type() == at::kDouble) {
-    run_backward<double>(for_kernel(gradient), queries, keys, values, for_kernel(output), log_sums, plan, scale, dq,
-                         dk, dv);
+    run_backward<double>(for_kernel(gradient), queries, keys, values, for_kernel(output), log_sums, plan, scale, dq, dk,
+                         dv);
   } else {
     run_backward<float>(for_kernel(gradient), queries, keys, values, for_kernel(output), log_sums, plan, scale, dq, dk,
                         dv);

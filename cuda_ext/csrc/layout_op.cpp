@@ -5,6 +5,10 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -12,7 +16,7 @@
 namespace npr {
 namespace {
 
-constexpr int64_t kMaxTokens = int64_t{1} << 30;    // token indices and positions are int32
+constexpr int64_t kMaxTokens = int64_t{1} << 30;        // token indices and positions are int32
 constexpr int64_t kTokensPerThread = int64_t{1} << 13;  // below this a second thread costs more than it gives
 
 void check_vector(const at::Tensor& tensor, const char* name, int64_t length) {
@@ -20,6 +24,20 @@ void check_vector(const at::Tensor& tensor, const char* name, int64_t length) {
                     length < 0 ? std::string() : " of " + std::to_string(length), ", not of shape ", tensor.sizes());
   TORCH_CHECK_VALUE(tensor.scalar_type() == at::kInt || tensor.scalar_type() == at::kLong, name,
                     " must be int32 or int64, not ", tensor.scalar_type());
+}
+
+// Fresh memory costs a page fault every 4 KiB, which is more than laying out its tokens; large pages make that cheap.
+void ask_for_large_pages(const at::Tensor& tensor) {
+#ifdef __linux__
+  constexpr uintptr_t kLargePage = uintptr_t{1} << 21;
+  const auto begin = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
+  const uintptr_t first = (begin + kLargePage - 1) / kLargePage * kLargePage;
+  const uintptr_t last = (begin + tensor.nbytes()) / kLargePage * kLargePage;
+  if (first < last)
+    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a wish: refusal is no error
+#else
+  (void)tensor;
+#endif
 }
 
 at::Tensor as_int64(const at::Tensor& tensor) { return tensor.to(at::kLong).contiguous(); }
@@ -48,6 +66,7 @@ std::tuple<at::Tensor, at::Tensor> branch_layout(const at::Tensor& token_ids, at
 
   const auto options = token_ids.options().dtype(at::kInt);
   at::Tensor arrays = at::empty({6, num_tokens}, options);
+  ask_for_large_pages(arrays);
   at::Tensor verdicts = at::empty({2, num_segments}, options);
   int32_t* rows = arrays.mutable_data_ptr<int32_t>();
   const LayoutArrays out{rows,

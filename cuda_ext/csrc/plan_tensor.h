@@ -29,9 +29,9 @@ inline at::Tensor plan_to_tensor(const AttentionPlan& plan, int32_t num_tokens) 
 }
 
 inline AttentionPlan plan_from_tensor(const at::Tensor& tensor, int64_t num_tokens) {
-  TORCH_CHECK_VALUE(tensor.dim() == 1 && tensor.scalar_type() == at::kInt && tensor.is_contiguous() &&
-                        tensor.numel() >= kPlanHeader,
-                    "an attention plan comes from npr::attention_plan");
+  TORCH_CHECK_VALUE(
+      tensor.dim() == 1 && tensor.scalar_type() == at::kInt && tensor.is_contiguous() && tensor.numel() >= kPlanHeader,
+      "an attention plan comes from npr::attention_plan");
   const auto* from = tensor.const_data_ptr<int32_t>();
   TORCH_CHECK_VALUE(from[0] == num_tokens, "the layout has ", from[0], " tokens, the tensors have ", num_tokens);
   const int64_t units = from[1];

@@ -1,7 +1,7 @@
 """Branch layouts: who sees whom, at which position, predicted by whom, as O(T) integers (design/FORMAT.md).
 
-    token ids + segments ──► branch_layout (C++, one pass) ──► BranchLayout ──► as_tensor [5, T] travels with the batch
-                                                                    └──► attention plan, block mask (derived on demand)
+token ids + segments ──► branch_layout (C++, one pass) ──► BranchLayout ──► as_tensor [5, T] travels with the batch
+                                                                └──► attention plan, block mask (derived on demand)
 """
 
 from dataclasses import dataclass
@@ -141,13 +141,28 @@ class BranchLayout:
             hidden = (hidden_from[k] <= q) & (q < hidden_until[k])
             return (k <= q) & (q < sequence_end[k]) & ~hidden
 
+        partial, partial_indices, full, full_indices, q_partial, q_partial_indices, q_full, q_full_indices = (
+            each[None, None] for each in lists
+        )
         return BlockMask(
-            (self.num_tokens, self.num_tokens), *(each[None, None] for each in lists), (block, block), may_attend
+            (self.num_tokens, self.num_tokens),
+            partial,
+            partial_indices,
+            full,
+            full_indices,
+            q_partial,
+            q_partial_indices,
+            q_full,
+            q_full_indices,
+            (block, block),
+            may_attend,
         )
 
     def _parsed(self) -> tuple[Tensor, Tensor]:
         if self.parsed is None:
-            raise UserError("a layout made by from_tensor carries no branch ids and no status: ask branch_layout's own")
+            raise UserError(
+                "a layout made by from_tensor carries no branch ids and no status: ask branch_layout's own"
+            )
         return self.parsed
 
 
@@ -179,7 +194,9 @@ def branch_layout(
         prompt_lengths = torch.tensor([prompt_lengths], device=device)
     if cu_seqlens is None:
         if prompt_lengths.numel() != 1:
-            raise UserError(f"{prompt_lengths.numel()} prompt lengths need cu_seqlens: pass the bounds of the segments")
+            raise UserError(
+                f"{prompt_lengths.numel()} prompt lengths need cu_seqlens: pass the bounds of the segments"
+            )
         cu_seqlens = torch.tensor([0, token_ids.numel()], device=device)
     arrays, verdicts = torch.ops.npr.branch_layout(
         token_ids, tags.as_tuple(), prompt_lengths, cu_seqlens, parents, branching

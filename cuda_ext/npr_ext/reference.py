@@ -102,7 +102,9 @@ def reference_places(
             place = Place()
         else:
             longest = max((p.position for p in places if p.block == block and p.branch > 0), default=-1)
-            cut = wrong != Violation.OK and was_in_block_branches  # an early join, sampled right after this branch
+            cut = (
+                wrong != Violation.OK and was_in_block_branches
+            )  # an early join, sampled right after this branch
             joining = cut or previous.branch > 0
             position = max(longest, fork.position) + 1 if joining else previous.position + 1
             predecessor = -1 if joining and not cut else index - 1
@@ -127,19 +129,16 @@ def reference_places(
 
 def reference_visible(places: Sequence[Place]) -> Tensor:
     """bool [T, T] of one sequence: every earlier token, except those of sibling branches of the same block."""
-    return torch.tensor(
-        [
-            [
-                k <= q and not (key.block == query.block and key.branch > 0 and query.branch not in (0, key.branch))
-                for k, key in enumerate(places)
-            ]
-            for q, query in enumerate(places)
-        ],
-        dtype=torch.bool,
-    ).reshape(len(places), len(places))
+    block_T = torch.tensor([place.block for place in places], dtype=torch.int64)
+    branch_T = torch.tensor([place.branch for place in places], dtype=torch.int64)
+    in_branches = (branch_T[:, None] > 0) & (branch_T > 0)
+    siblings = in_branches & (block_T[:, None] == block_T) & (branch_T[:, None] != branch_T)
+    return torch.ones(len(places), len(places), dtype=torch.bool).tril() & ~siblings
 
 
-def reference_attention(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, visible_TT: Tensor, scale: float) -> Tensor:
+def reference_attention(
+    q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, visible_TT: Tensor, scale: float
+) -> Tensor:
     """Dense masked softmax attention with grouped heads, differentiable, in the precision of its inputs. [T, N, H]."""
     group = q_TNH.shape[1] // k_TKH.shape[1]
     k_TNH, v_TNH = (each.repeat_interleave(group, dim=1) for each in (k_TKH, v_TKH))
@@ -162,5 +161,7 @@ def reference_paged_attention(
     for q_NH, row, length in zip(q_TNH, row_of_token.tolist(), lengths.tolist(), strict=True):
         slots = tables[row, :length].long()
         everything = torch.ones(1, length, dtype=torch.bool)
-        outputs.append(reference_attention(q_NH[None], k_cache_SKH[slots], v_cache_SKH[slots], everything, scale))
+        outputs.append(
+            reference_attention(q_NH[None], k_cache_SKH[slots], v_cache_SKH[slots], everything, scale)
+        )
     return torch.cat(outputs) if outputs else torch.empty_like(q_TNH)

@@ -21,7 +21,9 @@ class TagIds:
     def __post_init__(self) -> None:
         ids = self.as_tuple()
         if len(set(ids)) != len(ids) or min(ids) < 0:
-            raise UserError(f"tag ids must be eight different token ids, not {ids}: add the tags to the tokenizer")
+            raise UserError(
+                f"tag ids must be eight different token ids, not {ids}: add the tags to the tokenizer"
+            )
 
     def as_tuple(self) -> tuple[int, ...]:
         """The ids in the order of the fields."""

@@ -54,13 +54,17 @@ def random_layout(
     texts = tokens - in_branch - outside_fixed
     num_texts = units + blocks + 2  # plans, takeaways, prompt, conclusion
     if steps < units or texts < num_texts:
-        raise UserError(f"{tokens} tokens are too few for {blocks} blocks of {branches} branches with gaps of {gap}")
+        raise UserError(
+            f"{tokens} tokens are too few for {blocks} blocks of {branches} branches with gaps of {gap}"
+        )
     step_lengths = _random_split(steps, units, generator)
     text_lengths = _random_split(texts, num_texts, generator)
     between = [GAP_TOKEN] * gap
 
     def text(length: int) -> list[int]:
-        drawn = torch.randint(FIRST_TEXT_TOKEN, FIRST_TEXT_TOKEN + NUM_TEXT_TOKENS, (length,), generator=generator)
+        drawn = torch.randint(
+            FIRST_TEXT_TOKEN, FIRST_TEXT_TOKEN + NUM_TEXT_TOKENS, (length,), generator=generator
+        )
         ids: list[int] = drawn.tolist()
         return ids
 

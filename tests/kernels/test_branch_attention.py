@@ -45,7 +45,8 @@ def shared_prompt_layout() -> tuple[BranchLayout, BranchLayout, torch.Tensor]:
     )
     starts = torch.tensor(sizes).cumsum(0)
     rows = [
-        torch.cat([torch.arange(len(prompt)), torch.arange(int(starts[i]), int(starts[i + 1]))]) for i in range(3)
+        torch.cat([torch.arange(len(prompt)), torch.arange(int(starts[i]), int(starts[i + 1]))])
+        for i in range(3)
     ]
     return shared, unshared, torch.cat(rows)
 
@@ -83,7 +84,9 @@ def largest_errors(actual: tuple[torch.Tensor, ...], expected: tuple[torch.Tenso
 
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("lengths", [[120], [700], [130, 110, 400, 160]])
-def test_it_equals_dense_masked_softmax_with_its_gradients(lengths: list[int], heads: tuple[int, int, int]) -> None:
+def test_it_equals_dense_masked_softmax_with_its_gradients(
+    lengths: list[int], heads: tuple[int, int, int]
+) -> None:
     layout = packed_layout(0, lengths)
     inputs = random_inputs(1, layout.num_tokens, heads)
     assert max(largest_errors(run(layout, inputs), run_reference(layout, inputs))) < 1e-12
@@ -173,7 +176,9 @@ def test_a_shared_prompt_gives_the_output_and_gradients_of_unshared_rows() -> No
     together = branch_attention(q, k, v, shared)[rows]
     assert (apart - together).abs().max() < 1e-12
     for a, b in zip(
-        torch.autograd.grad(apart, (q, k, v), gradient), torch.autograd.grad(together, (q, k, v), gradient), strict=True
+        torch.autograd.grad(apart, (q, k, v), gradient),
+        torch.autograd.grad(together, (q, k, v), gradient),
+        strict=True,
     ):
         assert (a - b).abs().max() < 1e-11
 
@@ -194,11 +199,17 @@ def test_the_plan_is_derived_once() -> None:
 
 
 @pytest.mark.parametrize(
-    "shapes", [((10, 4, 32), (10, 3, 32)), ((10, 4, 32), (11, 2, 32)), ((9, 4, 32), (9, 2, 32)), ((10, 4, 200), (10, 2, 200))]
+    "shapes",
+    [
+        ((10, 4, 32), (10, 3, 32)),
+        ((10, 4, 32), (11, 2, 32)),
+        ((9, 4, 32), (9, 2, 32)),
+        ((10, 4, 200), (10, 2, 200)),
+    ],
 )
 def test_shapes_that_do_not_fit_are_refused(shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
     layout = branch_layout(torch.arange(20, 30), tags=TAGS, prompt_lengths=0)
-    with pytest.raises(ValueError, match="fit|dimensions|tokens"):
+    with pytest.raises(ValueError, match=r"fit|dimensions|tokens"):
         branch_attention(torch.randn(shapes[0]), torch.randn(shapes[1]), torch.randn(shapes[1]), layout)
 
 

@@ -17,11 +17,16 @@ SHARED = Path(os.environ.get("NPR_SHARED", ROOT.parent / "shared"))
 
 
 @pytest.mark.shared
-@pytest.mark.skipif(not (SHARED / "vectors").is_dir(), reason=f"no reference vectors at {SHARED}: set NPR_SHARED")
+@pytest.mark.skipif(
+    not (SHARED / "vectors").is_dir(), reason=f"no reference vectors at {SHARED}: set NPR_SHARED"
+)
 def test_all_forty_reference_vectors_are_equal() -> None:
     names = json.loads((SHARED / "vectors/tag_ids.json").read_text())
     tags = TagIds(
-        **{field: names[f"</{field[:-4]}>" if field.endswith("_end") else f"<{field}>"] for field in vars(TAGS)}
+        **{
+            field: names[f"</{field[:-4]}>" if field.endswith("_end") else f"<{field}>"]
+            for field in vars(TAGS)
+        }
     )
     lines = (SHARED / "vectors/branch_layout.jsonl").read_text().splitlines()
     assert len(lines) == 40
@@ -41,7 +46,9 @@ def test_all_forty_reference_vectors_are_equal() -> None:
 
 def test_the_cpp_table_of_codes_mirrors_the_python_one() -> None:
     header = (ROOT / "cuda_ext/include/npr/layout_rules.h").read_text()
-    in_cpp = {name: int(code) for name, code in re.findall(r"\bk(\w+) = (\d+),", header.split("enum class Tag")[0])}
+    in_cpp = {
+        name: int(code) for name, code in re.findall(r"\bk(\w+) = (\d+),", header.split("enum class Tag")[0])
+    }
     in_python = {
         "".join(part.capitalize() for part in violation.name.split("_")): int(violation)
         for violation in Violation

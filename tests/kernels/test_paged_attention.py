@@ -21,7 +21,9 @@ def random_job(
     width = max((length for _, length in runs), default=1)
     num_slots = width + 7
     tables = torch.stack([torch.randperm(num_slots, generator=generator)[:width] for _ in runs]).int()
-    rows = torch.tensor([row for row, (tokens, _) in enumerate(runs) for _ in range(tokens)], dtype=torch.int32)
+    rows = torch.tensor(
+        [row for row, (tokens, _) in enumerate(runs) for _ in range(tokens)], dtype=torch.int32
+    )
     lengths = torch.tensor(
         [max(0, length - tokens + 1 + i) for tokens, length in runs for i in range(tokens)], dtype=torch.int32
     )
@@ -70,7 +72,9 @@ def test_a_token_decodes_the_same_alone_and_in_any_batch() -> None:
         assert torch.equal(alone[0], together[t])
 
 
-@pytest.mark.parametrize("what, value", [("tables", 10**6), ("tables", -1), ("rows", 5), ("rows", -1), ("lengths", 999)])
+@pytest.mark.parametrize(
+    "what, value", [("tables", 10**6), ("tables", -1), ("rows", 5), ("rows", -1), ("lengths", 999)]
+)
 def test_an_index_outside_of_its_table_or_cache_is_refused(what: str, value: int) -> None:
     q, k, v, tables, rows, lengths = random_job(0, [(2, 40)], 4, 2, 32, torch.float32)
     {"tables": tables[0], "rows": rows, "lengths": lengths}[what][0] = value

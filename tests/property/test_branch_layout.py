@@ -44,20 +44,28 @@ any_response = st.one_of(
 )
 
 
-def assert_equals_definition(layout: BranchLayout, prompt: list[int], response: list[int], branching: bool) -> None:
+def assert_equals_definition(
+    layout: BranchLayout, prompt: list[int], response: list[int], branching: bool
+) -> None:
     places, violation, index = reference_places(prompt + response, TAGS, len(prompt), branching=branching)
     assert layout.position_ids.tolist() == [place.position for place in places]
     assert layout.predecessor.tolist() == [place.predecessor for place in places]
     assert layout.branch_ids.tolist() == [place.branch for place in places]
     assert torch.equal(layout.visible(), reference_visible(places))
     assert layout.status.tolist() == [violation]
-    assert [(each.violation, each.token_index) for each in layout.violations()] == [(violation, index)] * (violation > 0)
+    assert [(each.violation, each.token_index) for each in layout.violations()] == [(violation, index)] * (
+        violation > 0
+    )
 
 
 @settings(max_examples=2000, deadline=None)
 @given(prompts, responses())
-def test_a_well_formed_response_with_gaps_is_laid_out_by_the_definition(prompt: list[int], response: list[int]) -> None:
-    layout = branch_layout(torch.tensor(prompt + response, dtype=torch.int32), tags=TAGS, prompt_lengths=len(prompt))
+def test_a_well_formed_response_with_gaps_is_laid_out_by_the_definition(
+    prompt: list[int], response: list[int]
+) -> None:
+    layout = branch_layout(
+        torch.tensor(prompt + response, dtype=torch.int32), tags=TAGS, prompt_lengths=len(prompt)
+    )
     assert layout.violations() == ()
     assert_equals_definition(layout, prompt, response, True)
 
@@ -72,8 +80,11 @@ def test_cut_or_malformed_text_is_laid_out_by_the_definition(
     assert_equals_definition(layout, prompt, response, branching)
 
 
-@settings(max_examples=300, deadline=None)
-@given(st.lists(st.tuples(prompts, st.lists(any_response, min_size=1, max_size=3)), min_size=1, max_size=3), st.integers(0, 3))
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(st.tuples(prompts, st.lists(any_response, min_size=1, max_size=3)), min_size=1, max_size=3),
+    st.integers(0, 3),
+)
 def test_a_shared_prompt_gives_every_response_its_unshared_layout(
     groups: list[tuple[list[int], list[list[int]]]], num_pads: int
 ) -> None:

@@ -2,7 +2,8 @@
 //
 // Rows of a tile are the queries of up to kTileRows / group tokens of one unit, times the query heads that share a key
 // head. A hidden key is never read for a row, so it cannot influence it. Backward accumulates keys and values in task
-// order only: the split into tasks depends on the layout and the heads, never on threads, so gradients are reproducible.
+// order only: the split into tasks depends on the layout and the heads, never on threads, so gradients are
+// reproducible.
 #pragma once
 
 #include <cmath>
@@ -53,16 +54,16 @@ struct Schedule {
   int64_t scratch_tokens = 0;
 };
 
-constexpr int64_t kTileOverhead = 2048;   // a tile's fixed cost in pairs
-constexpr int kForwardTasks = 24;         // tasks that a key head's work is split into
+constexpr int64_t kTileOverhead = 2048;  // a tile's fixed cost in pairs
+constexpr int kForwardTasks = 24;        // tasks that a key head's work is split into
 constexpr int kBackwardTasks = 24;
-constexpr int kMaxSlices = 4;             // of one component in backward: each but the last costs scratch
+constexpr int kMaxSlices = 4;               // of one component in backward: each but the last costs scratch
 constexpr int64_t kWorthSlicing = 1 << 18;  // pairs
 
 inline Schedule make_schedule(const AttentionPlan& plan, int group) {
   Schedule schedule;
   const int tokens_per_tile = std::max(1, kTileRows / group);
-  std::vector<int64_t> cost_until{0};                // by tile
+  std::vector<int64_t> cost_until{0};  // by tile
   std::vector<int32_t> first_tile_of_component;
   std::size_t component = 0;
   for (std::size_t u = 0; u < plan.units.size(); ++u) {
@@ -89,8 +90,8 @@ inline Schedule make_schedule(const AttentionPlan& plan, int group) {
   const auto first_token = [&](int32_t tile) { return schedule.tiles[tile].begin; };
   const auto end_token = [&](int32_t tile) { return schedule.tiles[tile - 1].end; };
   const auto tile_at_cost = [&](int64_t cost, int32_t low, int32_t high) {
-    return static_cast<int32_t>(
-        std::lower_bound(cost_until.begin() + low, cost_until.begin() + high, cost) - cost_until.begin());
+    return static_cast<int32_t>(std::lower_bound(cost_until.begin() + low, cost_until.begin() + high, cost) -
+                                cost_until.begin());
   };
 
   for (int32_t begin = 0; begin < num_tiles;) {
@@ -115,7 +116,8 @@ inline Schedule make_schedule(const AttentionPlan& plan, int group) {
     int32_t slice_begin = begin;
     for (int64_t slice = 1; slice <= slices && slice_begin < end; ++slice) {
       const int64_t cost_wanted = cost_until[begin] + cost * slice / slices;
-      const int32_t slice_end = slice == slices ? end : std::max(slice_begin + 1, tile_at_cost(cost_wanted, begin, end));
+      const int32_t slice_end =
+          slice == slices ? end : std::max(slice_begin + 1, tile_at_cost(cost_wanted, begin, end));
       TileRange range{slice_begin, slice_end, first_token(begin), end_token(slice_end), -1};
       if (slice_end != end) {
         range.scratch_token = schedule.scratch_tokens;
@@ -192,8 +194,7 @@ void for_each_piece(const AttentionPlan& plan, const QueryTile& tile, const Use&
   };
   const Unit& unit = plan.units[tile.unit];
   const std::size_t next_unit = tile.unit + 1;
-  const std::size_t end =
-      next_unit < plan.units.size() ? plan.units[next_unit].first_interval : plan.intervals.size();
+  const std::size_t end = next_unit < plan.units.size() ? plan.units[next_unit].first_interval : plan.intervals.size();
   int32_t own_begin = unit.begin;
   for (std::size_t i = unit.first_interval; i < end; ++i) {
     const Interval& interval = plan.intervals[i];
@@ -332,13 +333,13 @@ class BranchAttentionTask {
       const int keys = piece.end - piece.begin;
       dot_products(query_, packed(job.packed_keys, job, kv_head, piece.begin), rows, keys, job.dim, job.group,
                    piece.causal, weights_);
-      dot_products(gradient_, packed(gradient.packed_values, job, kv_head, piece.begin), rows, keys, job.dim,
-                   job.group, piece.causal, scores_);
+      dot_products(gradient_, packed(gradient.packed_values, job, kv_head, piece.begin), rows, keys, job.dim, job.group,
+                   piece.causal, scores_);
       for (int r = 0; r < rows; ++r) {
         differentiate_softmax(r, piece.causal ? r / job.group + 1 : keys, keys, job.scale);
       }
-      add_weighted_rows(weights_, gradient_, rows, keys, job.dim, job.group, piece.causal,
-                        dv.row(piece.begin, kv_head), dv.token_stride);
+      add_weighted_rows(weights_, gradient_, rows, keys, job.dim, job.group, piece.causal, dv.row(piece.begin, kv_head),
+                        dv.token_stride);
       add_weighted_keys(scores_, natural(job.k, kv_head, piece.begin), rows, keys, job.dim, job.group, piece.causal,
                         output_);
       add_weighted_rows(scores_, query_, rows, keys, job.dim, job.group, piece.causal, dk.row(piece.begin, kv_head),

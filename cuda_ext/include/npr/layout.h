@@ -40,7 +40,8 @@ struct Verdict {
 };
 
 // Bounds are made monotone and kept inside [0, num_tokens], so that any integers give safe, disjoint segments. A prompt
-// is shared only by the responses that follow it directly: everything between a prompt and the end of its group sees it.
+// is shared only by the responses that follow it directly: everything between a prompt and the end of its group sees
+// it.
 template <typename Index>
 std::vector<Segment> make_segments(const Index* cu_seqlens, const Index* prompt_lengths, const Index* parents,
                                    int64_t num_segments, int64_t num_tokens) {
@@ -61,8 +62,13 @@ std::vector<Segment> make_segments(const Index* cu_seqlens, const Index* prompt_
     const int64_t prompt_length = std::clamp<int64_t>(wanted_prompt, 0, end - begin);
     if (status == kOk && prompt_length != wanted_prompt) status = kBadPromptLength;
 
-    Segment segment{static_cast<int32_t>(begin), static_cast<int32_t>(end), static_cast<int32_t>(begin + prompt_length),
-                    0, -1, static_cast<int32_t>(end), status};
+    Segment segment{static_cast<int32_t>(begin),
+                    static_cast<int32_t>(end),
+                    static_cast<int32_t>(begin + prompt_length),
+                    0,
+                    -1,
+                    static_cast<int32_t>(end),
+                    status};
     const int64_t parent = parents == nullptr ? -1 : static_cast<int64_t>(parents[i]);
     if (parent == -1) {
       shared_prompt = segment.prompt_end == segment.end ? i : -1;

@@ -15,8 +15,8 @@ struct PagedAttention {
   const Stored* q;        // [T, N, H]
   const Stored* k_cache;  // [S, K, H]
   const Stored* v_cache;
-  Stored* output;  // [T, N, H]
-  const int32_t* tables;  // [rows, width]
+  Stored* output;          // [T, N, H]
+  const int32_t* tables;   // [rows, width]
   const int32_t* lengths;  // [T]
   int64_t table_width;
   int num_heads;

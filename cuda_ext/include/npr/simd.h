@@ -129,8 +129,7 @@ inline T sum_lanes(Vec<T> value) {
   if constexpr (kHalf == 0) {
     return value[0];
   } else {
-    return sum_lanes<T, kHalf / 2>(value +
-                                   swap_halves<kHalf, T>(value, std::make_integer_sequence<int, kLanes<T>>{}));
+    return sum_lanes<T, kHalf / 2>(value + swap_halves<kHalf, T>(value, std::make_integer_sequence<int, kLanes<T>>{}));
   }
 }
 template <typename T>

@@ -10,8 +10,8 @@
 
 namespace npr {
 
-constexpr int kTileRows = 64;    // query rows (tokens x grouped heads) of a tile
-constexpr int kTileKeys = 128;   // keys of a tile
+constexpr int kTileRows = 64;   // query rows (tokens x grouped heads) of a tile
+constexpr int kTileKeys = 128;  // keys of a tile
 constexpr int kMaxHeadDim = 128;
 constexpr int kTileStride = 144;  // elements between rows of a tile in scratch: a constant, for immediate addressing; a
                                   // vector that starts inside the first 128 may run over by less than 16
@@ -21,9 +21,9 @@ static_assert(kTileKeys + kVectorBytes / 4 <= kTileStride && kMaxHeadDim <= kTil
 // Which part of a product is needed when query row r (token r / group) sees the keys up to its own token.
 enum class Part {
   kAll,
-  kColumnsToRow,    // C[r, key]: keys up to the row's token
-  kReduceToRow,     // C[r, :] sums over keys up to the row's token
-  kReduceFromRow,   // C[key, :] sums over rows from the key's token on
+  kColumnsToRow,   // C[r, key]: keys up to the row's token
+  kReduceToRow,    // C[r, :] sums over keys up to the row's token
+  kReduceFromRow,  // C[key, :] sums over rows from the key's token on
 };
 
 // Accumulator rows that fit the registers with `vectors` columns of vectors.
@@ -47,7 +47,8 @@ struct SlotRows {
   const Stored* operator()(int k) const { return data + slots[k] * stride; }
 };
 
-// C[rows, kVectors * lanes] (+)= A[rows, k_begin..k_end) B, with element (m, k) of A at a[m * kRowStep + k * kReduceStep].
+// C[rows, kVectors * lanes] (+)= A[rows, k_begin..k_end) B, with element (m, k) of A at a[m * kRowStep + k *
+// kReduceStep].
 template <typename T, int kRows, int kVectors, int kRowStep, int kReduceStep, bool kAccumulate, typename Rows>
 void multiply_micro(int k_begin, int k_end, const T* a, Rows b, int column, T* c, std::ptrdiff_t c_stride) {
   Vec<T> sums[kRows][kVectors];
@@ -107,8 +108,8 @@ void multiply_columns(int rows, int reduce, int group, const T* a, Rows b, int c
     } else if constexpr (kPart == Part::kReduceFromRow) {
       k_begin = std::min(reduce, begin * group);
     }
-    Table::kFunctions[end - begin - 1](k_begin, k_end, a + begin * kRowStep, b, column,
-                                       c + begin * c_stride + column, c_stride);
+    Table::kFunctions[end - begin - 1](k_begin, k_end, a + begin * kRowStep, b, column, c + begin * c_stride + column,
+                                       c_stride);
     begin = end;
   }
 }
