@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from torch._C._distributed_c10d import HashStore
 
 from megatron_npr.cpu_runtime import cpu_runtime
 from npr_ext.errors import UserError

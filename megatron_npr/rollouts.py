@@ -65,7 +65,7 @@ def collect(
         gathered: list[Any] = [None] * world.size
         dist.all_gather_object(gathered, share if world.tensor_rank == 0 else [])
         share = [item for part in gathered for item in part]
-    found = {place: rollout for place, rollout in share}
+    found = dict(share)
     return [
         [found[index, sample] for sample in range(settings.samples_per_prompt)]
         for index in range(len(prompts))

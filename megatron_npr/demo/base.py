@@ -19,36 +19,30 @@ from megatron_npr.seeds import derive_seed
 
 FOLDER = ASSETS / "demo_base"
 PARALLEL_SHARE = 0.5
-SEQUENCES_PER_UPDATE = 64
-UPDATES = 600
-PEAK_LR = 2e-3
-FINAL_LR = 2e-4
-WARMUP_UPDATES = 50
+"""Share of the sequences that carry the instruction to work in parallel."""
+
+SEQUENCES_PER_UPDATE = 32
+UPDATES = 450
+PEAK_LR = 3e-3
+FINAL_LR = 3e-4
+WARMUP_UPDATES = 100
 WEIGHT_DECAY = 0.1
 BETAS = (0.9, 0.98)
 GRAD_CLIP = 1.0
 MAX_PROMPT_TOKENS = 128
 
 ARCHITECTURE = {
-    "num_hidden_layers": 4,
-    "hidden_size": 128,
-    "intermediate_size": 512,
-    "num_attention_heads": 4,
+    "num_hidden_layers": 8,
+    "hidden_size": 96,
+    "intermediate_size": 320,
+    "num_attention_heads": 6,
     "num_key_value_heads": 2,
-    "head_dim": 32,
+    "head_dim": 16,
     "rope_theta": 10_000.0,
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": True,
     "max_position_embeddings": 2048,
 }
-
-
-def learning_rate(update: int) -> float:
-    """Linear warm-up, then a straight line from PEAK_LR to FINAL_LR."""
-    if update < WARMUP_UPDATES:
-        return PEAK_LR * (update + 1) / WARMUP_UPDATES
-    progress = (update - WARMUP_UPDATES) / max(1, UPDATES - WARMUP_UPDATES)
-    return PEAK_LR + (FINAL_LR - PEAK_LR) * progress
 
 
 def base_sequences(seed: int) -> Iterator[tuple[NDArray[np.int32], NDArray[np.int32]]]:

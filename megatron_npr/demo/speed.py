@@ -1,6 +1,6 @@
 """The wall-clock worth of branching: the same weights decode the same amount of text with and without branches.
 
-    prompts ─► decoded with branches ─► as many tokens for each in one plain sequence ─► (alternating, medians) ─► Speedup
+prompts ─► decoded with branches ─► as many tokens for each in one plain sequence ─► (alternating, medians) ─► Speedup
 """
 
 from __future__ import annotations
@@ -31,7 +31,13 @@ class Speedup:
 
 
 def measure(
-    engine: Engine, prompts: Sequence[EncodedProblem], settings: RolloutSettings, *, batch: int, repeats: int, seed: int
+    engine: Engine,
+    prompts: Sequence[EncodedProblem],
+    settings: RolloutSettings,
+    *,
+    batch: int,
+    repeats: int,
+    seed: int,
 ) -> Speedup:
     """Decode the prompts `batch` at a time, first with branches, then equally long without; the first repeat warms up."""
     walls, ideals, with_branches, without = [], [], [], []
@@ -41,7 +47,9 @@ def measure(
         for start in range(0, len(prompts), batch):
             part = prompts[start : start + batch]
             began = time.perf_counter()
-            decoded = _decode(engine, part, [sampling_params(settings, derive_seed(seed, "speed", repeat))] * len(part))
+            decoded = _decode(
+                engine, part, [sampling_params(settings, derive_seed(seed, "speed", repeat))] * len(part)
+            )
             middle = time.perf_counter()
             _decode(engine, part, [_plain(rollout.num_tokens, seed) for rollout in decoded])
             parallel += middle - began
@@ -65,5 +73,7 @@ def _plain(num_tokens: int, seed: int) -> SamplingParams:
     return SamplingParams(max_tokens=num_tokens, branching=False, ignore_eos=True, seed=seed)
 
 
-def _decode(engine: Engine, prompts: Sequence[EncodedProblem], sampling: list[SamplingParams]) -> list[Rollout]:
+def _decode(
+    engine: Engine, prompts: Sequence[EncodedProblem], sampling: list[SamplingParams]
+) -> list[Rollout]:
     return engine.generate([prompt.prompt_ids for prompt in prompts], sampling)

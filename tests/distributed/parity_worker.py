@@ -13,17 +13,18 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_npr.checkpoint import Checkpoints
 from megatron_npr.config import BatchSettings, OptimizerSettings
 from megatron_npr.huggingface import read_model_config
 from megatron_npr.losses import papo_loss, sft_loss
 from megatron_npr.packing import TrainSample
-from megatron_npr.parallel import World, world_of
+from megatron_npr.parallel import World, megatron_context, world_of
 from megatron_npr.policy import build_policy, load_policy_weights
 from megatron_npr.reshard import EngineWeights
 from megatron_npr.trainer import Trainer
-from npr_ext import TagIds
+from npr_ext import TagIds, branch_layout
 
 TAGS = TagIds(*range(2, 10))
 
@@ -56,6 +57,11 @@ def measure(world: World, folder: Path, sequence_parallel: bool) -> dict[str, An
     """Everything that must not depend on the layout."""
     figures: dict[str, Any] = {}
     samples = branching_samples()
+    policy = build_policy(read_model_config(folder), world, sequence_parallel=sequence_parallel)
+    load_policy_weights(policy, folder)
+    largest = torch.tensor([logits_difference(policy, world, folder)])
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    figures["logits_difference"] = float(largest)
     for name in ("sft", "papo"):
         for share in (False, True):
             policy = build_policy(read_model_config(folder), world, sequence_parallel=sequence_parallel)
@@ -90,6 +96,36 @@ def measure(world: World, folder: Path, sequence_parallel: bool) -> dict[str, An
     figures["engine_checksum"] = engine_checksum(policy, world)
     figures["resume"] = resume_difference(trainer, world, folder, samples)
     return figures
+
+
+def logits_difference(policy: Any, world: World, folder: Path) -> float:
+    """Largest |logit - transformers' own logit| over a causal sequence of 40 tokens (on the last stage; 0 elsewhere)."""
+    from transformers import Qwen3ForCausalLM
+
+    token_ids = torch.from_numpy(np.random.default_rng(1).integers(0, 97, 40))
+    layout = branch_layout(token_ids, tags=TAGS, prompt_lengths=4, branching=False).as_tensor()
+
+    def forward_step(rows: Any, model: torch.nn.Module) -> Any:
+        return model(token_ids[None], layout[:1], layout), lambda logits, non_loss_data: logits
+
+    with megatron_context(), torch.no_grad():
+        outputs = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(()),
+            model=[policy],
+            num_microbatches=1,
+            seq_length=40,
+            micro_batch_size=1,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+    if not world.is_last_stage:
+        return 0.0
+    shards = [torch.empty_like(outputs[0]) for _ in range(world.tensor_size)]
+    dist.all_gather(shards, outputs[0].contiguous(), group=world.tensor_group)
+    logits = torch.cat(shards, dim=-1).reshape(40, -1)[:, :97]
+    expected = Qwen3ForCausalLM.from_pretrained(folder)(token_ids[None]).logits[0]
+    return float((logits - expected).detach().abs().max())
 
 
 def engine_checksum(policy: Any, world: World) -> float:

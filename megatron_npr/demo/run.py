@@ -1,0 +1,271 @@
+"""`make demo`: all three stages on the small base model, the controls, and the report; nothing but its own samples.
+
+base ─► stage 1 (DAPO) ─► zero ─► sample ─► stage 2 (SFT of base) ─► beta ─► stage 3 (PAPO) ─► npr
+  └───► sequential RL (as many updates and samples as stages 1 and 3)         └─► more SFT (as many updates as stage 3)
+every model is measured on the same held-out problems ─► report.html, report.json, the floors that are missed
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from megatron_npr import sample, stage1, stage2, stage3
+from megatron_npr.config import (
+    EvalConfig,
+    SampleConfig,
+    Section,
+    Stage1Config,
+    Stage2Config,
+    Stage3Config,
+    load_config,
+)
+from megatron_npr.demo import base, speed
+from megatron_npr.demo.measure import Measured, measure
+from megatron_npr.demo.phases import Phases
+from megatron_npr.evaluate import mode_settings
+from megatron_npr.problems import HELDOUT_SEED, evaluation_prompts
+from megatron_npr.report import DemoResult, Speedup, Timeline, write_report
+from megatron_npr.rollout_file import pieces, read_rollouts
+from megatron_npr.scoring import answer_of
+from megatron_npr.session import build_engine, open_session, read_shards
+from megatron_npr.statistics import paired_difference
+from megatron_npr.verifier import Verifier
+from npr_engine.grammar import Grammar, Response
+from npr_engine.vocabulary import Vocabulary
+from npr_ext.errors import UserError
+
+Config = TypeVar("Config", bound=Section)
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "demo"
+LATEST = "latest"
+NUM_TIMELINES = 4
+SPEED_PROMPTS = {1: 12, 32: 96}
+"""Problems decoded both ways at each batch size."""
+SPEED_REPEATS = 5
+
+MEASURED = {
+    "base": ("unforced", "base"),
+    "base_sequential": ("sequential", "base"),
+    "zero": ("unforced", "zero"),
+    "beta": ("parallel", "beta"),
+    "npr": ("parallel", "npr"),
+    "sequential_rl": ("sequential", "sequential_rl"),
+    "beta_more_sft": ("parallel", "beta_more_sft"),
+}
+"""Name in the report -> (way of decoding, model)."""
+CONTROLS = ("beta_more_sft",)
+
+
+def run(folder: Path, *, seed: int = 0, resume: bool = False) -> list[str]:
+    """Run (or continue) the demo below `folder`; returns the floors that were missed."""
+    demo = Demo(run_folder(folder, seed, resume), seed)
+    demo.train_and_measure()
+    missed = write_report(folder, demo.result(folder))
+    shutil.copyfile(folder / "report.json", demo.folder / "report.json")
+    print(f"report: {folder / 'report.html'}", flush=True)
+    return missed
+
+
+def run_folder(folder: Path, seed: int, resume: bool) -> Path:
+    """A new folder of this run, or with `resume` the last one."""
+    pointer = folder / LATEST
+    if resume:
+        if not pointer.exists():
+            raise UserError(f"nothing to resume in {folder}: start with `make demo`")
+        latest = folder / pointer.read_text().strip()
+        started = json.loads((latest / "demo.json").read_text())["seed"]
+        if started != seed:
+            raise UserError(
+                f"the demo to resume has seed {started}, not {seed}: give SEED={started} or start anew"
+            )
+        return latest
+    name = f"{time.strftime('%Y%m%d-%H%M%S')}-seed{seed}-{os.getpid()}"
+    (folder / name).mkdir(parents=True)
+    (folder / name / "demo.json").write_text(json.dumps({"seed": seed}))
+    pointer.write_text(name + "\n")
+    return folder / name
+
+
+class Demo:
+    """One run of the demo: its folder, its configurations, its phases."""
+
+    def __init__(self, folder: Path, seed: int) -> None:
+        self.folder, self.seed = folder, seed
+        self.phases = Phases(folder / "phases.json")
+
+    def model(self, name: str) -> Path:
+        """Folder of a model of this run."""
+        return base.FOLDER if name == "base" else self.folder / name / "model"
+
+    def config(self, cls: type[Config], file: str, name: str, *overrides: str) -> Config:
+        """A file of configs/demo with this run's folder and seed."""
+        own = ["--run.dir", str(self.folder / name), "--run.seed", str(self.seed), "--run.resume", "true"]
+        return load_config(cls, CONFIGS / f"{file}.toml", [*own, *overrides])
+
+    def train_and_measure(self) -> None:
+        """Every phase that is not done yet."""
+        zero = self.config(Stage1Config, "stage1", "zero", "--model.path", str(self.model("base")))
+        samples = self.config(SampleConfig, "sample", "samples", "--model.path", str(self.model("zero")))
+        samples_file = str(self.folder / "samples" / samples.sample.out)
+        beta = self.config(
+            Stage2Config,
+            "stage2",
+            "beta",
+            "--model.path",
+            str(self.model("base")),
+            "--sft.data",
+            samples_file,
+        )
+        npr = self.config(Stage3Config, "stage3", "npr", "--model.path", str(self.model("beta")))
+        sequential = self.config(
+            Stage3Config,
+            "sequential_rl",
+            "sequential_rl",
+            *("--model.path", str(self.model("base"))),
+            *("--train.steps", str(zero.train.steps * zero.train.updates_per_step + npr.train.steps)),
+        )
+        more = self.config(
+            Stage2Config,
+            "stage2",
+            "beta_more_sft",
+            *("--model.path", str(self.model("beta")), "--sft.data", samples_file),
+            *("--train.steps", str(npr.train.steps)),
+        )
+        with Verifier() as verifier:
+            self.measure("base", verifier)
+            self.measure("base_sequential", verifier)
+            self.phases.run("stage 1: zero", lambda: stage1.run(zero))
+            self.measure("zero", verifier)
+            self.phases.run("rejection sampling", lambda: sample.run(samples))
+            self.phases.run("stage 2: beta", lambda: stage2.run(beta))
+            self.measure("beta", verifier)
+            self.phases.run("stage 3: npr", lambda: stage3.run(npr))
+            self.measure("npr", verifier)
+            self.phases.run("measure speed", self.measure_speed)
+            self.phases.run("control: sequential RL", lambda: stage3.run(sequential))
+            self.measure("sequential_rl", verifier)
+            self.phases.run("control: more SFT", lambda: stage2.run(more))
+            self.measure("beta_more_sft", verifier)
+
+    def measure(self, name: str, verifier: Verifier) -> None:
+        """Measure one model in its way of decoding."""
+        mode, model = MEASURED[name]
+        config = self.evaluation(model)
+        self.phases.run(
+            f"measure {name}",
+            lambda: measure(config, mode, self.folder / "measured", name, verifier),  # type: ignore[arg-type]
+        )
+
+    def evaluation(self, model: str) -> EvalConfig:
+        """The evaluation's configuration for one model."""
+        return self.config(EvalConfig, "eval", "measured", "--model.path", str(self.model(model)))
+
+    def measured(self, name: str) -> Measured:
+        """What was measured of one model."""
+        return Measured(self.folder / "measured" / f"{name}.npz")
+
+    def measure_speed(self) -> None:
+        """npr's weights, with and without branches, at batch 1 and 32."""
+        config = self.evaluation("npr")
+        session = open_session(config, config.run, config.model, config.parallel)
+        weights = read_shards(config.model.path, session.model_config, session.world, session.dtype)
+        engine = build_engine(session, weights, config.rollout)
+        prompts = evaluation_prompts(session, config.eval, "parallel")
+        settings = mode_settings(config.rollout, "parallel", 1)
+        measured = {
+            f"batch_{batch}": vars(
+                speed.measure(
+                    engine, prompts[:count], settings, batch=batch, repeats=SPEED_REPEATS, seed=self.seed
+                )
+            )
+            for batch, count in SPEED_PROMPTS.items()
+        }
+        (self.folder / "measured" / "speed.json").write_text(json.dumps(measured, indent=1))
+
+    def result(self, report_folder: Path) -> DemoResult:
+        """What the report shows."""
+        measured = {name: self.measured(name) for name in MEASURED}
+        figures = {name: one.figures() for name, one in measured.items()}
+        correct = {name: one.array("sampled", "correct") for name, one in measured.items()}
+        pairs = [
+            ("npr", "beta"),
+            ("npr", "base"),
+            ("npr", "base_sequential"),
+            ("npr", "sequential_rl"),
+            ("npr", "zero"),
+        ]
+        pairs += [("beta_more_sft", "beta"), ("npr", "beta_more_sft")]
+        problems, samples = correct["npr"].shape
+        return DemoResult(
+            seed=self.seed,
+            wall_seconds=self.phases.total,
+            evaluation_seconds=self.phases.measuring,
+            num_problems=problems,
+            samples_per_problem=samples,
+            stages={name: value for name, value in figures.items() if name not in CONTROLS},
+            controls={name: figures[name] for name in CONTROLS},
+            comparisons={f"{a} - {b}": paired_difference(correct[a], correct[b]) for a, b in pairs},
+            speedup=self.speedup(),
+            phase_seconds=self.phases.seconds,
+            curves={
+                title: Path(os.path.relpath(self.folder / name / "metrics.jsonl", report_folder))
+                for title, name in {
+                    "Stage 1: DAPO": "zero",
+                    "Stage 2: parallel SFT": "beta",
+                    "Stage 3: PAPO": "npr",
+                    "Control: sequential RL": "sequential_rl",
+                }.items()
+            },
+            timelines=self.timelines(),
+        )
+
+    def speedup(self) -> Speedup:
+        """The two batch sizes; the ideal is that of the larger set of responses."""
+        measured = json.loads((self.folder / "measured" / "speed.json").read_text())
+        return Speedup(
+            batch_1=measured["batch_1"]["wall"],
+            batch_32=measured["batch_32"]["wall"],
+            ideal=measured["batch_32"]["ideal"],
+            median_step_tokens=self.median_step_tokens(),
+        )
+
+    def median_step_tokens(self) -> float:
+        """Median length of a step's text over npr's valid responses."""
+        grammar = self.grammar()
+        lengths = []
+        for rollout in read_rollouts(self.folder / "measured" / "npr.jsonl"):
+            tree = grammar.parse(rollout.token_ids)
+            if isinstance(tree, Response):
+                lengths += [len(step) for block in tree.blocks for step in block.steps]
+        return float(np.median(lengths)) if lengths else float("nan")
+
+    def grammar(self) -> Grammar:
+        """The demo's language."""
+        from megatron_npr.session import load_tokenizer
+
+        return Grammar(Vocabulary.from_tokenizer(load_tokenizer(base.FOLDER)))
+
+    def timelines(self) -> tuple[Timeline, ...]:
+        """The first held-out problems with npr's first response to each."""
+        from megatron_npr.demo.tasks import demo_problems
+
+        grammar = self.grammar()
+        rollouts = read_rollouts(self.folder / "measured" / "npr.jsonl")[:NUM_TIMELINES]
+        problems = demo_problems("heldout", len(rollouts), HELDOUT_SEED)
+        return tuple(
+            Timeline(
+                question=problem.question,
+                gold=problem.answer,
+                correct=answer_of(grammar, rollout) == problem.answer,
+                rollout=rollout,
+                pieces=pieces(rollout, grammar.vocabulary),
+            )
+            for problem, rollout in zip(problems, rollouts, strict=True)
+        )

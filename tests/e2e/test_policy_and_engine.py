@@ -1,0 +1,148 @@
+"""The colocated engine and the trainer are one model: same log-probs, same storage, new weights after a step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_npr.config import Stage3Config, load_config
+from megatron_npr.demo.base import FOLDER
+from megatron_npr.learner import Learner
+from megatron_npr.losses import papo_loss, sft_loss
+from megatron_npr.packing import TrainSample
+from megatron_npr.parallel import close_world
+from megatron_npr.problems import training_prompts
+from megatron_npr.rollouts import collect, train_sample
+from megatron_npr.session import open_session
+from npr_engine.engine import Engine
+from npr_engine.rollout import Rollout
+from npr_ext import branch_layout
+
+DEMO = Path(__file__).parents[2] / "configs" / "demo" / "stage3.toml"
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Iterator[Stage3Config]:
+    overrides = ["--run.dir", str(tmp_path), "--model.path", str(FOLDER), "--run.threads", "1"]
+    overrides += [
+        "--rollout.prompts_per_step",
+        "16",
+        "--rollout.samples_per_prompt",
+        "4",
+        "--optimizer.warmup_steps",
+        "0",
+    ]
+    yield load_config(Stage3Config, DEMO, overrides)
+    close_world()
+
+
+def learner_and_engine(config: Stage3Config) -> tuple[Learner, Engine]:
+    session = open_session(config, config.run, config.model, config.parallel)
+    learner = Learner(
+        session, optimizer=config.optimizer, batch=config.batch, checkpoint=config.checkpoint, num_updates=4
+    )
+    return learner, learner.build_engine(config.rollout)
+
+
+def rollouts_of(learner: Learner, engine: Engine, config: Stage3Config) -> list[Rollout]:
+    prompts = training_prompts(learner.session, config.data)[: config.rollout.prompts_per_step]
+    groups = collect(engine, learner.session.world, prompts, config.rollout, identity=("test",))
+    return [rollout for group in groups for rollout in group]
+
+
+def test_trainer_gives_the_engines_log_probs_for_every_sampled_token(config: Stage3Config) -> None:
+    learner, engine = learner_and_engine(config)
+    rollouts = rollouts_of(learner, engine, config)
+    log_probs = learner.trainer.log_probs(
+        [train_sample(rollout, 0.0) for rollout in rollouts], branching=True
+    )
+    forks = joins = 0
+    for rollout, ours in zip(rollouts, log_probs, strict=True):
+        sampled = ~rollout.forced
+        np.testing.assert_allclose(ours[sampled], rollout.logprobs[sampled], atol=1e-4)
+        first_sampled = np.flatnonzero(sampled & np.concatenate([[False], rollout.forced[:-1]]))
+        forks += int((rollout.branch_ids[first_sampled] > 0).sum())
+        joins += int((rollout.branch_ids[first_sampled] == 0).sum())
+    assert forks > 20 and joins > 5, f"{forks} tokens right after a fork, {joins} after a join were compared"
+
+
+def test_shared_prompts_give_the_same_log_probs(config: Stage3Config) -> None:
+    learner, engine = learner_and_engine(config)
+    samples = [train_sample(rollout, 0.0) for rollout in rollouts_of(learner, engine, config)]
+    shared = learner.trainer.log_probs(samples, branching=True)
+    learner.trainer.batch = config.batch.model_copy(update={"share_prompts": False})
+    for one, other in zip(shared, learner.trainer.log_probs(samples, branching=True), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def test_the_engine_reads_the_trainers_own_tensors_and_sees_an_update(config: Stage3Config) -> None:
+    learner, engine = learner_and_engine(config)
+    parameters = {weight.untyped_storage().data_ptr() for weight in learner.trainer.policy.parameters()}
+    assert all(
+        weight.untyped_storage().data_ptr() in parameters for weight in learner.weights.tensors.values()
+    )
+    before = rollouts_of(learner, engine, config)
+    samples = [train_sample(rollout, (-1.0) ** index) for index, rollout in enumerate(before)]
+    learner.trainer.step(samples, lambda lp, row: papo_loss(lp, row.advantages), branching=True)
+    report = learner.update_engine(engine)
+    assert report.bytes_moved == 0
+    after = rollouts_of(learner, engine, config)
+    assert after[0].weights_version == before[0].weights_version + 1
+    samples = [train_sample(rollout, 0.0) for rollout in after]
+    for rollout, ours in zip(after, learner.trainer.log_probs(samples, branching=True), strict=True):
+        np.testing.assert_allclose(ours[~rollout.forced], rollout.logprobs[~rollout.forced], atol=1e-4)
+    assert any(
+        len(a.token_ids) != len(b.token_ids) or (a.token_ids != b.token_ids).any()
+        for a, b in zip(before, after)
+    )
+
+
+def test_another_text_in_one_branch_moves_no_logit_of_its_siblings(config: Stage3Config) -> None:
+    learner, engine = learner_and_engine(config)
+    policy, tags = learner.trainer.policy.eval(), learner.session.vocabulary.tags
+    rollout = next(
+        r
+        for r in rollouts_of(learner, engine, config)
+        if r.branch_ids.max() >= 2 and r.finish_reason == "eos"
+    )
+    prompt = len(rollout.prompt_ids)
+    ids = torch.from_numpy(np.concatenate([rollout.prompt_ids, rollout.token_ids])).long()
+    branches = torch.from_numpy(np.concatenate([np.zeros(prompt, np.int32), rollout.branch_ids]))
+    layout = branch_layout(ids, tags=tags, prompt_lengths=prompt).as_tensor()
+    changed = ids.clone()
+    text = torch.nonzero(
+        (branches == 1) & torch.from_numpy(np.concatenate([np.zeros(prompt, bool), ~rollout.forced]))
+    )[:-2, 0]
+    changed[text] = ids[text].roll(1)
+    assert (changed != ids).any()
+    with torch.no_grad():
+        one, other = (policy.logits(tokens[None], layout)[0] for tokens in (ids, changed))
+    assert torch.equal(one[branches > 1], other[branches > 1]), (
+        "siblings see nothing of each other: exactly 0"
+    )
+    assert not torch.equal(one[branches == 1], other[branches == 1])
+
+
+def test_sft_overfits_eight_samples(config: Stage3Config) -> None:
+    learner, engine = learner_and_engine(config)
+    rollouts = [
+        rollout for rollout in rollouts_of(learner, engine, config) if rollout.finish_reason == "eos"
+    ][:8]
+    assert len(rollouts) == 8
+    samples = [
+        TrainSample(
+            r.prompt_ids, r.token_ids, np.ones(r.num_tokens, np.bool_), np.zeros(r.num_tokens, np.float32)
+        )
+        for r in rollouts
+    ]
+    settings = config.optimizer.model_copy(update={"lr": 3e-3, "schedule": "constant", "min_lr": 0.0})
+    overfit = Learner(
+        learner.session, optimizer=settings, batch=config.batch, checkpoint=config.checkpoint, num_updates=150
+    )
+    for _ in range(150):
+        report = overfit.trainer.step(samples, lambda lp, row: sft_loss(lp), branching=True)
+    assert report.loss < 0.05
