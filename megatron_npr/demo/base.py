@@ -22,7 +22,7 @@ PARALLEL_SHARE = 0.5
 """Share of the sequences that carry the instruction to work in parallel."""
 
 SEQUENCES_PER_UPDATE = 32
-UPDATES = 450
+UPDATES = 540
 PEAK_LR = 3e-3
 FINAL_LR = 3e-4
 WARMUP_UPDATES = 100
