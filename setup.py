@@ -11,7 +11,11 @@ from setuptools import find_packages, setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 ROOT = Path(__file__).parent
-PACKAGE_DIR = {"megatron_npr": "megatron_npr", "npr_engine": "engine/npr_engine", "npr_ext": "cuda_ext/npr_ext"}
+PACKAGE_DIR = {
+    "megatron_npr": "megatron_npr",
+    "npr_engine": "engine/npr_engine",
+    "npr_ext": "cuda_ext/npr_ext",
+}
 
 
 def packages() -> list[str]:
@@ -37,7 +41,15 @@ def cpu_extension() -> CppExtension:
         sorted(str(path.relative_to(ROOT)) for path in (ROOT / "cuda_ext/csrc").glob("*.cpp")),
         include_dirs=[str(ROOT / "cuda_ext/include")],
         depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "cuda_ext/include").rglob("*.h")),
-        extra_compile_args=["-O3", "-std=c++20", "-ffp-contract=fast", "-fopenmp", "-Wall", "-Wno-unknown-pragmas", *optional],
+        extra_compile_args=[
+            "-O3",
+            "-std=c++20",
+            "-ffp-contract=fast",
+            "-fopenmp",
+            "-Wall",
+            "-Wno-unknown-pragmas",
+            *optional,
+        ],
         extra_link_args=["-fopenmp"],
     )
 

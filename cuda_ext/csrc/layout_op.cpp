@@ -17,7 +17,7 @@ namespace npr {
 namespace {
 
 constexpr int64_t kMaxTokens = int64_t{1} << 30;        // token indices and positions are int32
-constexpr int64_t kTokensPerThread = int64_t{1} << 13;  // below this a second thread costs more than it gives
+constexpr int64_t kTokensPerThread = int64_t{1} << 15;  // below this a second thread costs more than it gives
 
 void check_vector(const at::Tensor& tensor, const char* name, int64_t length) {
   TORCH_CHECK_VALUE(tensor.dim() == 1 && (length < 0 || tensor.numel() == length), name, " must be a vector",

@@ -296,16 +296,13 @@ class BranchAttentionTask {
     const int rows = (tile.end - tile.begin) * job.group;
     load_rows(job.q, tile, kv_head, job.group, job.dim, job.scale, query_);
     output_.clear(rows);
-    std::fill_n(maximum_, rows, -std::numeric_limits<T>::infinity());
-    std::fill_n(total_, rows, T(0));
+    softmax_.start(rows);
     for_each_piece(job.plan, tile, [&](const KeyPiece& piece) {
       const int keys = piece.end - piece.begin;
       dot_products(query_, packed(job.packed_keys, job, kv_head, piece.begin), rows, keys, job.dim, job.group,
                    piece.causal, scores_);
-      for (int r = 0; r < rows; ++r) {
-        const int limit = piece.causal ? r / job.group + 1 : keys;
-        absorb_scores(scores_.row(r), limit, keys, maximum_[r], total_[r], output_.row(r), job.dim);
-      }
+      const auto limit_of = [&](int r) { return piece.causal ? r / job.group + 1 : keys; };
+      softmax_.absorb(scores_, rows, keys, limit_of, output_, job.dim);
       add_weighted_keys(scores_, natural(job.v, kv_head, piece.begin), rows, keys, job.dim, job.group, piece.causal,
                         output_);
     });
@@ -315,9 +312,9 @@ class BranchAttentionTask {
       for (int g = 0; g < job.group; ++g, ++r) {
         const int head = kv_head * job.group + g;
         T* to = job.output.row(t, head);
-        const T factor = T(1) / total_[r];
+        const T factor = T(1) / softmax_.total(r);
         for (int i = 0; i < job.dim; ++i) to[i] = output_.row(r)[i] * factor;
-        job.log_sums[static_cast<int64_t>(t) * num_heads + head] = maximum_[r] + std::log(total_[r]);
+        job.log_sums[static_cast<int64_t>(t) * num_heads + head] = softmax_.log_sum(r);
       }
     }
   }
@@ -363,8 +360,8 @@ class BranchAttentionTask {
         const T* output = job.output.row(t, head);
         Vec<T> sum{};
         for (int i = 0; i < job.dim; i += kLanes<T>) sum += load(output + i) * load(gradient_.row(r) + i);
-        total_[r] = sum_lanes<T>(sum);
-        maximum_[r] = job.log_sums[static_cast<int64_t>(t) * num_heads + head];
+        inner_[r] = sum_lanes<T>(sum);
+        log_sum_[r] = job.log_sums[static_cast<int64_t>(t) * num_heads + head];
       }
     }
   }
@@ -373,8 +370,8 @@ class BranchAttentionTask {
   void differentiate_softmax(int r, int limit, int keys, T scale) {
     T* weights = weights_.row(r);
     T* scores = scores_.row(r);
-    const Vec<T> log_sum = broadcast<T>(maximum_[r]);
-    const Vec<T> inner = broadcast<T>(total_[r]);
+    const Vec<T> log_sum = broadcast<T>(log_sum_[r]);
+    const Vec<T> inner = broadcast<T>(inner_[r]);
     const Vec<T> factor = broadcast<T>(scale);
     for (int j = 0; j < limit; j += kLanes<T>) {
       const Vec<T> weight = exp_of(load(weights + j) * factor - log_sum);
@@ -389,8 +386,9 @@ class BranchAttentionTask {
   Tile<T> output_;
   Tile<T> gradient_;
   Tile<T> weights_;
-  T maximum_[kTileRows];
-  T total_[kTileRows];
+  RunningSoftmax<T> softmax_;
+  T log_sum_[kTileRows];  // in backward: of the forward's softmax
+  T inner_[kTileRows];    // in backward: output x its gradient
 };
 
 }  // namespace npr

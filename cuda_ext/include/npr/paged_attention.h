@@ -49,8 +49,7 @@ class PagedAttentionTask {
     const int rows = tokens.count * group;
     load_queries(job, tokens, kv_head, group);
     output_.clear(rows);
-    std::fill_n(maximum_, rows, -std::numeric_limits<T>::infinity());
-    std::fill_n(total_, rows, T(0));
+    softmax_.start(rows);
     const std::ptrdiff_t stride = static_cast<std::ptrdiff_t>(job.num_kv_heads) * job.dim;
     const std::ptrdiff_t head = static_cast<std::ptrdiff_t>(kv_head) * job.dim;
     for (int begin = 0; begin < tokens.longest; begin += kTileKeys) {
@@ -62,10 +61,8 @@ class PagedAttentionTask {
       } else {
         score_by_dots(key_rows, SlotRows<Stored>{job.v_cache + head, stride, slots}, rows, keys, job.dim);
       }
-      for (int r = 0; r < rows; ++r) {
-        const int limit = std::clamp(job.lengths[tokens.first + r / group] - begin, 0, keys);
-        absorb_scores(scores_.row(r), limit, keys, maximum_[r], total_[r], output_.row(r), job.dim);
-      }
+      const auto limit_of = [&](int r) { return std::clamp(job.lengths[tokens.first + r / group] - begin, 0, keys); };
+      softmax_.absorb(scores_, rows, keys, limit_of, output_, job.dim);
       add_values(SlotRows<Stored>{job.v_cache + head, stride, slots}, rows, keys, job.dim);
     }
     store_output(job, tokens, kv_head, group);
@@ -82,7 +79,8 @@ class PagedAttentionTask {
   void store_output(const PagedAttention<Stored>& job, const TokenRun& tokens, int kv_head, int group) {
     for (int r = 0; r < tokens.count * group; ++r) {
       Stored* to = job.output + head_offset(job, tokens, kv_head, group, r);
-      const T factor = total_[r] > 0 || total_[r] != total_[r] ? T(1) / total_[r] : T(0);  // no keys: zero
+      const T total = softmax_.total(r);
+      const T factor = total == 0 ? T(0) : T(1) / total;  // no keys: zero
       for (int j = 0; j < job.dim; ++j) to[j] = narrow<Stored>(output_.row(r)[j] * factor);
     }
   }
@@ -130,7 +128,7 @@ class PagedAttentionTask {
           for (int i = 0; i < dim; i += kLanes<T>) sum += load(query_.row(r) + i) * load(key + i);
           products[lane] = sum;
         }
-        store<T>(scores_.row(r) + j, sums_of<T>(products));
+        store<T>(scores_.row(r) + j, reduce_rows<T>(products, Add{}));
       }
     }
   }
@@ -151,8 +149,7 @@ class PagedAttentionTask {
   Tile<T> scores_;
   Tile<T> output_;
   Tile<T> keys_;  // transposed: [dim, keys]
-  T maximum_[kTileRows];
-  T total_[kTileRows];
+  RunningSoftmax<T> softmax_;
 };
 
 }  // namespace npr

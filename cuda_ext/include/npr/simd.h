@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #include <utility>
 
 namespace npr {
@@ -97,53 +98,47 @@ inline Stored narrow(ComputeOf<Stored> value) {
   }
 }
 
-// One round of a transposing addition: lanes with (lane & kHalf) == 0 go on adding up `low`, the others `high`.
-template <int kHalf, typename T, int... lane>
-inline Vec<T> fold(Vec<T> low, Vec<T> high, std::integer_sequence<int, lane...>) {
+struct Add {
+  template <typename V>
+  V operator()(V a, V b) const {
+    return a + b;
+  }
+};
+struct Max {
+  template <typename V>
+  V operator()(V a, V b) const {
+    return a > b ? a : b;
+  }
+};
+
+// One round of a transposing reduction: lanes with (lane & kHalf) == 0 go on reducing `low`, the others `high`.
+template <int kHalf, typename T, typename Combine, int... lane>
+inline Vec<T> fold(Vec<T> low, Vec<T> high, Combine combine, std::integer_sequence<int, lane...>) {
   constexpr int kCount = kLanes<T>;
   const Vec<T> kept = __builtin_shufflevector(low, high, ((lane & kHalf) ? lane + kCount : lane)...);
   const Vec<T> moved =
       __builtin_shufflevector(low, high, ((lane & kHalf) ? (lane ^ kHalf) + kCount : (lane ^ kHalf))...);
-  return kept + moved;
+  return combine(kept, moved);
 }
-// Lane i of the result is the sum over the lanes of rows[i].
-template <typename T, int kHalf = kLanes<T> / 2>
-inline Vec<T> sums_of(Vec<T>* rows) {
+// Lane i of the result combines the lanes of rows[i]; `rows` is overwritten.
+template <typename T, typename Combine, int kHalf = kLanes<T> / 2>
+inline Vec<T> reduce_rows(Vec<T>* rows, Combine combine) {
   if constexpr (kHalf == 0) {
     return rows[0];
   } else {
 #pragma GCC unroll 16
     for (int i = 0; i < kHalf; ++i) {
-      rows[i] = fold<kHalf, T>(rows[i], rows[i + kHalf], std::make_integer_sequence<int, kLanes<T>>{});
+      rows[i] = fold<kHalf, T>(rows[i], rows[i + kHalf], combine, std::make_integer_sequence<int, kLanes<T>>{});
     }
-    return sums_of<T, kHalf / 2>(rows);
+    return reduce_rows<T, Combine, kHalf / 2>(rows, combine);
   }
 }
 
-template <int kHalf, typename T, int... lane>
-inline Vec<T> swap_halves(Vec<T> value, std::integer_sequence<int, lane...>) {
-  return __builtin_shufflevector(value, value, (lane ^ kHalf)...);
-}
-template <typename T, int kHalf = kLanes<T> / 2>
-inline T sum_lanes(Vec<T> value) {
-  if constexpr (kHalf == 0) {
-    return value[0];
-  } else {
-    return sum_lanes<T, kHalf / 2>(value + swap_halves<kHalf, T>(value, std::make_integer_sequence<int, kLanes<T>>{}));
-  }
-}
 template <typename T>
-inline Vec<T> max_of(Vec<T> a, Vec<T> b) {
-  return a > b ? a : b;
-}
-template <typename T, int kHalf = kLanes<T> / 2>
-inline T max_lanes(Vec<T> value) {
-  if constexpr (kHalf == 0) {
-    return value[0];
-  } else {
-    return max_lanes<T, kHalf / 2>(
-        max_of<T>(value, swap_halves<kHalf, T>(value, std::make_integer_sequence<int, kLanes<T>>{})));
-  }
+inline T sum_lanes(Vec<T> value) {
+  T sum = 0;
+  for (int lane = 0; lane < kLanes<T>; ++lane) sum += value[lane];
+  return sum;
 }
 
 // exp(x) for x <= 88, within 1 ulp (Cephes' expf: exp(n ln 2 + r), polynomial in r); exactly 0 below -87.

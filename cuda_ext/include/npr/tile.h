@@ -131,33 +131,6 @@ void multiply(int rows, int columns, int reduce, const T* a, Rows b, T* c, std::
   }
 }
 
-// Scores of one query row join its running softmax. `scores` becomes exp(scores - new maximum), zero from `limit` to
-// `columns`; `output` (the sum of weighted values so far) is rescaled. Room for whole vectors behind `limit` is needed.
-template <typename T>
-void absorb_scores(T* scores, int limit, int columns, T& maximum, T& total, T* output, int dim) {
-  const int padded = round_up_to_lanes<T>(limit);
-  const T minus_infinity = -std::numeric_limits<T>::infinity();
-  for (int j = limit; j < padded; ++j) scores[j] = minus_infinity;
-  for (int j = padded; j < columns; ++j) scores[j] = 0;
-  if (limit == 0) return;
-  Vec<T> highest = load(scores);
-  for (int j = kLanes<T>; j < padded; j += kLanes<T>) highest = max_of<T>(load(scores + j), highest);
-  const T new_maximum = std::max(maximum, max_lanes<T>(highest));
-  const Vec<T> shift = broadcast<T>(new_maximum == minus_infinity ? T(0) : new_maximum);
-  Vec<T> sum{};
-  for (int j = 0; j < padded; j += kLanes<T>) {
-    const Vec<T> weight = exp_of(load(scores + j) - shift);
-    store<T>(scores + j, weight);
-    sum += weight;
-  }
-  const T decay = maximum == minus_infinity ? T(0) : std::exp(maximum - new_maximum);
-  total = total * decay + sum_lanes<T>(sum);
-  if (decay != T(1)) {
-    for (int j = 0; j < dim; ++j) output[j] *= decay;
-  }
-  maximum = new_maximum;
-}
-
 // Scratch tile in memory that is aligned to cache lines.
 template <typename T>
 class Tile {
@@ -174,6 +147,77 @@ class Tile {
  private:
   std::vector<T> storage_;
   T* data_;
+};
+
+// Softmax of rows whose scores arrive in pieces.
+template <typename T>
+class RunningSoftmax {
+ public:
+  void start(int rows) {
+    std::fill_n(maximum_, round_up_to_lanes<T>(rows), -std::numeric_limits<T>::infinity());
+    std::fill_n(total_, round_up_to_lanes<T>(rows), T(0));
+  }
+
+  T total(int row) const { return total_[row]; }
+  T log_sum(int row) const { return maximum_[row] + std::log(total_[row]); }
+
+  // Scores become exp(score - maximum so far), zero from limit_of(row) to `columns`; `output`, the sum of weighted
+  // values so far, is rescaled. Rows are taken a vector at a time, so that maxima and sums are reduced side by side.
+  template <typename LimitOf>
+  void absorb(Tile<T>& scores, int rows, int columns, const LimitOf& limit_of, Tile<T>& output, int dim) {
+    for (int first = 0; first < rows; first += kLanes<T>) {
+      const int count = std::min(kLanes<T>, rows - first);
+      Vec<T> reduced[kLanes<T>];
+      for (int lane = 0; lane < kLanes<T>; ++lane) {
+        reduced[lane] =
+            lane < count ? row_maximum(scores.row(first + lane), limit_of(first + lane)) : broadcast<T>(kMinusInfinity);
+      }
+      const Vec<T> before = load(maximum_ + first);
+      const Vec<T> maximum = Max{}(reduce_rows<T>(reduced, Max{}), before);
+      const Vec<T> shift = maximum == kMinusInfinity ? Vec<T>{} : maximum;
+      const Vec<T> decay = exp_of(before - shift);
+      for (int lane = 0; lane < kLanes<T>; ++lane) {
+        reduced[lane] = lane < count
+                            ? exponentiate(scores.row(first + lane), limit_of(first + lane), columns, shift[lane])
+                            : Vec<T>{};
+      }
+      store<T>(total_ + first, load(total_ + first) * decay + reduce_rows<T>(reduced, Add{}));
+      store<T>(maximum_ + first, maximum);
+      for (int lane = 0; lane < count; ++lane) {
+        if (decay[lane] != T(1)) scale(output.row(first + lane), dim, decay[lane]);
+      }
+    }
+  }
+
+ private:
+  static constexpr T kMinusInfinity = -std::numeric_limits<T>::infinity();
+
+  static Vec<T> row_maximum(T* scores, int limit) {
+    const int padded = round_up_to_lanes<T>(limit);
+    for (int j = limit; j < padded; ++j) scores[j] = kMinusInfinity;
+    Vec<T> highest = broadcast<T>(kMinusInfinity);
+    for (int j = 0; j < padded; j += kLanes<T>) highest = Max{}(load(scores + j), highest);
+    return highest;
+  }
+
+  static Vec<T> exponentiate(T* scores, int limit, int columns, T shift) {
+    const int padded = round_up_to_lanes<T>(limit);
+    Vec<T> sum{};
+    for (int j = 0; j < padded; j += kLanes<T>) {
+      const Vec<T> weight = exp_of(load(scores + j) - broadcast<T>(shift));
+      store<T>(scores + j, weight);
+      sum += weight;
+    }
+    for (int j = padded; j < columns; ++j) scores[j] = 0;
+    return sum;
+  }
+
+  static void scale(T* row, int dim, T factor) {
+    for (int i = 0; i < dim; i += kLanes<T>) store<T>(row + i, load(row + i) * broadcast<T>(factor));
+  }
+
+  T maximum_[kTileRows];
+  T total_[kTileRows];
 };
 
 }  // namespace npr
