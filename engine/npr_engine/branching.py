@@ -38,7 +38,12 @@ class Branching:
             return self._in_plain_text(response, branch, token)
         if branch.number == 0:
             return self._in_trunk(response, token, step)
-        return self._in_branch(response, branch, step)
+        if token is TokenClass.STEP_END:  # the branch stands inside its forced <step>
+            return self._close(response, branch, step)
+        parser = response.parser.branch(branch.number)
+        parser.extend(self._rows.tokens[branch.row, : self._rows.known[branch.row]])
+        assert parser.structural is not None
+        return malformed(parser.structural)
 
     def _in_plain_text(self, response: ResponseState, branch: Branch, token: TokenClass) -> str | None:
         if token is TokenClass.EOS and not response.request.params.ignore_eos:
@@ -96,11 +101,7 @@ class Branching:
         response.work.append(Resume(tuple(branches)))
         return None
 
-    def _in_branch(self, response: ResponseState, branch: Branch, step: int) -> str | None:
-        parser = response.parser.branch(branch.number)
-        parser.extend(self._rows.tokens[branch.row, : self._rows.known[branch.row]])
-        if parser.structural is not None:
-            return malformed(parser.structural)
+    def _close(self, response: ResponseState, branch: Branch, step: int) -> str | None:
         fork = response.forks[-1]
         branch.closed = True
         fork.open -= 1

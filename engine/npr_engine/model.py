@@ -125,12 +125,12 @@ class InferenceModel:
         """Logits [S, V] after the tokens at `step.sample_index`; S may be 0."""
         hidden_TD = self._embed(step.token_ids)
         cos_T11H, sin_T11H = self._rotary.at(step.positions)
+        sampled = step.sample_index if len(step.sample_index) < len(hidden_TD) else None
         for layer, weights in enumerate(self._layers):
             keys, values = cache.keys[layer], cache.values[layer]
-            hidden_TD = self._attend(weights, hidden_TD, step, keys, values, cos_T11H, sin_T11H)
+            wanted = sampled if layer == len(self._layers) - 1 else None
+            hidden_TD = self._attend(weights, hidden_TD, step, keys, values, cos_T11H, sin_T11H, wanted)
             hidden_TD = self._feed_forward(weights, hidden_TD)
-        if len(step.sample_index) < len(hidden_TD):
-            hidden_TD = hidden_TD.index_select(0, step.sample_index)
         return self._logits(self._norm(hidden_TD, self._final_norm_D))
 
     def _attend(
@@ -142,7 +142,10 @@ class InferenceModel:
         values_SGH: Tensor,
         cos_T11H: Tensor,
         sin_T11H: Tensor,
+        wanted: Tensor | None,
     ) -> Tensor:
+        """Residual stream after attention, [T, D]; of the `wanted` tokens only, where given: in the last
+        layer the others leave their keys and values and are done."""
         num_tokens, num_queries = len(hidden_TD), self._queries_per_group
         normed_TD = self._norm(hidden_TD, weights.attention_norm_D)
         qkv = F.linear(normed_TD, weights.qkv_CD, weights.qkv_bias_C)
@@ -154,9 +157,13 @@ class InferenceModel:
         qk_TGNH = rotate(qk_TGNH, cos_T11H, sin_T11H)
         keys_SGH.index_copy_(0, step.slots, qk_TGNH[:, :, -1])
         values_SGH.index_copy_(0, step.slots, qkv_TGNH[:, :, -1])
-        queries = qk_TGNH[:, :, :-1].reshape(num_tokens, -1, self.config.head_dim)
-        mixed = paged_attention(queries, keys_SGH, values_SGH, step.tables, step.rows, step.lengths)
-        return hidden_TD + self._all_reduce(F.linear(mixed.view(num_tokens, -1), weights.proj_DC))
+        queries, rows, lengths = qk_TGNH[:, :, :-1], step.rows, step.lengths
+        if wanted is not None:
+            queries, hidden_TD = queries.index_select(0, wanted), hidden_TD.index_select(0, wanted)
+            rows, lengths = rows.index_select(0, wanted), lengths.index_select(0, wanted)
+        queries_TNH = queries.flatten(1, 2)
+        mixed_TNH = paged_attention(queries_TNH, keys_SGH, values_SGH, step.tables, rows, lengths)
+        return hidden_TD + self._all_reduce(F.linear(mixed_TNH.flatten(1), weights.proj_DC))
 
     def _feed_forward(self, weights: LayerWeights, hidden_TD: Tensor) -> Tensor:
         gate_up = F.linear(self._norm(hidden_TD, weights.mlp_norm_D), weights.gate_up_FD)

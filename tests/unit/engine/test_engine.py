@@ -142,5 +142,5 @@ def test_mistakes_are_named(new_engine: Callable[..., Engine], plain: Plain) -> 
         SamplingParams(max_tokens=0)
     with pytest.raises(UserError, match="branching=False"):
         SamplingParams(max_tokens=1, ignore_eos=True)
-    with pytest.raises(UserError, match="lack 'decoder.layers.0"):
+    with pytest.raises(UserError, match=r"lack 'decoder\.layers\.0"):
         InferenceModel(CONFIG, {"embedding.word_embeddings.weight": plain.model.lm_head.weight})
