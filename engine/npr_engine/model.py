@@ -188,7 +188,7 @@ class InferenceModel:
             return logits
         shards = [torch.empty_like(logits) for _ in range(self._tp_size)]
         dist.all_gather(shards, logits, group=self._group)
-        return torch.cat(shards, dim=-1)
+        return torch.cat(shards, dim=-1)[:, : self.config.vocab_size]
 
     def _all_reduce(self, partial: Tensor) -> Tensor:
         if self._tp_size > 1:
@@ -199,13 +199,14 @@ class InferenceModel:
         """UserError where the weights are of another architecture."""
         config, tp = self.config, self._tp_size
         ffn, attention = config.ffn_hidden_size // tp, config.num_heads * config.head_dim // tp
+        vocabulary = -(-config.vocab_size // tp)  # padded with rows that are cut off again
         fused = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim // tp
         wanted = {
             "embedding.word_embeddings.weight": (
                 self._embedding_VD,
-                (config.vocab_size // tp, config.hidden_size),
+                (vocabulary, config.hidden_size),
             ),
-            "output_layer.weight": (self._output_VD, (config.vocab_size // tp, config.hidden_size)),
+            "output_layer.weight": (self._output_VD, (vocabulary, config.hidden_size)),
             "linear_qkv.weight": (self._layers[0].qkv_CD, (fused, config.hidden_size)),
             "linear_proj.weight": (self._layers[0].proj_DC, (config.hidden_size, attention)),
             "linear_fc1.weight": (self._layers[0].gate_up_FD, (2 * ffn, config.hidden_size)),
