@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from npr_engine.linear import linear
 from npr_engine.rotary import Rotary, rotate
 from npr_ext import paged_attention
 from npr_ext.errors import UserError
@@ -148,7 +149,7 @@ class InferenceModel:
         layer the others leave their keys and values and are done."""
         num_tokens, num_queries = len(hidden_TD), self._queries_per_group
         normed_TD = self._norm(hidden_TD, weights.attention_norm_D)
-        qkv = F.linear(normed_TD, weights.qkv_CD, weights.qkv_bias_C)
+        qkv = linear(normed_TD, weights.qkv_CD, weights.qkv_bias_C)
         qkv_TGNH = qkv.view(num_tokens, self._num_groups, num_queries + 2, self.config.head_dim)
         qk_TGNH = qkv_TGNH[:, :, :-1]
         if weights.query_norm_H is not None and weights.key_norm_H is not None:
@@ -163,12 +164,12 @@ class InferenceModel:
             rows, lengths = rows.index_select(0, wanted), lengths.index_select(0, wanted)
         queries_TNH = queries.flatten(1, 2)
         mixed_TNH = paged_attention(queries_TNH, keys_SGH, values_SGH, step.tables, rows, lengths)
-        return hidden_TD + self._all_reduce(F.linear(mixed_TNH.flatten(1), weights.proj_DC))
+        return hidden_TD + self._all_reduce(linear(mixed_TNH.flatten(1), weights.proj_DC))
 
     def _feed_forward(self, weights: LayerWeights, hidden_TD: Tensor) -> Tensor:
-        gate_up = F.linear(self._norm(hidden_TD, weights.mlp_norm_D), weights.gate_up_FD)
+        gate_up = linear(self._norm(hidden_TD, weights.mlp_norm_D), weights.gate_up_FD)
         gate_TF, up_TF = gate_up.chunk(2, dim=-1)
-        return hidden_TD + self._all_reduce(F.linear(F.silu(gate_TF) * up_TF, weights.down_DF))
+        return hidden_TD + self._all_reduce(linear(F.silu(gate_TF) * up_TF, weights.down_DF))
 
     def _norm(self, hidden: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(hidden, (hidden.shape[-1],), weight, self.config.rms_norm_eps)
@@ -183,7 +184,7 @@ class InferenceModel:
         return self._all_reduce(hidden_TD)
 
     def _logits(self, hidden_SD: Tensor) -> Tensor:
-        logits = F.linear(hidden_SD, self._output_VD)
+        logits = linear(hidden_SD, self._output_VD)
         if self._tp_size == 1:
             return logits
         shards = [torch.empty_like(logits) for _ in range(self._tp_size)]
