@@ -125,7 +125,7 @@ def _run_demo(arguments: argparse.Namespace) -> int:
 
 
 def _demo_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seed", type=int, default=0, help="root of every random number (default 0)")
+    parser.add_argument("--seed", type=int, help="root of every random number (default 0; the last run's with --resume)")
     parser.add_argument("--resume", action="store_true", help="continue the last demo instead of a new one")
     parser.add_argument(
         "--dir", type=Path, default=Path("runs/demo"), help="where it goes (default runs/demo)"

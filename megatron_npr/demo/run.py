@@ -63,9 +63,9 @@ MEASURED = {
 CONTROLS = ("beta_more_sft",)
 
 
-def run(folder: Path, *, seed: int = 0, resume: bool = False) -> list[str]:
+def run(folder: Path, *, seed: int | None = None, resume: bool = False) -> list[str]:
     """Run (or continue) the demo below `folder`; returns the floors that were missed."""
-    demo = Demo(run_folder(folder, seed, resume), seed)
+    demo = Demo(run_folder(folder, seed, resume))
     demo.train_and_measure()
     missed = write_report(folder, demo.result(folder))
     shutil.copyfile(folder / "report.json", demo.folder / "report.json")
@@ -73,7 +73,7 @@ def run(folder: Path, *, seed: int = 0, resume: bool = False) -> list[str]:
     return missed
 
 
-def run_folder(folder: Path, seed: int, resume: bool) -> Path:
+def run_folder(folder: Path, seed: int | None, resume: bool) -> Path:
     """A new folder of this run, or with `resume` the last one."""
     pointer = folder / LATEST
     if resume:
@@ -81,11 +81,12 @@ def run_folder(folder: Path, seed: int, resume: bool) -> Path:
             raise UserError(f"nothing to resume in {folder}: start with `make demo`")
         latest = folder / pointer.read_text().strip()
         started = json.loads((latest / "demo.json").read_text())["seed"]
-        if started != seed:
+        if seed not in (None, started):
             raise UserError(
                 f"the demo to resume has seed {started}, not {seed}: give SEED={started} or start anew"
             )
         return latest
+    seed = seed or 0
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-seed{seed}-{os.getpid()}"
     (folder / name).mkdir(parents=True)
     (folder / name / "demo.json").write_text(json.dumps({"seed": seed}))
@@ -96,8 +97,9 @@ def run_folder(folder: Path, seed: int, resume: bool) -> Path:
 class Demo:
     """One run of the demo: its folder, its configurations, its phases."""
 
-    def __init__(self, folder: Path, seed: int) -> None:
-        self.folder, self.seed = folder, seed
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.seed = int(json.loads((folder / "demo.json").read_text())["seed"])
         self.phases = Phases(folder / "phases.json")
 
     def model(self, name: str) -> Path:
