@@ -20,18 +20,18 @@ from megatron_npr.demo import base
 from megatron_npr.demo.tokenizer import demo_tokenizer, save_demo_tokenizer
 from megatron_npr.huggingface import export_model, read_model_config
 from megatron_npr.losses import sft_loss
-from megatron_npr.monitor import monitored
+from megatron_npr.monitor import Monitor, monitored
 from megatron_npr.packing import TrainSample
 from megatron_npr.parallel import init_world
 from megatron_npr.policy import build_policy
 from megatron_npr.reshard import EngineWeights
 from megatron_npr.trainer import Trainer
 from npr_engine.vocabulary import Vocabulary
+from npr_ext.errors import UserError
 
 OPTIMIZER = OptimizerSettings(
-    lr=base.PEAK_LR,
-    min_lr=base.FINAL_LR,
-    schedule="linear",
+    lr=base.LR,
+    schedule="constant",
     warmup_steps=base.WARMUP_UPDATES,
     weight_decay=base.WEIGHT_DECAY,
     beta1=base.BETAS[0],
@@ -40,8 +40,8 @@ OPTIMIZER = OptimizerSettings(
 )
 
 
-def run(out: Path, *, seed: int = 0, updates: int = base.UPDATES) -> None:
-    """Train and write the folder `out`; it is replaced whole at the end."""
+def run(out: Path, *, seed: int = 0, stop_loss: float = base.STOP_LOSS) -> None:
+    """Train until the running loss is at `stop_loss`, then write the folder `out`, whole."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder)
         write_source(source)
@@ -56,15 +56,31 @@ def run(out: Path, *, seed: int = 0, updates: int = base.UPDATES) -> None:
             batch=BatchSettings(micro_batch_tokens=8192, share_prompts=False),
             tags=vocabulary.tags,
             pad_id=vocabulary.eos_id,
-            num_updates=updates,
+            num_updates=base.MAX_UPDATES,
         )
         sequences = base.base_sequences(seed)
         log, run_settings = LogSettings(backend="none"), RunSettings(dir=source / "run", seed=seed)
-        with monitored("base", run_settings, log, world, total=updates) as monitor:
-            for step in range(updates):
-                report = trainer.step(next_batch(sequences), lambda lp, row: sft_loss(lp), branching=False)
-                monitor.step(step, tokens=report.num_tokens, shown=("loss",), loss=report.loss, lr=report.lr)
+        with monitored("base", run_settings, log, world, total=base.MAX_UPDATES) as monitor:
+            losses = running_losses(trainer, sequences, monitor)
+            reached = any(loss <= stop_loss for loss in losses)  # draws no update more than it needs
+        if not reached:
+            raise UserError(
+                f"the base model's loss is not at {stop_loss} after {base.MAX_UPDATES} updates: "
+                "try another --seed"
+            )
         export_model(EngineWeights(policy, world).full(), policy.model_config, source, out)
+
+
+def running_losses(
+    trainer: Trainer, sequences: Iterator[tuple[NDArray[np.int32], NDArray[np.int32]]], monitor: Monitor
+) -> Iterator[float]:
+    """One update for each value drawn."""
+    running = float("nan")
+    for step in range(base.MAX_UPDATES):
+        report = trainer.step(next_batch(sequences), lambda lp, row: sft_loss(lp), branching=False)
+        running = report.loss if step == 0 else running + (1 - base.LOSS_MEMORY) * (report.loss - running)
+        monitor.step(step, tokens=report.num_tokens, shown=("loss",), loss=running, lr=report.lr)
+        yield running
 
 
 def write_source(folder: Path) -> None:
