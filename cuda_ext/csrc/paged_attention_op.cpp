@@ -4,6 +4,7 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <memory>
 #include <vector>
 
@@ -12,45 +13,77 @@
 namespace npr {
 namespace {
 
-// Tokens of one table row that stand together form a run; a run never reads outside its table or the cache.
+constexpr int32_t kKeysWorthSharing = 16;
+
+// Keys at the front of two table rows that lie in the same slots.
+int32_t common_keys(const int32_t* slots, const int32_t* others, int32_t limit) {
+  return static_cast<int32_t>(std::mismatch(slots, slots + limit, others).first - slots);
+}
+
+void check_slots(const int32_t* slots, int32_t begin, int32_t end, int64_t table_row, int64_t num_slots) {
+  int32_t lowest = 0;
+  int32_t highest = 0;
+  for (int32_t i = begin; i < end; ++i) {
+    lowest = std::min(lowest, slots[i]);
+    highest = std::max(highest, slots[i]);
+  }
+  TORCH_CHECK_VALUE(lowest >= 0 && (begin >= end || highest < num_slots), "table row ", table_row, " names slot ",
+                    lowest < 0 ? lowest : highest, " of a cache of ", num_slots);
+}
+
+// Neighbouring tokens form a run if they stand in one table row, or if reading the front of their rows together saves
+// more keys than the run has saved so far. A run never reads outside its tables or the cache.
 std::vector<TokenRun> make_runs(const at::Tensor& tables, const at::Tensor& row_of_token, const at::Tensor& lengths,
                                 int64_t num_slots, int tokens_per_run) {
   const int32_t* rows = row_of_token.const_data_ptr<int32_t>();
   const int32_t* counts = lengths.const_data_ptr<int32_t>();
+  const int32_t* table = tables.const_data_ptr<int32_t>();
+  const int64_t width = tables.size(1);
   std::vector<TokenRun> runs;
   for (int64_t t = 0; t < row_of_token.numel(); ++t) {
     TORCH_CHECK_VALUE(rows[t] >= 0 && rows[t] < tables.size(0), "token ", t, " names table row ", rows[t], " of ",
                       tables.size(0));
-    TORCH_CHECK_VALUE(counts[t] >= 0 && counts[t] <= tables.size(1), "token ", t, " has length ", counts[t],
-                      ", but tables hold ", tables.size(1), " slots a row");
-    const bool joins = !runs.empty() && runs.back().table_row == rows[t] && runs.back().count < tokens_per_run;
-    if (!joins) runs.push_back({t, 0, rows[t], 0});
-    runs.back().count += 1;
-    runs.back().longest = std::max(runs.back().longest, counts[t]);
+    TORCH_CHECK_VALUE(counts[t] >= 0 && counts[t] <= width, "token ", t, " has length ", counts[t],
+                      ", but tables hold ", width, " slots a row");
+    if (!runs.empty() && runs.back().count < tokens_per_run) {
+      TokenRun& run = runs.back();
+      if (run.one_row && run.table_row == rows[t]) {
+        run.count += 1;
+        run.together = std::max(run.together, counts[t]);
+        continue;
+      }
+      if (run.count == 1 || !run.one_row) {
+        const int32_t common = common_keys(table + run.table_row * width, table + rows[t] * width,
+                                           std::min(run.together, counts[t]));
+        if (common >= kKeysWorthSharing && int64_t{common} * run.count > int64_t{run.together} * (run.count - 1)) {
+          run.count += 1;
+          run.together = common;
+          run.one_row = false;
+          continue;
+        }
+      }
+    }
+    runs.push_back({t, 1, rows[t], counts[t], true});
   }
   for (const TokenRun& run : runs) {
-    const int32_t* slots = tables.const_data_ptr<int32_t>() + run.table_row * tables.size(1);
-    int32_t lowest = 0;
-    int32_t highest = 0;
-    for (int32_t i = 0; i < run.longest; ++i) {
-      lowest = std::min(lowest, slots[i]);
-      highest = std::max(highest, slots[i]);
+    check_slots(table + run.table_row * width, 0, run.together, run.table_row, num_slots);
+    for (int64_t t = run.first; !run.one_row && t < run.first + run.count; ++t) {
+      check_slots(table + rows[t] * width, run.together, counts[t], rows[t], num_slots);
     }
-    TORCH_CHECK_VALUE(lowest >= 0 && (run.longest == 0 || highest < num_slots), "table row ", run.table_row,
-                      " names slot ", lowest < 0 ? lowest : highest, " of a cache of ", num_slots);
   }
   return runs;
 }
 
 template <typename Stored>
 void attend(const at::Tensor& q, const at::Tensor& k_cache, const at::Tensor& v_cache, const at::Tensor& tables,
-            const at::Tensor& lengths, const std::vector<TokenRun>& runs, double scale, at::Tensor& output) {
+            const at::Tensor& rows, const at::Tensor& lengths, const std::vector<TokenRun>& runs, double scale, at::Tensor& output) {
   const int num_kv_heads = static_cast<int>(k_cache.size(1));
   const PagedAttention<Stored> job{static_cast<const Stored*>(q.const_data_ptr()),
                                    static_cast<const Stored*>(k_cache.const_data_ptr()),
                                    static_cast<const Stored*>(v_cache.const_data_ptr()),
                                    static_cast<Stored*>(output.mutable_data_ptr()),
                                    tables.const_data_ptr<int32_t>(),
+                                   rows.const_data_ptr<int32_t>(),
                                    lengths.const_data_ptr<int32_t>(),
                                    tables.size(1),
                                    static_cast<int>(q.size(1)),
@@ -90,13 +123,13 @@ at::Tensor paged_attention(const at::Tensor& q, const at::Tensor& k_cache, const
   const std::vector<TokenRun> runs = make_runs(table, row, length, k_cache.size(0), std::max(1, kTileRows / group));
   switch (q.scalar_type()) {
     case at::kFloat:
-      attend<float>(queries, k_cache, v_cache, table, length, runs, scale, output);
+      attend<float>(queries, k_cache, v_cache, table, row, length, runs, scale, output);
       break;
     case at::kDouble:
-      attend<double>(queries, k_cache, v_cache, table, length, runs, scale, output);
+      attend<double>(queries, k_cache, v_cache, table, row, length, runs, scale, output);
       break;
     case at::kBFloat16:
-      attend<BFloat16>(queries, k_cache, v_cache, table, length, runs, scale, output);
+      attend<BFloat16>(queries, k_cache, v_cache, table, row, length, runs, scale, output);
       break;
     default:
       TORCH_CHECK_VALUE(false, "paged_attention computes in float32, float64 or bfloat16, not ", q.scalar_type());

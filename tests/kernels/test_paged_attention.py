@@ -85,3 +85,41 @@ def test_an_index_outside_of_its_table_or_cache_is_refused(what: str, value: int
 def test_no_tokens_are_no_work() -> None:
     q, k, v, tables, rows, lengths = random_job(0, [(2, 40)], 4, 2, 32, torch.float32)
     assert paged_attention(q[:0], k, v, tables, rows[:0], lengths[:0]).shape == (0, 4, 32)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(0, 10**6),
+    st.lists(st.tuples(st.integers(1, 9), st.integers(0, 200), st.integers(0, 150)), min_size=1, max_size=4),
+    st.sampled_from([(1, 1), (4, 2), (9, 3), (8, 1)]),
+    st.sampled_from([8, 20, 32, 64]),
+    st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+)
+def test_rows_that_begin_alike_are_read_together_and_stay_exact(
+    seed: int, families: list[tuple[int, int, int]], heads: tuple[int, int], dim: int, dtype: torch.dtype
+) -> None:
+    """Families of (branches, shared keys, most own keys): one token of each branch, as in decoding."""
+    generator = torch.Generator().manual_seed(seed)
+    width = max(shared + own for _, shared, own in families) + 1
+    num_slots = 2 * width
+    rows = []
+    lengths = []
+    for branches, shared, own in families:
+        front = torch.randperm(num_slots, generator=generator)[:shared]
+        for _ in range(branches):
+            rows.append(torch.cat((front, torch.randperm(num_slots, generator=generator)))[:width])
+            lengths.append(shared + int(torch.randint(0, own + 1, (), generator=generator)))
+    tables, row_of_token = torch.stack(rows).int(), torch.arange(len(rows), dtype=torch.int32)
+    length = torch.tensor(lengths, dtype=torch.int32)
+    q = torch.randn(len(rows), heads[0], dim, generator=generator, dtype=torch.float64).to(dtype) * 2
+    k, v = (
+        torch.randn(num_slots, heads[1], dim, generator=generator, dtype=torch.float64).to(dtype)
+        for _ in "kv"
+    )
+    actual = paged_attention(q, k, v, tables, row_of_token, length)
+    seen = length > 0
+    expected = reference_paged_attention(
+        q[seen].double(), k.double(), v.double(), tables, row_of_token[seen], length[seen], 1 / math.sqrt(dim)
+    )
+    assert ((actual[seen].double() - expected).abs() <= TOLERANCE[dtype] * 4).all()
+    assert (actual[~seen] == 0).all()

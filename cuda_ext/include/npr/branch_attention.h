@@ -302,7 +302,7 @@ class BranchAttentionTask {
       dot_products(query_, packed(job.packed_keys, job, kv_head, piece.begin), rows, keys, job.dim, job.group,
                    piece.causal, scores_);
       const auto limit_of = [&](int r) { return piece.causal ? r / job.group + 1 : keys; };
-      softmax_.absorb(scores_, rows, keys, limit_of, output_, job.dim);
+      softmax_.absorb(scores_, 0, rows, keys, limit_of, output_, job.dim);
       add_weighted_keys(scores_, natural(job.v, kv_head, piece.begin), rows, keys, job.dim, job.group, piece.causal,
                         output_);
     });

@@ -1,7 +1,9 @@
 // Attention of new tokens to keys and values that lie in slots of a cache. Torch-free.
 //
-// A task is a run of tokens of one table row, and one key head. Few query rows (decoding): dot products with the keys
-// where they lie. Many (a prefill chunk): keys are gathered and transposed once for the tile.
+// A task is a run of tokens and one key head. The tokens of a run stand in one table row (a prefill chunk), or in rows
+// that begin with the same slots (branches of one fork, samples of one prompt): the keys that they share are read once
+// for all of them, then each goes on alone. Few query rows: dot products with the keys where they lie. Many: keys are
+// gathered and transposed once for the tile.
 #pragma once
 
 #include <cstdint>
@@ -17,6 +19,7 @@ struct PagedAttention {
   const Stored* v_cache;
   Stored* output;          // [T, N, H]
   const int32_t* tables;   // [rows, width]
+  const int32_t* rows;     // [T]
   const int32_t* lengths;  // [T]
   int64_t table_width;
   int num_heads;
@@ -28,8 +31,9 @@ struct PagedAttention {
 struct TokenRun {
   int64_t first;
   int32_t count;
-  int32_t table_row;
-  int32_t longest;  // most keys of any of its tokens
+  int32_t table_row;  // of the first token
+  int32_t together;   // keys at the front that are read for all tokens; a token beyond its length sees none of them
+  bool one_row;       // all tokens stand in one table row: every key is read together
 };
 
 constexpr int kRowsWorthTransposing = 12;
@@ -50,25 +54,40 @@ class PagedAttentionTask {
     load_queries(job, tokens, kv_head, group);
     output_.clear(rows);
     softmax_.start(rows);
-    const std::ptrdiff_t stride = static_cast<std::ptrdiff_t>(job.num_kv_heads) * job.dim;
-    const std::ptrdiff_t head = static_cast<std::ptrdiff_t>(kv_head) * job.dim;
-    for (int begin = 0; begin < tokens.longest; begin += kTileKeys) {
-      const int keys = std::min(kTileKeys, tokens.longest - begin);
-      const int32_t* slots = job.tables + tokens.table_row * job.table_width + begin;
-      const SlotRows<Stored> key_rows{job.k_cache + head, stride, slots};
-      if (rows >= kRowsWorthTransposing) {
-        score_by_product(key_rows, rows, keys, job.dim);
-      } else {
-        score_by_dots(key_rows, SlotRows<Stored>{job.v_cache + head, stride, slots}, rows, keys, job.dim);
+    absorb_keys(job, tokens, kv_head, tokens.table_row, 0, tokens.together, 0, rows);
+    if (!tokens.one_row) {
+      for (int i = 0; i < tokens.count; ++i) {
+        const int64_t token = tokens.first + i;
+        absorb_keys(job, tokens, kv_head, job.rows[token], tokens.together, job.lengths[token], i * group,
+                    (i + 1) * group);
       }
-      const auto limit_of = [&](int r) { return std::clamp(job.lengths[tokens.first + r / group] - begin, 0, keys); };
-      softmax_.absorb(scores_, rows, keys, limit_of, output_, job.dim);
-      add_values(SlotRows<Stored>{job.v_cache + head, stride, slots}, rows, keys, job.dim);
     }
     store_output(job, tokens, kv_head, group);
   }
 
  private:
+  // Query rows [row_begin, row_end) take in the keys [key_begin, key_end) of a table row.
+  void absorb_keys(const PagedAttention<Stored>& job, const TokenRun& tokens, int kv_head, int64_t table_row,
+                   int key_begin, int key_end, int row_begin, int row_end) {
+    const int group = job.num_heads / job.num_kv_heads;
+    const std::ptrdiff_t stride = static_cast<std::ptrdiff_t>(job.num_kv_heads) * job.dim;
+    const std::ptrdiff_t head = static_cast<std::ptrdiff_t>(kv_head) * job.dim;
+    for (int begin = key_begin; begin < key_end; begin += kTileKeys) {
+      const int keys = std::min(kTileKeys, key_end - begin);
+      const int32_t* slots = job.tables + table_row * job.table_width + begin;
+      const SlotRows<Stored> key_rows{job.k_cache + head, stride, slots};
+      const SlotRows<Stored> value_rows{job.v_cache + head, stride, slots};
+      if (row_end - row_begin >= kRowsWorthTransposing) {
+        score_by_product(key_rows, row_begin, row_end, keys, job.dim);
+      } else {
+        score_by_dots(key_rows, value_rows, row_begin, row_end, keys, job.dim);
+      }
+      const auto limit_of = [&](int r) { return std::clamp(job.lengths[tokens.first + r / group] - begin, 0, keys); };
+      softmax_.absorb(scores_, row_begin, row_end, keys, limit_of, output_, job.dim);
+      add_values(value_rows, row_begin, row_end, keys, job.dim);
+    }
+  }
+
   void load_queries(const PagedAttention<Stored>& job, const TokenRun& tokens, int kv_head, int group) {
     for (int r = 0; r < tokens.count * group; ++r) {
       const Stored* from = job.q + head_offset(job, tokens, kv_head, group, r);
@@ -90,13 +109,13 @@ class PagedAttentionTask {
     return ((tokens.first + r / group) * job.num_heads + kv_head * group + r % group) * job.dim;
   }
 
-  void score_by_product(SlotRows<Stored> key_rows, int rows, int keys, int dim) {
+  void score_by_product(SlotRows<Stored> key_rows, int row_begin, int row_end, int keys, int dim) {
     for (int j = 0; j < keys; ++j) {
       const Stored* key = key_rows(j);
       for (int i = 0; i < dim; ++i) keys_.row(i)[j] = widen(key[i]);
     }
-    multiply<T, kTileStride, 1, false>(rows, keys, dim, query_.row(0), StridedRows<T>{keys_.row(0), kTileStride},
-                                       scores_.row(0), kTileStride);
+    multiply<T, kTileStride, 1, false>(row_end - row_begin, keys, dim, query_.row(row_begin),
+                                       StridedRows<T>{keys_.row(0), kTileStride}, scores_.row(row_begin), kTileStride);
   }
 
   // Slots lie anywhere, so memory is asked for the next keys, and for these keys' values, before they are needed.
@@ -104,9 +123,10 @@ class PagedAttentionTask {
     for (int i = 0; i < dim; i += 64 / static_cast<int>(sizeof(Stored))) __builtin_prefetch(row + i);
   }
 
-  void score_by_dots(SlotRows<Stored> key_rows, SlotRows<Stored> value_rows, int rows, int keys, int dim) {
+  void score_by_dots(SlotRows<Stored> key_rows, SlotRows<Stored> value_rows, int row_begin, int row_end, int keys,
+                     int dim) {
     if (dim % kLanes<T> != 0) {
-      for (int r = 0; r < rows; ++r) {
+      for (int r = row_begin; r < row_end; ++r) {
         for (int j = 0; j < keys; ++j) {
           T sum = 0;
           for (int i = 0; i < dim; ++i) sum += query_.row(r)[i] * widen(key_rows(j)[i]);
@@ -119,7 +139,7 @@ class PagedAttentionTask {
       const int last = std::min(kLanes<T>, keys - j) - 1;
       for (int lane = 0; lane <= last; ++lane) prefetch(value_rows(j + lane), dim);
       for (int next = j + kLanes<T>; next < std::min(keys, j + 2 * kLanes<T>); ++next) prefetch(key_rows(next), dim);
-      for (int r = 0; r < rows; ++r) {
+      for (int r = row_begin; r < row_end; ++r) {
         Vec<T> products[kLanes<T>];
 #pragma GCC unroll 16
         for (int lane = 0; lane < kLanes<T>; ++lane) {
@@ -133,16 +153,17 @@ class PagedAttentionTask {
     }
   }
 
-  void add_values(SlotRows<Stored> value_rows, int rows, int keys, int dim) {
+  void add_values(SlotRows<Stored> value_rows, int row_begin, int row_end, int keys, int dim) {
     if (dim % kLanes<T> != 0) {
-      for (int r = 0; r < rows; ++r) {
+      for (int r = row_begin; r < row_end; ++r) {
         for (int j = 0; j < keys; ++j) {
           for (int i = 0; i < dim; ++i) output_.row(r)[i] += scores_.row(r)[j] * widen(value_rows(j)[i]);
         }
       }
       return;
     }
-    multiply<T, kTileStride, 1, true>(rows, dim, keys, scores_.row(0), value_rows, output_.row(0), kTileStride);
+    multiply<T, kTileStride, 1, true>(row_end - row_begin, dim, keys, scores_.row(row_begin), value_rows,
+                                      output_.row(row_begin), kTileStride);
   }
 
   Tile<T> query_;

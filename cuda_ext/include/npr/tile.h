@@ -154,19 +154,20 @@ template <typename T>
 class RunningSoftmax {
  public:
   void start(int rows) {
-    std::fill_n(maximum_, round_up_to_lanes<T>(rows), -std::numeric_limits<T>::infinity());
-    std::fill_n(total_, round_up_to_lanes<T>(rows), T(0));
+    std::fill_n(maximum_, rows + kLanes<T>, -std::numeric_limits<T>::infinity());
+    std::fill_n(total_, rows + kLanes<T>, T(0));
   }
 
   T total(int row) const { return total_[row]; }
   T log_sum(int row) const { return maximum_[row] + std::log(total_[row]); }
 
   // Scores become exp(score - maximum so far), zero from limit_of(row) to `columns`; `output`, the sum of weighted
-  // values so far, is rescaled. Rows are taken a vector at a time, so that maxima and sums are reduced side by side.
+  // values so far, is rescaled. Rows [begin, end) are taken a vector at a time, so that maxima and sums are reduced
+  // side by side; the lanes beyond `end` keep what they have.
   template <typename LimitOf>
-  void absorb(Tile<T>& scores, int rows, int columns, const LimitOf& limit_of, Tile<T>& output, int dim) {
-    for (int first = 0; first < rows; first += kLanes<T>) {
-      const int count = std::min(kLanes<T>, rows - first);
+  void absorb(Tile<T>& scores, int begin, int end, int columns, const LimitOf& limit_of, Tile<T>& output, int dim) {
+    for (int first = begin; first < end; first += kLanes<T>) {
+      const int count = std::min(kLanes<T>, end - first);
       Vec<T> reduced[kLanes<T>];
       for (int lane = 0; lane < kLanes<T>; ++lane) {
         reduced[lane] =
@@ -216,8 +217,8 @@ class RunningSoftmax {
     for (int i = 0; i < dim; i += kLanes<T>) store<T>(row + i, load(row + i) * broadcast<T>(factor));
   }
 
-  T maximum_[kTileRows];
-  T total_[kTileRows];
+  T maximum_[kTileRows + kLanes<T>];
+  T total_[kTileRows + kLanes<T>];
 };
 
 }  // namespace npr
