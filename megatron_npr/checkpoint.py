@@ -21,7 +21,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
 
-from megatron_npr.optimizer_state import repaired_optimizer_state
+from megatron_npr.optimizer_state import allocate_optimizer_state, repaired_optimizer_state
 from megatron_npr.parallel import World, megatron_context
 from megatron_npr.trainer import Trainer
 from npr_ext.errors import UserError
@@ -129,6 +129,7 @@ def _storable(metadata: dict[str, Any]) -> dict[str, Any]:
 
 def _state(trainer: Trainer, metadata: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
     logging.getLogger("megatron.core.dist_checkpointing").setLevel(logging.ERROR)
+    allocate_optimizer_state(trainer.optimizer)
     model = trainer.policy.sharded_state_dict(metadata=metadata)
     with repaired_optimizer_state():
         optimizer = trainer.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)

@@ -1,4 +1,4 @@
-"""Two repairs of Megatron-Core 0.16.1's distributed-optimizer state, without which a resumed run silently differs.
+"""Repairs of Megatron-Core 0.16.1's distributed-optimizer state, without which a resumed run silently differs.
 
 Both are entered around save and load only, and restore Megatron's own methods on exit.
 """
@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 
@@ -50,6 +51,23 @@ def repaired_optimizer_state() -> Iterator[None]:
     finally:
         DistributedOptimizer._set_main_param_and_optimizer_states = set_states
         DistributedOptimizer.get_parameter_state_dp_zero = gather_states
+
+
+def allocate_optimizer_state(optimizer: MegatronOptimizer) -> None:
+    """Give an optimizer that has not stepped yet its (zero) state: Megatron can neither save nor load without one."""
+    for part in optimizer.chained_optimizers:
+        inner = part.optimizer
+        if inner.state:
+            continue
+        rates = [group["lr"] for group in inner.param_groups]
+        for group in inner.param_groups:
+            group["lr"] = 0.0  # no weight decay either: the parameters stay as they are
+        part._init_optimizer_states_with_dummy_values()
+        for group, rate in zip(inner.param_groups, rates, strict=True):
+            group["lr"] = rate
+        for state in inner.state.values():
+            if "step" in state:
+                state["step"].zero_()
 
 
 def _padded(joined: torch.Tensor, buffer: Any) -> torch.Tensor:

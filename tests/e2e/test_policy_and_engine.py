@@ -146,3 +146,36 @@ def test_sft_overfits_eight_samples(config: Stage3Config) -> None:
     for _ in range(150):
         report = overfit.trainer.step(samples, lambda lp, row: sft_loss(lp), branching=True)
     assert report.loss < 0.05
+
+
+def test_a_fresh_process_resumes_bit_for_bit(config: Stage3Config) -> None:
+    learner, engine = learner_and_engine(config)
+    samples = [
+        train_sample(rollout, (-1.0) ** i) for i, rollout in enumerate(rollouts_of(learner, engine, config))
+    ]
+
+    def step(one: Learner) -> float:
+        return one.trainer.step(
+            samples, lambda lp, row: papo_loss(lp, row.advantages), branching=True
+        ).grad_norm
+
+    step(learner)
+    learner.checkpoints.save(1, learner.trainer, {})
+    uninterrupted = [step(learner) for _ in range(2)]
+    resumed, _ = learner_and_engine(
+        config.model_copy(update={"run": config.run.model_copy(update={"resume": True})})
+    )
+    assert resumed.first_step == 1
+    assert [step(resumed) for _ in range(2)] == uninterrupted
+    for one, other in zip(
+        learner.trainer.policy.parameters(), resumed.trainer.policy.parameters(), strict=True
+    ):
+        assert torch.equal(one, other)
+
+
+def test_an_optimizer_that_has_not_stepped_can_be_saved_and_its_weights_stay(config: Stage3Config) -> None:
+    learner, _ = learner_and_engine(config)
+    before = [weight.clone() for weight in learner.trainer.policy.parameters()]
+    learner.checkpoints.save(0, learner.trainer, {})
+    for one, other in zip(before, learner.trainer.policy.parameters(), strict=True):
+        assert torch.equal(one, other)
