@@ -15,6 +15,7 @@ from npr_engine.vocabulary import TokenClass, Vocabulary
 from npr_ext.violations import MESSAGES, Violation
 
 NUMBER = re.compile(r"\s*(\d+)[ \t]*:")
+_FIRST_STRUCTURAL = int(TokenClass.EOS)
 _TEXT = bytes((TokenClass.TEXT,))
 
 
@@ -102,16 +103,19 @@ class Parser:
         self.extend((token_id,))
 
     def extend(self, token_ids: TokenIds) -> None:
-        """Takes tokens int [n]; the cost grows with the tags among them, hardly with their number."""
-        array = np.asarray(token_ids)
-        classes = self._vocabulary.classes_of(array.astype(np.int64, copy=False))
+        """Takes tokens, int [n]."""
+        ids: list[int] = token_ids.tolist() if isinstance(token_ids, np.ndarray) else list(token_ids)
+        classes = self._vocabulary.class_bytes(ids)
         start = len(self._ids)
-        self._ids.extend(array.tolist())
-        self._classes += classes.tobytes()
-        for offset in np.flatnonzero(classes >= TokenClass.EOS).tolist():
-            if self.structural is not None or self._eos is not None:
-                return
-            self._structural_token(start + offset)
+        self._ids += ids
+        self._classes += classes
+        if self.structural is not None or self._eos is not None:
+            return
+        for offset, token_class in enumerate(classes):
+            if token_class >= _FIRST_STRUCTURAL:
+                self._structural_token(start + offset)
+                if self.structural is not None or self._eos is not None:
+                    return
 
     def branch(self, number: int) -> Parser:
         """A parser for branch `number` (1..n) of the block whose guideline was just closed."""

@@ -73,6 +73,7 @@ class Vocabulary:
                 self.classes[token] = TokenClass.SPACE
         self.classes[eos_id] = TokenClass.EOS
         self.classes[list(self.tag_ids)] = range(TokenClass.GUIDELINE, TokenClass.TAKEAWAY_END + 1)
+        self._not_text = {int(token): int(self.classes[token]) for token in np.flatnonzero(self.classes)}
         self._encode_piece = encode_piece or self._encode_by_pieces
         self._forced_steps: dict[int, tuple[int, ...]] = {}
 
@@ -104,12 +105,10 @@ class Vocabulary:
     def size(self) -> int:
         return len(self.pieces)
 
-    def classes_of(self, token_ids: NDArray[np.int64] | NDArray[np.int32]) -> NDArray[np.uint8]:
-        """Token classes, uint8 [T]; ids outside the vocabulary are text."""
-        inside = (token_ids >= 0) & (token_ids < len(self.pieces))
-        if inside.all():
-            return self.classes[token_ids]
-        return np.where(inside, self.classes[np.where(inside, token_ids, 0)], np.uint8(TokenClass.TEXT))
+    def class_bytes(self, token_ids: list[int]) -> bytes:
+        """The class of each token; ids outside the vocabulary are text."""
+        known = self._not_text
+        return bytes([known.get(token, 0) for token in token_ids])
 
     def padded_classes(self, size: int) -> NDArray[np.uint8]:
         """`classes` for a model with `size` >= self.size output rows; the ids beyond the tokenizer are

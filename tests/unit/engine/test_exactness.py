@@ -128,3 +128,21 @@ def test_ignoring_eos_decodes_exactly_max_tokens(new_engine: Callable[..., Engin
     for rollout in new_engine().generate(PROMPTS, params):
         assert rollout.num_tokens == rollout.critical_path == 150 and rollout.finish_reason == "length"
         assert not rollout.forced.any() and not rollout.branch_ids.any()
+
+
+@pytest.mark.parametrize("branching", [True, False])
+def test_the_repetition_penalty_acts_inside_steps_only(
+    branching: bool, new_engine: Callable[..., Engine]
+) -> None:
+    params = SamplingParams(max_tokens=250, repetition_penalty=1.5, branching=branching)
+    steps_penalised = 0
+    for rollout in new_engine(**TIGHT).generate(PROMPTS * 2, params):
+        inside = np.zeros(rollout.num_tokens, np.bool_)
+        for start in np.flatnonzero(rollout.token_ids == VOCABULARY.tags.step):
+            ends = np.flatnonzero(rollout.token_ids[start:] == VOCABULARY.tags.step_end)
+            inside[start : start + ends[0] + 1 if len(ends) else None] = True
+        sampled = ~rollout.forced
+        changed = rollout.logprobs != rollout.sampler_logprobs
+        assert not changed[sampled & ~inside].any()
+        steps_penalised += int(changed[sampled & inside].any())
+    assert steps_penalised >= 6
