@@ -15,6 +15,7 @@ import os
 import shlex
 import sys
 import textwrap
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Read when torch loads: OpenMP threads that wait for each other sleep after some 20 us instead of spinning for ms,
     # which costs nothing alone and saves a factor of ten where another process wants the same cores.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    # What Megatron says about packages that are not installed belongs into the README, not above every run.
+    warnings.filterwarnings("ignore", module=r"megatron\.core|megatron_npr\.cpu_runtime")
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         return _dispatch(words)

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from npr_engine.linear import linear
+
 _CPU = torch.device("cpu")
 _CUDA_TYPE_OF = {
     "torch.FloatTensor": "torch.cuda.FloatTensor",
@@ -29,6 +31,29 @@ def _is_cuda(device: object) -> bool:
     return (isinstance(device, str) and device.startswith("cuda")) or (
         isinstance(device, torch.device) and device.type == "cuda"
     )
+
+
+_MATMULS = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
+_LONGEST_SUM = 1024
+
+
+def _suits_linear(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Products of many rows by a weight, as in a layer's forward and input-gradient GEMM, outside of autograd's recording.
+
+    Weight gradients (sums over all tokens) stay with the BLAS of torch, which is as fast there.
+    """
+    return (
+        right.dim() == 2
+        and left.dim() >= 2
+        and right.shape[0] <= _LONGEST_SUM
+        and not (torch.is_grad_enabled() and (left.requires_grad or right.requires_grad))
+    )
+
+
+def _matmul(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """left @ right by the library that is faster here (see npr_engine.linear): 2 to 3 times at 8k rows."""
+    rows = left.reshape(-1, left.shape[-1])
+    return linear(rows, right.t().contiguous()).view(*left.shape[:-1], right.shape[1])
 
 
 class CudaOnCpu(TorchFunctionMode):
@@ -44,6 +69,8 @@ class CudaOnCpu(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func is torch.Tensor.cuda:
             return args[0]
+        if func in _MATMULS and len(args) == 2 and _suits_linear(*args):
+            return _matmul(*args)
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
             name = func(args[0])
             return _CUDA_TYPE_OF.get(name, name)

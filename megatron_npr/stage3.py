@@ -24,10 +24,16 @@ from megatron_npr.scoring import Scored, score
 from megatron_npr.session import open_session
 from megatron_npr.trainer import StepReport
 from megatron_npr.verifier import Verifier
+from npr_ext.errors import UserError
 
 
 def run(config: Stage3Config) -> None:
     """Train, checkpoint, and leave the model in run.dir/model."""
+    if config.train.updates_per_step != 1:
+        raise UserError(
+            f"train.updates_per_step = {config.train.updates_per_step}: stage 3 is strictly on-policy, one update a round; "
+            "set it to 1 and raise train.steps"
+        )
     session = open_session(config, config.run, config.model, config.parallel)
     with Verifier() as verifier:
         prompts = training_prompts(session, config.data)

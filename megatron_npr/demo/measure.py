@@ -25,7 +25,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0, "top_p": 1.0},
     "top_p": {"temperature": 1.0, "top_p": 0.7},
 }
-SAMPLES = {"greedy": 1, "top_p": 2}
+SAMPLES = {"greedy": 1, "top_p": 1}
 """Samples a problem where it is not the configuration's number."""
 
 

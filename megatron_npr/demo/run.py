@@ -126,12 +126,18 @@ class Demo:
             samples_file,
         )
         npr = self.config(Stage3Config, "stage3", "npr", "--model.path", str(self.model("beta")))
+        updates = zero.train.steps * zero.train.updates_per_step + npr.train.steps
+        responses = sum(
+            one.train.steps * one.rollout.prompts_per_step * one.rollout.samples_per_prompt
+            for one in (zero, npr)
+        )
         sequential = self.config(
             Stage3Config,
             "sequential_rl",
             "sequential_rl",
-            *("--model.path", str(self.model("base"))),
-            *("--train.steps", str(zero.train.steps * zero.train.updates_per_step + npr.train.steps)),
+            *("--model.path", str(self.model("base")), "--train.steps", str(updates)),
+            *("--rollout.prompts_per_step", str(round(responses / updates / npr.rollout.samples_per_prompt))),
+            *("--rollout.samples_per_prompt", str(npr.rollout.samples_per_prompt)),
         )
         more = self.config(
             Stage2Config,
