@@ -16,7 +16,7 @@ from npr_engine.rollout import Rollout
 
 @dataclass(frozen=True)
 class Scored:
-    """A rollout of prompt `group`. `valid`: strictly, with at least one block; `format`: the stage-1 reward (0 when valid)."""
+    """A rollout of prompt `group`. `valid`: strictly, with at least one block; `format`: the stage-1 reward (0 when valid and no text is too short)."""
 
     rollout: Rollout
     group: int
@@ -40,8 +40,7 @@ def score(
         valid = rollout.finish_reason == "eos" and not isinstance(
             grammar.parse(rollout.token_ids, require_block=True), Defect
         )
-        reward = 0.0 if valid else format_reward(grammar, rollout.token_ids)
-        scored.append(Scored(rollout, group, valid, reward, right))
+        scored.append(Scored(rollout, group, valid, format_reward(grammar, rollout.token_ids), right))
     return scored
 
 

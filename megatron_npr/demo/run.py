@@ -46,9 +46,9 @@ Config = TypeVar("Config", bound=Section)
 CONFIGS = Path(__file__).parents[2] / "configs" / "demo"
 LATEST = "latest"
 NUM_TIMELINES = 4
-SPEED_PROMPTS = {1: 12, 32: 96}
+SPEED_PROMPTS = {1: 8, 32: 64}
 """Problems decoded both ways at each batch size."""
-SPEED_REPEATS = 5
+SPEED_REPEATS = 3
 
 MEASURED = {
     "base": ("unforced", "base"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,18 +10,20 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_npr import stage3
 from megatron_npr.config import Stage3Config, load_config
 from megatron_npr.demo.base import FOLDER
 from megatron_npr.learner import Learner
 from megatron_npr.losses import papo_loss, sft_loss
 from megatron_npr.packing import TrainSample
-from megatron_npr.parallel import close_world
+from megatron_npr.parallel import check_sizes, close_world
 from megatron_npr.problems import training_prompts
 from megatron_npr.rollouts import collect, train_sample
 from megatron_npr.session import open_session
 from npr_engine.engine import Engine
 from npr_engine.rollout import Rollout
 from npr_ext import branch_layout
+from npr_ext.errors import UserError
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo" / "stage3.toml"
 
@@ -179,3 +182,33 @@ def test_an_optimizer_that_has_not_stepped_can_be_saved_and_its_weights_stay(con
     learner.checkpoints.save(0, learner.trainer, {})
     for one, other in zip(before, learner.trainer.policy.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_a_checkpoint_of_another_model_is_one_clear_line(config: Stage3Config) -> None:
+    learner, _ = learner_and_engine(config)
+    path = learner.checkpoints.save(1, learner.trainer, {})
+    manifest = json.loads((path / "npr.json").read_text())
+    manifest["model"]["hidden_size"] = 64
+    (path / "npr.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="hidden_size is 64 there and 96 here"):
+        learner.checkpoints.load(path, learner.trainer)
+
+
+def test_a_pointer_to_a_missing_checkpoint_is_named(config: Stage3Config) -> None:
+    learner, _ = learner_and_engine(config)
+    assert learner.checkpoints.latest() is None
+    learner.checkpoints.save(1, learner.trainer, {})
+    (config.run.dir / "checkpoints" / "latest").write_text("step_000009\n")
+    with pytest.raises(UserError, match="step_000009, which is not a complete checkpoint"):
+        learner.checkpoints.latest()
+
+
+def test_stage_three_refuses_to_go_off_policy(config: Stage3Config) -> None:
+    train = config.train.model_copy(update={"updates_per_step": 4})
+    with pytest.raises(UserError, match="strictly on-policy"):
+        stage3.run(config.model_copy(update={"train": train}))
+
+
+def test_a_world_that_does_not_fit_the_layout_is_one_clear_line() -> None:
+    with pytest.raises(UserError, match="world size 3 does not fit tp 2 x pp 1 x cp 1 = 2"):
+        check_sizes(3, tensor=2, pipeline=1, context=1)
