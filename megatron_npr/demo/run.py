@@ -145,6 +145,8 @@ class Demo:
             "beta_more_sft",
             *("--model.path", str(self.model("beta")), "--sft.data", samples_file),
             *("--train.steps", str(npr.train.steps)),
+            # At stage 3's learning rate: restarting SFT at its own peak would undo beta instead of continuing it.
+            *("--optimizer.lr", str(npr.optimizer.lr), "--optimizer.min_lr", str(npr.optimizer.min_lr)),
         )
         with Verifier() as verifier:
             self.measure("base", verifier)
