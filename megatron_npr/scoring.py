@@ -16,7 +16,10 @@ from npr_engine.rollout import Rollout
 
 @dataclass(frozen=True)
 class Scored:
-    """A rollout of prompt `group`. `valid`: strictly, with at least one block; `format`: the stage-1 reward (0 when valid and no text is too short)."""
+    """A rollout of prompt `group`.
+
+    `valid`: strictly, with at least one block; `format`: the stage-1 reward (0 when valid and no text is too short).
+    """
 
     rollout: Rollout
     group: int
