@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_npr.rewards import format_reward
+from megatron_npr.rewards import accuracy_reward, format_reward
 from megatron_npr.verifier import Verifier
 from npr_engine.grammar import Defect, Grammar, last_boxed
 from npr_engine.rollout import Rollout
@@ -29,7 +29,7 @@ class Scored:
 
     @property
     def accuracy_reward(self) -> float:
-        return 1.0 if self.correct else -1.0
+        return accuracy_reward(self.correct)
 
 
 def score(

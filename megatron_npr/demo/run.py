@@ -19,6 +19,7 @@ import numpy as np
 from megatron_npr import sample, stage1, stage2, stage3
 from megatron_npr.config import (
     EvalConfig,
+    EvalMode,
     SampleConfig,
     Section,
     Stage1Config,
@@ -29,12 +30,13 @@ from megatron_npr.config import (
 from megatron_npr.demo import base, speed
 from megatron_npr.demo.measure import Measured, measure
 from megatron_npr.demo.phases import Phases
+from megatron_npr.demo.tasks import demo_problems
 from megatron_npr.evaluate import mode_settings
 from megatron_npr.problems import HELDOUT_SEED, evaluation_prompts
 from megatron_npr.report import DemoResult, Speedup, Timeline, write_report
 from megatron_npr.rollout_file import pieces, read_rollouts
 from megatron_npr.scoring import answer_of
-from megatron_npr.session import build_engine, open_session, read_shards
+from megatron_npr.session import build_engine, load_tokenizer, open_session, read_shards
 from megatron_npr.statistics import paired_difference
 from megatron_npr.verifier import Verifier
 from npr_engine.grammar import Grammar, Response
@@ -50,7 +52,7 @@ SPEED_PROMPTS = {1: 8, 32: 64}
 """Problems decoded both ways at each batch size."""
 SPEED_REPEATS = 3
 
-MEASURED = {
+MEASURED: dict[str, tuple[EvalMode, str]] = {
     "base": ("unforced", "base"),
     "base_sequential": ("sequential", "base"),
     "zero": ("unforced", "zero"),
@@ -170,7 +172,7 @@ class Demo:
         config = self.evaluation(model)
         self.phases.run(
             f"measure {name}",
-            lambda: measure(config, mode, self.folder / "measured", name, verifier),  # type: ignore[arg-type]
+            lambda: measure(config, mode, self.folder / "measured", name, verifier),
         )
 
     def evaluation(self, model: str) -> EvalConfig:
@@ -258,14 +260,10 @@ class Demo:
 
     def grammar(self) -> Grammar:
         """The demo's language."""
-        from megatron_npr.session import load_tokenizer
-
         return Grammar(Vocabulary.from_tokenizer(load_tokenizer(base.FOLDER)))
 
     def timelines(self) -> tuple[Timeline, ...]:
         """The first held-out problems with npr's first response to each."""
-        from megatron_npr.demo.tasks import demo_problems
-
         grammar = self.grammar()
         rollouts = read_rollouts(self.folder / "measured" / "npr.jsonl")[:NUM_TIMELINES]
         problems = demo_problems("heldout", len(rollouts), HELDOUT_SEED)
