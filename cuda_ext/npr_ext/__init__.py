@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from npr_ext.attention import branch_attention
+    from npr_ext.dense import few_rows_linear
     from npr_ext.errors import UserError
     from npr_ext.layout import BranchLayout, LayoutViolation, branch_layout
     from npr_ext.paged import paged_attention
@@ -24,6 +25,7 @@ _HOMES = {
     "Violation": "violations",
     "branch_attention": "attention",
     "branch_layout": "layout",
+    "few_rows_linear": "dense",
     "paged_attention": "paged",
 }
 
@@ -36,6 +38,7 @@ __all__ = [
     "Violation",
     "branch_attention",
     "branch_layout",
+    "few_rows_linear",
     "paged_attention",
 ]
 
