@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from npr_ext.attention import branch_attention
-    from npr_ext.dense import few_rows_linear
+    from npr_ext.decoder import few_rows_linear, rms_norm, silu_mul, split_heads
     from npr_ext.errors import UserError
     from npr_ext.layout import BranchLayout, LayoutViolation, branch_layout
     from npr_ext.paged import paged_attention
@@ -25,8 +25,11 @@ _HOMES = {
     "Violation": "violations",
     "branch_attention": "attention",
     "branch_layout": "layout",
-    "few_rows_linear": "dense",
+    "few_rows_linear": "decoder",
     "paged_attention": "paged",
+    "rms_norm": "decoder",
+    "silu_mul": "decoder",
+    "split_heads": "decoder",
 }
 
 __all__ = [
@@ -40,6 +43,9 @@ __all__ = [
     "branch_layout",
     "few_rows_linear",
     "paged_attention",
+    "rms_norm",
+    "silu_mul",
+    "split_heads",
 ]
 
 

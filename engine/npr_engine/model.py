@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from npr_engine.linear import linear
-from npr_engine.rotary import Rotary, rotate
-from npr_ext import paged_attention
+from npr_engine.rotary import Rotary
+from npr_ext import paged_attention, rms_norm, silu_mul, split_heads
 from npr_ext.errors import UserError
 
 
@@ -99,7 +99,6 @@ class InferenceModel:
                 f"num_kv_heads {config.num_kv_heads} cannot be split over {self._tp_size} tensor-parallel ranks"
             )
         self._num_groups = config.num_kv_heads // self._tp_size
-        self._queries_per_group = config.num_heads // config.num_kv_heads
         reader = _Reader(weights)
         self._embedding_VD = reader["embedding.word_embeddings.weight"]
         self._layers = [_layer_weights(reader, config, layer) for layer in range(config.num_layers)]
@@ -125,12 +124,12 @@ class InferenceModel:
     def forward(self, step: Step, cache: KVCache) -> Tensor:
         """Logits [S, V] after the tokens at `step.sample_index`; S may be 0."""
         hidden_TD = self._embed(step.token_ids)
-        cos_T11H, sin_T11H = self._rotary.at(step.positions)
+        angles = self._rotary.tables(int(step.positions.max()))
         sampled = step.sample_index if len(step.sample_index) < len(hidden_TD) else None
         for layer, weights in enumerate(self._layers):
             keys, values = cache.keys[layer], cache.values[layer]
             wanted = sampled if layer == len(self._layers) - 1 else None
-            hidden_TD = self._attend(weights, hidden_TD, step, keys, values, cos_T11H, sin_T11H, wanted)
+            hidden_TD = self._attend(weights, hidden_TD, step, keys, values, angles, wanted)
             hidden_TD = self._feed_forward(weights, hidden_TD)
         return self._logits(self._norm(hidden_TD, self._final_norm_D))
 
@@ -141,38 +140,30 @@ class InferenceModel:
         step: Step,
         keys_SGH: Tensor,
         values_SGH: Tensor,
-        cos_T11H: Tensor,
-        sin_T11H: Tensor,
+        angles: tuple[Tensor, Tensor],
         wanted: Tensor | None,
     ) -> Tensor:
         """Residual stream after attention, [T, D]; of the `wanted` tokens only, where given: in the last
         layer the others leave their keys and values and are done."""
-        num_tokens, num_queries = len(hidden_TD), self._queries_per_group
         normed_TD = self._norm(hidden_TD, weights.attention_norm_D)
-        qkv = linear(normed_TD, weights.qkv_CD, weights.qkv_bias_C)
-        qkv_TGNH = qkv.view(num_tokens, self._num_groups, num_queries + 2, self.config.head_dim)
-        qk_TGNH = qkv_TGNH[:, :, :-1]
-        if weights.query_norm_H is not None and weights.key_norm_H is not None:
-            scale_NH = torch.cat((weights.query_norm_H.expand(num_queries, -1), weights.key_norm_H[None]))
-            qk_TGNH = F.rms_norm(qk_TGNH, (self.config.head_dim,), None, self.config.rms_norm_eps) * scale_NH
-        qk_TGNH = rotate(qk_TGNH, cos_T11H, sin_T11H)
-        keys_SGH.index_copy_(0, step.slots, qk_TGNH[:, :, -1])
-        values_SGH.index_copy_(0, step.slots, qkv_TGNH[:, :, -1])
-        queries, rows, lengths = qk_TGNH[:, :, :-1], step.rows, step.lengths
+        qkv_TC = linear(normed_TD, weights.qkv_CD, weights.qkv_bias_C)
+        norms, eps = (weights.query_norm_H, weights.key_norm_H), self.config.rms_norm_eps
+        queries_TNH = split_heads(
+            qkv_TC, *norms, *angles, step.positions, step.slots, keys_SGH, values_SGH, eps
+        )
+        rows, lengths = step.rows, step.lengths
         if wanted is not None:
-            queries, hidden_TD = queries.index_select(0, wanted), hidden_TD.index_select(0, wanted)
+            queries_TNH, hidden_TD = queries_TNH.index_select(0, wanted), hidden_TD.index_select(0, wanted)
             rows, lengths = rows.index_select(0, wanted), lengths.index_select(0, wanted)
-        queries_TNH = queries.flatten(1, 2)
         mixed_TNH = paged_attention(queries_TNH, keys_SGH, values_SGH, step.tables, rows, lengths)
         return hidden_TD + self._all_reduce(linear(mixed_TNH.flatten(1), weights.proj_DC))
 
     def _feed_forward(self, weights: LayerWeights, hidden_TD: Tensor) -> Tensor:
-        gate_up = linear(self._norm(hidden_TD, weights.mlp_norm_D), weights.gate_up_FD)
-        gate_TF, up_TF = gate_up.chunk(2, dim=-1)
-        return hidden_TD + self._all_reduce(linear(F.silu(gate_TF) * up_TF, weights.down_DF))
+        gate_up_TF = linear(self._norm(hidden_TD, weights.mlp_norm_D), weights.gate_up_FD)
+        return hidden_TD + self._all_reduce(linear(silu_mul(gate_up_TF), weights.down_DF))
 
-    def _norm(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        return F.rms_norm(hidden, (hidden.shape[-1],), weight, self.config.rms_norm_eps)
+    def _norm(self, hidden_TD: Tensor, weight_D: Tensor) -> Tensor:
+        return rms_norm(hidden_TD, weight_D, self.config.rms_norm_eps)
 
     def _embed(self, token_ids: Tensor) -> Tensor:
         if self._tp_size == 1:

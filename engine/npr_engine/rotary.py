@@ -1,4 +1,4 @@
-"""Rotary position embedding, half rotation (Qwen3, Llama): dimension i turns with dimension i + H/2."""
+"""Rotary position embedding (Su et al. 2021): the table of angles."""
 
 from __future__ import annotations
 
@@ -7,33 +7,22 @@ from torch import Tensor
 
 
 class Rotary:
-    """Cosines and sines by position. Angles are float32 whatever the model's type, as in training
+    """Cosines and sines by position, [P, H / 2]. Angles are float32 whatever the model's type, as in training
     (transformers and Megatron), so that both sides rotate alike. The table grows on demand."""
 
     def __init__(self, head_dim: int, theta: float, dtype: torch.dtype, device: torch.device) -> None:
         exponents_h = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
         self._frequencies_h = 1.0 / theta**exponents_h
         self._dtype = dtype
-        self._cos_PH, self._sin_PH = self._table(256)
+        self._tables = self._make(256)
 
-    def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """(cos, signed sin), each [T, 1, 1, H], for positions [T] on any device."""
-        highest = int(positions.max())
-        if highest >= len(self._cos_PH):
-            self._cos_PH, self._sin_PH = self._table(2 * highest)
-        cos_TH, sin_TH = self._cos_PH.index_select(0, positions), self._sin_PH.index_select(0, positions)
-        return cos_TH[:, None, None], sin_TH[:, None, None]
+    def tables(self, highest_position: int) -> tuple[Tensor, Tensor]:
+        """(cos, sin) that hold `highest_position`."""
+        if highest_position >= len(self._tables[0]):
+            self._tables = self._make(2 * highest_position)
+        return self._tables
 
-    def _table(self, num_positions: int) -> tuple[Tensor, Tensor]:
-        """Cosines, and sines whose first half is negated so that `rotate` needs no concatenation."""
+    def _make(self, num_positions: int) -> tuple[Tensor, Tensor]:
         positions_P = torch.arange(num_positions, dtype=torch.float32, device=self._frequencies_h.device)
         angles_Ph = torch.outer(positions_P, self._frequencies_h)
-        cos_Ph, sin_Ph = angles_Ph.cos(), angles_Ph.sin()
-        cos_PH, sin_PH = torch.cat((cos_Ph, cos_Ph), -1), torch.cat((-sin_Ph, sin_Ph), -1)
-        return cos_PH.to(self._dtype), sin_PH.to(self._dtype)
-
-
-def rotate(x_TGNH: Tensor, cos_T11H: Tensor, sin_T11H: Tensor) -> Tensor:
-    """x rotated by the angles of its tokens."""
-    swapped = x_TGNH.roll(x_TGNH.shape[-1] // 2, -1)
-    return torch.addcmul(x_TGNH * cos_T11H, swapped, sin_T11H)
+        return angles_Ph.cos().to(self._dtype), angles_Ph.sin().to(self._dtype)

@@ -38,7 +38,7 @@ class Runner:
         step = Step(
             token_ids=self._tensor(batch.token_ids),
             positions=self._tensor(batch.positions),
-            slots=self._tensor(batch.slots.astype(np.int64)),
+            slots=self._tensor(batch.slots),
             rows=self._tensor(batch.rows),
             lengths=self._tensor(batch.lengths),
             tables=self._tensor(batch.tables),

@@ -1,0 +1,71 @@
+"""The engine's operators for a decoder layer besides attention; forward only.
+
+T tokens, D hidden, F feed-forward, G key/value heads, N query heads per key/value head, H head dim, S slots,
+P positions. All take float32, float64 or bfloat16 (then computed in float32, rounded once at the end) and raise
+ValueError for a shape, type, position or slot that does not fit.
+"""
+
+import torch
+from torch import Tensor
+
+from npr_ext import _C  # noqa: F401  (loading it registers torch.ops.npr)
+
+
+def few_rows_linear(x_TC: Tensor, weight_DC: Tensor, bias_D: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias, [T, D]; right for any T, meant for the 2 to 31 rows of a decode step: each row of
+    the weight is read once, from where it lies."""
+    product: Tensor = torch.ops.npr.few_rows_linear(x_TC, weight_DC, bias_D)
+    return product
+
+
+def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich 2019), [T, D]."""
+    normed: Tensor = torch.ops.npr.rms_norm(x_TD, weight_D, eps)
+    return normed
+
+
+def silu_mul(gate_up_TF: Tensor) -> Tensor:
+    """silu(gate) * up of [gate | up] (SwiGLU, Shazeer 2020), [T, F] from [T, 2F]."""
+    product: Tensor = torch.ops.npr.silu_mul(gate_up_TF)
+    return product
+
+
+def split_heads(
+    qkv_TC: Tensor,
+    query_norm_H: Tensor | None,
+    key_norm_H: Tensor | None,
+    cos_Ph: Tensor,
+    sin_Ph: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    k_cache_SGH: Tensor,
+    v_cache_SGH: Tensor,
+    eps: float,
+) -> Tensor:
+    """Queries [T, G * N, H], normalised and rotated; keys (likewise) and values are written to their slots.
+
+    Args:
+        qkv_TC: Megatron's fused projection: for each of G groups N query heads, a key head and a value head.
+        query_norm_H: RMSNorm weight of the query heads, None for models without qk-norm.
+        key_norm_H: likewise of the key heads.
+        cos_Ph: cosine of each position's angles, [P, H / 2]; half rotation, dimension i with i + H / 2.
+        sin_Ph: sine likewise.
+        positions: int32 [T] in [0, P).
+        slots: int32 [T], distinct, in [0, S).
+        k_cache_SGH: contiguous; written in place.
+        v_cache_SGH: contiguous; written in place.
+        eps: of the norms.
+    """
+    queries: Tensor = torch.ops.npr.split_heads(
+        qkv_TC,
+        query_norm_H,
+        key_norm_H,
+        cos_Ph,
+        sin_Ph,
+        positions,
+        slots,
+        k_cache_SGH,
+        v_cache_SGH,
+        eps,
+    )
+    return queries

@@ -1,0 +1,171 @@
+"""The engine's operators between the attentions against their definitions in float64 PyTorch."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from npr_ext import few_rows_linear, rms_norm, silu_mul, split_heads
+
+TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-13, torch.bfloat16: 1e-2}
+DTYPES = st.sampled_from(list(TOLERANCE))
+SEEDS = st.integers(0, 10**6)
+EPS = 1e-6
+
+
+def random_tensor(seed: int, dtype: torch.dtype, *shape: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    """Within the type's tolerance of the largest magnitude."""
+    assert actual.dtype == dtype
+    assert actual.shape == expected.shape
+    if actual.numel():
+        scale = max(1.0, float(expected.abs().max()))
+        assert float((actual.double() - expected).abs().max()) <= TOLERANCE[dtype] * scale
+
+
+@settings(max_examples=60, deadline=None)
+@given(SEEDS, DTYPES, st.integers(0, 40), st.integers(1, 150), st.integers(1, 90), st.booleans())
+def test_few_rows_linear_is_x_times_the_transposed_weight(
+    seed: int, dtype: torch.dtype, rows: int, inside: int, outside: int, biased: bool
+) -> None:
+    x, weight = random_tensor(seed, dtype, rows, inside), random_tensor(seed + 1, dtype, outside, inside)
+    bias = random_tensor(seed + 2, dtype, outside) if biased else None
+    expected = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    assert_close(few_rows_linear(x, weight, bias), expected, dtype)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_few_rows_linear_on_strided_input_and_any_number_of_threads(threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        x, weight = (
+            random_tensor(0, torch.float32, 640, 12).T,
+            random_tensor(1, torch.float32, 999, 1280)[:, ::2],
+        )
+        assert_close(few_rows_linear(x, weight), x.double() @ weight.double().T, torch.float32)
+    finally:
+        torch.set_num_threads(before)
+
+
+@settings(max_examples=40, deadline=None)
+@given(SEEDS, DTYPES, st.integers(0, 40), st.integers(1, 200))
+def test_rms_norm(seed: int, dtype: torch.dtype, rows: int, size: int) -> None:
+    x, weight = random_tensor(seed, dtype, rows, size), random_tensor(seed + 1, dtype, size)
+    expected = F.rms_norm(x.double(), (size,), weight.double(), EPS)
+    assert_close(rms_norm(x, weight, EPS), expected, dtype)
+
+
+@settings(max_examples=40, deadline=None)
+@given(SEEDS, DTYPES, st.integers(0, 40), st.integers(1, 100), st.sampled_from([1.0, 30.0, 1000.0]))
+def test_silu_mul(seed: int, dtype: torch.dtype, rows: int, size: int, magnitude: float) -> None:
+    gate_up = random_tensor(seed, dtype, rows, 2 * size) * magnitude
+    gate, up = gate_up.double().chunk(2, dim=-1)
+    assert_close(silu_mul(gate_up), F.silu(gate) * up, dtype)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    SEEDS,
+    DTYPES,
+    st.integers(0, 30),
+    st.integers(1, 3),
+    st.integers(1, 4),
+    st.sampled_from([2, 6, 16, 64, 128, 256]),
+    st.booleans(),
+)
+def test_split_heads_normalises_rotates_and_stores(
+    seed: int, dtype: torch.dtype, tokens: int, groups: int, queries: int, dim: int, qk_norm: bool
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    qkv = random_tensor(seed, dtype, tokens, groups * (queries + 2) * dim)
+    norms = [random_tensor(seed + 1 + i, dtype, dim) if qk_norm else None for i in range(2)]
+    angles = random_tensor(seed + 3, torch.float64, 50, dim // 2) * 3
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    positions = torch.randint(50, (tokens,), generator=generator, dtype=torch.int32)
+    slots = torch.randperm(tokens + 5, generator=generator)[:tokens].int()
+    k_cache, v_cache = (random_tensor(seed + 4 + i, dtype, tokens + 5, groups, dim) for i in range(2))
+    k_before, v_before = k_cache.clone(), v_cache.clone()
+
+    actual = split_heads(qkv, norms[0], norms[1], cos, sin, positions, slots, k_cache, v_cache, EPS)
+
+    heads = qkv.double().view(tokens, groups, queries + 2, dim)
+    q, k, v = heads[:, :, :-2], heads[:, :, -2:-1], heads[:, :, -1]
+    if qk_norm:
+        q, k = (
+            F.rms_norm(x, (dim,), w.double(), EPS)
+            for x, w in zip((q, k), norms, strict=True)
+            if w is not None
+        )
+    turn = torch.complex(cos.double(), sin.double())[positions.long()][:, None, None]
+    rotated = [
+        torch.complex(x[..., : dim // 2].contiguous(), x[..., dim // 2 :].contiguous()) * turn for x in (q, k)
+    ]
+    q, k = (torch.cat((x.real, x.imag), -1) for x in rotated)
+    assert_close(actual, q.reshape(tokens, groups * queries, dim), dtype)
+    assert_close(k_cache[slots.long()], k[:, :, 0], dtype)
+    assert torch.equal(v_cache[slots.long()].double(), v)
+    untouched = torch.ones(tokens + 5, dtype=torch.bool)
+    untouched[slots.long()] = False
+    assert torch.equal(k_cache[untouched], k_before[untouched])
+    assert torch.equal(v_cache[untouched], v_before[untouched])
+
+
+def heads_job(**changed: Tensor) -> dict[str, Tensor | float | None]:
+    """Valid arguments of split_heads, some of them changed."""
+    job: dict[str, Tensor | float | None] = {
+        "qkv_TC": torch.zeros(2, 4 * 8),
+        "query_norm_H": None,
+        "key_norm_H": None,
+        "cos_Ph": torch.ones(5, 4),
+        "sin_Ph": torch.zeros(5, 4),
+        "positions": torch.tensor([0, 4], dtype=torch.int32),
+        "slots": torch.tensor([0, 2], dtype=torch.int32),
+        "k_cache_SGH": torch.zeros(3, 1, 8),
+        "v_cache_SGH": torch.zeros(3, 1, 8),
+        "eps": EPS,
+    }
+    return job | changed
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"positions": torch.tensor([0, 5], dtype=torch.int32)}, "position 5.*table holds 5"),
+        ({"positions": torch.tensor([0, -1], dtype=torch.int32)}, "position -1"),
+        ({"slots": torch.tensor([3, 0], dtype=torch.int32)}, "slot 3 of a cache of 3"),
+        ({"slots": torch.tensor([0, 1])}, "int32"),
+        ({"qkv_TC": torch.zeros(2, 30)}, "does not fit"),
+        ({"qkv_TC": torch.zeros(2, 16)}, "does not fit"),
+        ({"cos_Ph": torch.ones(5, 8)}, "cos and sin"),
+        ({"sin_Ph": torch.ones(5, 4).double()}, "must have qkv's type"),
+        ({"query_norm_H": torch.ones(4)}, "norm of heads"),
+        ({"v_cache_SGH": torch.zeros(4, 1, 8)}, "alike"),
+        ({"k_cache_SGH": torch.zeros(3, 1, 16)[..., ::2]}, "contiguous"),
+    ],
+)
+def test_split_heads_refuses_what_does_not_fit(changed: dict[str, Tensor], message: str) -> None:
+    assert split_heads(**heads_job()).shape == (2, 2, 8)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=message):
+        split_heads(**heads_job(**changed))  # type: ignore[arg-type]
+
+
+def test_operators_refuse_what_does_not_fit() -> None:
+    with pytest.raises(ValueError, match="do not fit"):
+        few_rows_linear(torch.zeros(2, 3), torch.zeros(4, 5))
+    with pytest.raises(ValueError, match="differ in type"):
+        few_rows_linear(torch.zeros(2, 3), torch.zeros(4, 3).double())
+    with pytest.raises(ValueError, match="bias"):
+        few_rows_linear(torch.zeros(2, 3), torch.zeros(4, 3), torch.zeros(3))
+    with pytest.raises(ValueError, match="not Half"):
+        few_rows_linear(torch.zeros(2, 3).half(), torch.zeros(4, 3).half())
+    with pytest.raises(ValueError, match="do not fit"):
+        rms_norm(torch.zeros(2, 3), torch.zeros(4), EPS)
+    with pytest.raises(ValueError, match="2F"):
+        silu_mul(torch.zeros(2, 3))
