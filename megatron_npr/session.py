@@ -6,6 +6,7 @@ open_session(config) ──► Session ──► build_engine (sampling alone)  
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,6 +89,12 @@ def _set_threads(threads: int) -> None:
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     available = len(os.sched_getaffinity(0))
     torch.set_num_threads(threads or max(1, available // local))
+    # gloo copies large buffers in threads of its own. Were each to open an OpenMP team, libgomp would count more threads
+    # than cores and put ours to sleep between any two operators: 2x the time of a decode step. The number of threads is
+    # a thread's own; threads that start later take the last one that anybody set.
+    setter = threading.Thread(target=torch.set_num_threads, args=(1,))
+    setter.start()
+    setter.join()
 
 
 def read_shards(folder: Path, config: ModelConfig, world: World, dtype: torch.dtype) -> dict[str, Tensor]:
