@@ -30,6 +30,7 @@ from npr_engine.engine import Engine, EngineConfig
 from npr_engine.grammar import Grammar
 from npr_engine.model import InferenceModel, ModelConfig
 from npr_engine.vocabulary import Vocabulary
+from npr_ext import num_threads
 from npr_ext.errors import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -88,7 +89,9 @@ def _set_threads(threads: int) -> None:
     """CPU threads of this process: as asked, or the cores shared among the processes of this machine."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     available = len(os.sched_getaffinity(0))
-    torch.set_num_threads(threads or max(1, available // local))
+    ours = threads or max(1, available // local)
+    torch.set_num_threads(ours)
+    assert num_threads() == ours  # asked before the others': npr_ext takes up the setting at its first use
     # gloo copies large buffers in threads of its own. Were each to open an OpenMP team, libgomp would count more threads
     # than cores and put ours to sleep between any two operators: 2x the time of a decode step. The number of threads is
     # a thread's own; threads that start later take the last one that anybody set.

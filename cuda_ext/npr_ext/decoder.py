@@ -11,11 +11,16 @@ from torch import Tensor
 from npr_ext import _C  # noqa: F401  (loading it registers torch.ops.npr)
 
 
-def few_rows_linear(x_TC: Tensor, weight_DC: Tensor, bias_D: Tensor | None = None) -> Tensor:
-    """x @ weight.T + bias, [T, D]; right for any T, meant for the 2 to 31 rows of a decode step: each row of
-    the weight is read once, from where it lies."""
-    product: Tensor = torch.ops.npr.few_rows_linear(x_TC, weight_DC, bias_D)
+def linear(x_TC: Tensor, weight_DC: Tensor, bias_D: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias, [T, D]; right for any T, meant for the 1 to some hundred rows of a decode step or a
+    prefill chunk: the weight is read from where it lies, never packed."""
+    product: Tensor = torch.ops.npr.linear(x_TC, weight_DC, bias_D)
     return product
+
+
+def num_threads() -> int:
+    """CPU threads that the operators use when this thread calls them."""
+    return int(torch.ops.npr.num_threads())
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:

@@ -134,6 +134,33 @@ inline Vec<T> reduce_rows(Vec<T>* rows, Combine combine) {
   }
 }
 
+template <int kHalf, typename T, int... lane>
+inline void exchange(Vec<T>& low, Vec<T>& high, std::integer_sequence<int, lane...>) {
+  const Vec<T> first = __builtin_shufflevector(low, high, ((lane & kHalf) ? (lane ^ kHalf) + kLanes<T> : lane)...);
+  high = __builtin_shufflevector(low, high, ((lane & kHalf) ? lane + kLanes<T> : (lane ^ kHalf))...);
+  low = first;
+}
+// Transposes the kRows x kRows blocks that lie side by side in kRows vectors; with as many rows as lanes, the matrix.
+template <int kRows, typename T, int kHalf = kRows / 2>
+inline void transpose(Vec<T>* rows) {
+  if constexpr (kHalf > 0) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) {
+      if ((i & kHalf) == 0) exchange<kHalf, T>(rows[i], rows[i + kHalf], std::make_integer_sequence<int, kLanes<T>>{});
+    }
+    transpose<kRows, T, kHalf / 2>(rows);
+  }
+}
+
+// The first `count` elements, the other lanes zero.
+template <typename Stored>
+inline Vec<ComputeOf<Stored>> load_part(const Stored* from, int count) {
+  if (count >= kLanes<ComputeOf<Stored>>) return load(from);
+  Stored padded[kLanes<ComputeOf<Stored>>] = {};
+  std::memcpy(padded, from, sizeof(Stored) * static_cast<std::size_t>(count));
+  return load(static_cast<const Stored*>(padded));
+}
+
 template <typename T>
 inline T sum_lanes(Vec<T> value) {
   T sum = 0;
