@@ -2,8 +2,8 @@
 //
 // A task is a run of tokens and one key head. The tokens of a run stand in one table row (a prefill chunk), or in rows
 // that begin with the same slots (branches of one fork, samples of one prompt): the keys that they share are read once
-// for all of them, then each goes on alone. Few query rows: dot products with the keys where they lie. Many: keys are
-// gathered and transposed once for the tile.
+// for all of them, then each goes on alone. A vector of keys at a time is transposed in registers and scored against
+// every query row.
 #pragma once
 
 #include <cstdint>
@@ -36,15 +36,14 @@ struct TokenRun {
   bool one_row;       // all tokens stand in one table row: every key is read together
 };
 
-constexpr int kRowsWorthTransposing = 12;
-
 template <typename Stored>
 class PagedAttentionTask {
  public:
   using T = ComputeOf<Stored>;
   static constexpr int kMaxTokens = kTileRows;
+  static constexpr int kKeysAhead = 32;
 
-  PagedAttentionTask() : query_(kTileRows), scores_(kTileRows), output_(kTileRows), keys_(kMaxHeadDim) {}
+  PagedAttentionTask() : query_(kTileRows), scores_(kTileRows), output_(kTileRows) {}
 
   static int tokens_per_run(int group) { return std::max(1, kTileRows / group); }
 
@@ -77,11 +76,7 @@ class PagedAttentionTask {
       const int32_t* slots = job.tables + table_row * job.table_width + begin;
       const SlotRows<Stored> key_rows{job.k_cache + head, stride, slots};
       const SlotRows<Stored> value_rows{job.v_cache + head, stride, slots};
-      if (row_end - row_begin >= kRowsWorthTransposing) {
-        score_by_product(key_rows, row_begin, row_end, keys, job.dim);
-      } else {
-        score_by_dots(key_rows, value_rows, row_begin, row_end, keys, job.dim);
-      }
+      score(key_rows, value_rows, row_begin, row_end, keys, job.dim);
       const auto limit_of = [&](int r) { return std::clamp(job.lengths[tokens.first + r / group] - begin, 0, keys); };
       softmax_.absorb(scores_, row_begin, row_end, keys, limit_of, output_, job.dim);
       add_values(value_rows, row_begin, row_end, keys, job.dim);
@@ -92,6 +87,7 @@ class PagedAttentionTask {
     for (int r = 0; r < tokens.count * group; ++r) {
       const Stored* from = job.q + head_offset(job, tokens, kv_head, group, r);
       for (int j = 0; j < job.dim; ++j) query_.row(r)[j] = widen(from[j]) * job.scale;
+      std::fill(query_.row(r) + job.dim, query_.row(r) + round_up_to_lanes<T>(job.dim), T(0));
     }
   }
 
@@ -109,46 +105,36 @@ class PagedAttentionTask {
     return ((tokens.first + r / group) * job.num_heads + kv_head * group + r % group) * job.dim;
   }
 
-  void score_by_product(SlotRows<Stored> key_rows, int row_begin, int row_end, int keys, int dim) {
-    for (int j = 0; j < keys; ++j) {
-      const Stored* key = key_rows(j);
-      for (int i = 0; i < dim; ++i) keys_.row(i)[j] = widen(key[i]);
-    }
-    multiply<T, kTileStride, 1, false>(row_end - row_begin, keys, dim, query_.row(row_begin),
-                                       StridedRows<T>{keys_.row(0), kTileStride}, scores_.row(row_begin), kTileStride);
-  }
-
-  // Slots lie anywhere, so memory is asked for the next keys, and for these keys' values, before they are needed.
-  static void prefetch(const Stored* row, int dim) {
-    for (int i = 0; i < dim; i += 64 / static_cast<int>(sizeof(Stored))) __builtin_prefetch(row + i);
-  }
-
-  void score_by_dots(SlotRows<Stored> key_rows, SlotRows<Stored> value_rows, int row_begin, int row_end, int keys,
-                     int dim) {
-    if (dim % kLanes<T> != 0) {
-      for (int r = row_begin; r < row_end; ++r) {
-        for (int j = 0; j < keys; ++j) {
-          T sum = 0;
-          for (int i = 0; i < dim; ++i) sum += query_.row(r)[i] * widen(key_rows(j)[i]);
-          scores_.row(r)[j] = sum;
-        }
-      }
-      return;
-    }
+  void score(SlotRows<Stored> key_rows, SlotRows<Stored> value_rows, int row_begin, int row_end, int keys, int dim) {
     for (int j = 0; j < keys; j += kLanes<T>) {
       const int last = std::min(kLanes<T>, keys - j) - 1;
-      for (int lane = 0; lane <= last; ++lane) prefetch(value_rows(j + lane), dim);
-      for (int next = j + kLanes<T>; next < std::min(keys, j + 2 * kLanes<T>); ++next) prefetch(key_rows(next), dim);
-      for (int r = row_begin; r < row_end; ++r) {
-        Vec<T> products[kLanes<T>];
+      for (int i = 0; i < dim; i += kLanes<T>) {
+        const int count = std::min(kLanes<T>, dim - i);
+        Vec<T> block[kLanes<T>];  // of keys, then of dimensions; beyond `last` the last key again
+        if (count == kLanes<T>) {
 #pragma GCC unroll 16
-        for (int lane = 0; lane < kLanes<T>; ++lane) {
-          const Stored* key = key_rows(j + std::min(lane, last));
-          Vec<T> sum{};
-          for (int i = 0; i < dim; i += kLanes<T>) sum += load(query_.row(r) + i) * load(key + i);
-          products[lane] = sum;
+          for (int lane = 0; lane < kLanes<T>; ++lane) {
+            const int key = j + std::min(lane, last);
+            block[lane] = load(key_rows(key) + i);
+            // Slots lie anywhere: memory is asked for these values, and for the keys after next, before they are needed.
+            __builtin_prefetch(value_rows(key) + i);
+            __builtin_prefetch(key_rows(std::min(key + kKeysAhead, keys - 1)) + i);
+          }
+        } else {
+          for (int lane = 0; lane < kLanes<T>; ++lane) {
+            block[lane] = load_part(key_rows(j + std::min(lane, last)) + i, count);
+          }
         }
-        store<T>(scores_.row(r) + j, reduce_rows<T>(products, Add{}));
+        transpose<kLanes<T>, T>(block);
+        for (int r = row_begin; r < row_end; ++r) {
+          const T* query = query_.row(r) + i;  // zero from `dim` on
+          Vec<T> sums[4] = {};
+#pragma GCC unroll 16
+          for (int lane = 0; lane < kLanes<T>; ++lane) sums[lane % 4] += block[lane] * broadcast<T>(query[lane]);
+          const Vec<T> sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+          T* to = scores_.row(r) + j;
+          store<T>(to, i == 0 ? sum : load(to) + sum);
+        }
       }
     }
   }
@@ -169,7 +155,6 @@ class PagedAttentionTask {
   Tile<T> query_;
   Tile<T> scores_;
   Tile<T> output_;
-  Tile<T> keys_;  // transposed: [dim, keys]
   RunningSoftmax<T> softmax_;
 };
 

@@ -51,13 +51,10 @@ struct SlotRows {
 // kReduceStep].
 template <typename T, int kRows, int kVectors, int kRowStep, int kReduceStep, bool kAccumulate, typename Rows>
 void multiply_micro(int k_begin, int k_end, const T* a, Rows b, int column, T* c, std::ptrdiff_t c_stride) {
-  Vec<T> sums[kRows][kVectors];
-#pragma GCC unroll 32
-  for (int m = 0; m < kRows; ++m) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) sums[m][v] = Vec<T>{};
-  }
-  for (int k = k_begin; k < k_end; ++k) {
+  // Few sums would wait for each other's latency: then several steps of the reduction are summed apart.
+  constexpr int kSplit = kRows * kVectors >= 8 ? 1 : (kRows * kVectors >= 4 ? 2 : 4);
+  Vec<T> sums[kSplit][kRows][kVectors] = {};
+  const auto add = [&](int k, Vec<T>(&into)[kRows][kVectors]) {
     const auto* b_row = b(k) + column;
     Vec<T> b_values[kVectors];
 #pragma GCC unroll 4
@@ -66,15 +63,24 @@ void multiply_micro(int k_begin, int k_end, const T* a, Rows b, int column, T* c
     for (int m = 0; m < kRows; ++m) {
       const Vec<T> a_value = broadcast<T>(a[m * kRowStep + static_cast<std::ptrdiff_t>(k) * kReduceStep]);
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) sums[m][v] += a_value * b_values[v];
+      for (int v = 0; v < kVectors; ++v) into[m][v] += a_value * b_values[v];
     }
+  };
+  int k = k_begin;
+  for (; k + kSplit <= k_end; k += kSplit) {
+#pragma GCC unroll 4
+    for (int part = 0; part < kSplit; ++part) add(k + part, sums[part]);
   }
+  for (; k < k_end; ++k) add(k, sums[0]);
 #pragma GCC unroll 32
   for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {  // a tile is summed by itself first: shorter chains of rounding errors
+      Vec<T> sum = sums[0][m][v];
+#pragma GCC unroll 4
+      for (int part = 1; part < kSplit; ++part) sum += sums[part][m][v];
       T* to = c + m * c_stride + v * kLanes<T>;
-      store<T>(to, kAccumulate ? load(to) + sums[m][v] : sums[m][v]);
+      store<T>(to, kAccumulate ? load(to) + sum : sum);
     }
   }
 }
