@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from npr_ext.attention import branch_attention
-    from npr_ext.decoder import linear, num_threads, rms_norm, silu_mul, split_heads
+    from npr_ext.decoder import categorical, linear, num_threads, rms_norm, silu_mul, split_heads
     from npr_ext.errors import UserError
     from npr_ext.layout import BranchLayout, LayoutViolation, branch_layout
     from npr_ext.paged import paged_attention
@@ -25,6 +25,7 @@ _HOMES = {
     "Violation": "violations",
     "branch_attention": "attention",
     "branch_layout": "layout",
+    "categorical": "decoder",
     "linear": "decoder",
     "num_threads": "decoder",
     "paged_attention": "paged",
@@ -42,6 +43,7 @@ __all__ = [
     "Violation",
     "branch_attention",
     "branch_layout",
+    "categorical",
     "linear",
     "num_threads",
     "paged_attention",

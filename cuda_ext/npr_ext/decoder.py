@@ -1,4 +1,4 @@
-"""The engine's operators for a decoder layer besides attention; forward only.
+"""The engine's operators besides attention: a decoder layer's, and drawing from logits; forward only.
 
 T tokens, D hidden, F feed-forward, G key/value heads, N query heads per key/value head, H head dim, S slots,
 P positions. All take float32, float64 or bfloat16 (then computed in float32, rounded once at the end) and raise
@@ -9,6 +9,14 @@ import torch
 from torch import Tensor
 
 from npr_ext import _C  # noqa: F401  (loading it registers torch.ops.npr)
+
+
+def categorical(logits_SV: Tensor, uniforms_S: Tensor) -> tuple[Tensor, Tensor]:
+    """(index int64 [S], its log-probability [S]): the first whose cumulative softmax exceeds the uniform number
+    (summed in float64, so no mass is lost). Logits float32 or float64; NaN ones give a log-probability of NaN.
+    uniforms_S: float64 in [0, 1)."""
+    indices, logprobs = torch.ops.npr.categorical(logits_SV, uniforms_S)
+    return indices, logprobs
 
 
 def linear(x_TC: Tensor, weight_DC: Tensor, bias_D: Tensor | None = None) -> Tensor:

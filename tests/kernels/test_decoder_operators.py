@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from npr_ext import linear, rms_norm, silu_mul, split_heads
+from npr_ext import categorical, linear, rms_norm, silu_mul, split_heads
 
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-13, torch.bfloat16: 1e-2}
 DTYPES = st.sampled_from(list(TOLERANCE))
@@ -170,3 +170,40 @@ def test_operators_refuse_what_does_not_fit() -> None:
         rms_norm(torch.zeros(2, 3), torch.zeros(4), EPS)
     with pytest.raises(ValueError, match="2F"):
         silu_mul(torch.zeros(2, 3))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    SEEDS,
+    st.sampled_from([torch.float32, torch.float64]),
+    st.integers(1, 200),
+    st.sampled_from([1.0, 20.0]),
+    st.booleans(),
+)
+def test_categorical_is_the_inverse_of_the_cumulative_softmax(
+    seed: int, dtype: torch.dtype, vocabulary: int, magnitude: float, some_impossible: bool
+) -> None:
+    row = random_tensor(seed, dtype, vocabulary) * magnitude
+    if some_impossible and vocabulary > 1:
+        row[:: 1 + seed % 3 + 1] = -torch.inf
+        row[-1] = 0.0
+    uniforms = torch.cat([torch.arange(997, dtype=torch.float64) / 997, torch.tensor([1 - 2.0**-53])])
+    indices, logprobs = categorical(row.expand(len(uniforms), -1), uniforms)
+    expected = row.double().log_softmax(0)
+    assert torch.isfinite(expected[indices]).all()  # nothing impossible is drawn
+    assert (logprobs.double() - expected[indices]).abs().max() <= 1e-5 * max(1.0, float(expected[indices].abs().max()))
+    below = torch.cat([torch.zeros(1, dtype=torch.float64), expected.exp().cumsum(0)])
+    slack = 1e-6  # of weights in float32
+    assert (below[indices] <= uniforms + slack).all()
+    assert (uniforms <= below[indices + 1] + slack).all()
+
+
+def test_categorical_shows_nan_and_refuses_what_does_not_fit() -> None:
+    logits = torch.zeros(2, 40)
+    logits[1, 7] = torch.nan
+    logprobs = categorical(logits, torch.full((2,), 0.5, dtype=torch.float64))[1]
+    assert logprobs.isnan().tolist() == [False, True]
+    with pytest.raises(ValueError, match="float64"):
+        categorical(logits, torch.zeros(2))
+    with pytest.raises(ValueError, match="not BFloat16"):
+        categorical(logits.bfloat16(), torch.zeros(2, dtype=torch.float64))

@@ -28,6 +28,7 @@ CONFIG = ModelConfig(
     vocab_size=len(PIECES),
     rope_theta=10_000.0,
 )
+STEPS = 600
 PROMPTS = [encode(f"{a}{b}=?") for a in "123" for b in "45"]
 
 
@@ -116,14 +117,17 @@ def plain() -> Plain:
     )
     reference = Plain(Qwen3ForCausalLM(hf))
     optimizer = torch.optim.AdamW(reference.model.parameters(), lr=3e-3)
+    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, total_iters=STEPS)
     samples = [(prompt, response(prompt)) for prompt in PROMPTS]
-    for step in range(320):
+    for step in range(STEPS):
         prompt, ids = samples[step % len(samples)]
         logits, before = reference.logits(prompt, ids)
         loss = torch.nn.functional.cross_entropy(logits[before >= 0], torch.tensor(ids)[before >= 0])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        decay.step()
+    assert float(loss) < 0.1, "the tests need a model that has learned its samples by heart"
     reference.model.double().eval().requires_grad_(False)
     return reference
 

@@ -7,7 +7,7 @@ from npr_engine.linear import linear
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("rows", [0, 1, 31, 32, 100])
+@pytest.mark.parametrize("rows", [0, 1, 31, 100, 255, 256])
 @pytest.mark.parametrize("bias", [False, True])
 def test_the_product_does_not_depend_on_the_library(dtype: torch.dtype, rows: int, bias: bool) -> None:
     x, weight = torch.randn(rows, 48, dtype=dtype), torch.randn(17, 48, dtype=dtype)
