@@ -69,25 +69,36 @@ class PagedAttentionTask {
   void absorb_keys(const PagedAttention<Stored>& job, const TokenRun& tokens, int kv_head, int64_t table_row,
                    int key_begin, int key_end, int row_begin, int row_end) {
     const int group = job.num_heads / job.num_kv_heads;
-    const std::ptrdiff_t stride = static_cast<std::ptrdiff_t>(job.num_kv_heads) * job.dim;
     const std::ptrdiff_t head = static_cast<std::ptrdiff_t>(kv_head) * job.dim;
     for (int begin = key_begin; begin < key_end; begin += kTileKeys) {
       const int keys = std::min(kTileKeys, key_end - begin);
-      const int32_t* slots = job.tables + table_row * job.table_width + begin;
-      const SlotRows<Stored> key_rows{job.k_cache + head, stride, slots};
-      const SlotRows<Stored> value_rows{job.v_cache + head, stride, slots};
+      find_keys(job, table_row, begin, keys);
+      const OffsetRows<Stored> key_rows{job.k_cache + head, offsets_};
+      const OffsetRows<Stored> value_rows{job.v_cache + head, offsets_};
       score(key_rows, value_rows, row_begin, row_end, keys, job.dim);
-      const auto limit_of = [&](int r) { return std::clamp(job.lengths[tokens.first + r / group] - begin, 0, keys); };
+      for (int r = row_begin, token = row_begin / group; r < row_end; ++token) {
+        const int limit = std::clamp(job.lengths[tokens.first + token] - begin, 0, keys);
+        for (int n = 0; n < group; ++n, ++r) limits_[r] = limit;
+      }
+      const auto limit_of = [&](int r) { return limits_[r]; };
       softmax_.absorb(scores_, row_begin, row_end, keys, limit_of, output_, job.dim);
       add_values(value_rows, row_begin, row_end, keys, job.dim);
     }
   }
 
+  // Where the keys lie, the last one again beyond `keys`: whole vectors are read, and keys ahead are prefetched.
+  void find_keys(const PagedAttention<Stored>& job, int64_t table_row, int begin, int keys) {
+    const std::ptrdiff_t stride = static_cast<std::ptrdiff_t>(job.num_kv_heads) * job.dim;
+    const int32_t* slots = job.tables + table_row * job.table_width + begin;
+    for (int j = 0; j < keys; ++j) offsets_[j] = slots[j] * stride;
+    std::fill_n(offsets_ + keys, kLanes<T> + kKeysAhead, offsets_[keys - 1]);
+  }
+
   void load_queries(const PagedAttention<Stored>& job, const TokenRun& tokens, int kv_head, int group) {
     for (int r = 0; r < tokens.count * group; ++r) {
       const Stored* from = job.q + head_offset(job, tokens, kv_head, group, r);
-      for (int j = 0; j < job.dim; ++j) query_.row(r)[j] = widen(from[j]) * job.scale;
-      std::fill(query_.row(r) + job.dim, query_.row(r) + round_up_to_lanes<T>(job.dim), T(0));
+      T* to = query_.row(r);  // whole vectors, zero from `dim` on
+      for (int i = 0; i < job.dim; i += kLanes<T>) store<T>(to + i, load_part(from + i, job.dim - i) * job.scale);
     }
   }
 
@@ -100,30 +111,27 @@ class PagedAttentionTask {
     }
   }
 
+  // Of query row r: token r / group, head r % group of the key head.
   static std::ptrdiff_t head_offset(const PagedAttention<Stored>& job, const TokenRun& tokens, int kv_head, int group,
                                     int r) {
     return ((tokens.first + r / group) * job.num_heads + kv_head * group + r % group) * job.dim;
   }
 
-  void score(SlotRows<Stored> key_rows, SlotRows<Stored> value_rows, int row_begin, int row_end, int keys, int dim) {
+  void score(OffsetRows<Stored> key_rows, OffsetRows<Stored> value_rows, int row_begin, int row_end, int keys, int dim) {
     for (int j = 0; j < keys; j += kLanes<T>) {
-      const int last = std::min(kLanes<T>, keys - j) - 1;
       for (int i = 0; i < dim; i += kLanes<T>) {
         const int count = std::min(kLanes<T>, dim - i);
-        Vec<T> block[kLanes<T>];  // of keys, then of dimensions; beyond `last` the last key again
+        Vec<T> block[kLanes<T>];  // of keys, then of dimensions
         if (count == kLanes<T>) {
 #pragma GCC unroll 16
           for (int lane = 0; lane < kLanes<T>; ++lane) {
-            const int key = j + std::min(lane, last);
-            block[lane] = load(key_rows(key) + i);
+            block[lane] = load(key_rows(j + lane) + i);
             // Slots lie anywhere: memory is asked for these values, and for the keys after next, before they are needed.
-            __builtin_prefetch(value_rows(key) + i);
-            __builtin_prefetch(key_rows(std::min(key + kKeysAhead, keys - 1)) + i);
+            __builtin_prefetch(value_rows(j + lane) + i);
+            __builtin_prefetch(key_rows(j + lane + kKeysAhead) + i);
           }
         } else {
-          for (int lane = 0; lane < kLanes<T>; ++lane) {
-            block[lane] = load_part(key_rows(j + std::min(lane, last)) + i, count);
-          }
+          for (int lane = 0; lane < kLanes<T>; ++lane) block[lane] = load_part(key_rows(j + lane) + i, count);
         }
         transpose<kLanes<T>, T>(block);
         for (int r = row_begin; r < row_end; ++r) {
@@ -139,7 +147,7 @@ class PagedAttentionTask {
     }
   }
 
-  void add_values(SlotRows<Stored> value_rows, int row_begin, int row_end, int keys, int dim) {
+  void add_values(OffsetRows<Stored> value_rows, int row_begin, int row_end, int keys, int dim) {
     if (dim % kLanes<T> != 0) {
       for (int r = row_begin; r < row_end; ++r) {
         for (int j = 0; j < keys; ++j) {
@@ -156,6 +164,8 @@ class PagedAttentionTask {
   Tile<T> scores_;
   Tile<T> output_;
   RunningSoftmax<T> softmax_;
+  std::ptrdiff_t offsets_[kTileKeys + kLanes<T> + kKeysAhead];
+  int limits_[kTileRows];
 };
 
 }  // namespace npr

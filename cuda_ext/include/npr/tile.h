@@ -32,7 +32,7 @@ constexpr int micro_rows(int vectors) {
   return vectors == 1 ? budget / 2 : budget / vectors;
 }
 
-// Rows of B, contiguous or gathered by slot.
+// Rows of B, contiguous or anywhere.
 template <typename Stored>
 struct StridedRows {
   const Stored* data;
@@ -40,11 +40,10 @@ struct StridedRows {
   const Stored* operator()(int k) const { return data + k * stride; }
 };
 template <typename Stored>
-struct SlotRows {
+struct OffsetRows {
   const Stored* data;
-  std::ptrdiff_t stride;
-  const int32_t* slots;
-  const Stored* operator()(int k) const { return data + slots[k] * stride; }
+  const std::ptrdiff_t* offsets;
+  const Stored* operator()(int k) const { return data + offsets[k]; }
 };
 
 // C[rows, kVectors * lanes] (+)= A[rows, k_begin..k_end) B, with element (m, k) of A at a[m * kRowStep + k *
