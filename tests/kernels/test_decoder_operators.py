@@ -191,7 +191,9 @@ def test_categorical_is_the_inverse_of_the_cumulative_softmax(
     indices, logprobs = categorical(row.expand(len(uniforms), -1), uniforms)
     expected = row.double().log_softmax(0)
     assert torch.isfinite(expected[indices]).all()  # nothing impossible is drawn
-    assert (logprobs.double() - expected[indices]).abs().max() <= 1e-5 * max(1.0, float(expected[indices].abs().max()))
+    assert (logprobs.double() - expected[indices]).abs().max() <= 1e-5 * max(
+        1.0, float(expected[indices].abs().max())
+    )
     below = torch.cat([torch.zeros(1, dtype=torch.float64), expected.exp().cumsum(0)])
     slack = 1e-6  # of weights in float32
     assert (below[indices] <= uniforms + slack).all()
