@@ -10,7 +10,7 @@ else   the sum, at least -2, of -0.4 for text in a guideline, -0.2 for text betw
 
 from __future__ import annotations
 
-from npr_engine.grammar import Block, Grammar
+from npr_engine.grammar import Block, Grammar, Reading
 from npr_engine.token_ids import TokenIds
 from npr_ext.violations import Violation
 
@@ -39,7 +39,11 @@ _TOO_SHORT = {Violation.EMPTY_PLAN, Violation.EMPTY_STEP, Violation.EMPTY_TAKEAW
 
 def format_reward(grammar: Grammar, response_ids: TokenIds) -> float:
     """0 for a valid response, negative otherwise. Of several reasons the gravest row of the table counts."""
-    reading = grammar.read(response_ids, require_block=True)
+    return reward_of_reading(grammar, response_ids, grammar.read(response_ids, require_block=True))
+
+
+def reward_of_reading(grammar: Grammar, response_ids: TokenIds, reading: Reading) -> float:
+    """The same for a response that was read already (with require_block)."""
     if reading.structural is not None:
         whole = bool(reading.structural.complete_blocks)
         return BROKEN if whole or reading.structural.violation in _COUNTS_DIFFER else NO_BLOCK

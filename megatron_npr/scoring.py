@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_npr.rewards import accuracy_reward, format_reward
+from megatron_npr.rewards import accuracy_reward, reward_of_reading
 from megatron_npr.verifier import Verifier
-from npr_engine.grammar import Defect, Grammar, last_boxed
+from npr_engine.grammar import Grammar, last_boxed
 from npr_engine.rollout import Rollout
 
 
@@ -40,10 +40,10 @@ def score(
     correct = verifier.correct_all([(answer_of(grammar, rollout), answers[group]) for group, rollout in flat])
     scored = []
     for (group, rollout), right in zip(flat, correct, strict=True):
-        valid = rollout.finish_reason == "eos" and not isinstance(
-            grammar.parse(rollout.token_ids, require_block=True), Defect
-        )
-        scored.append(Scored(rollout, group, valid, format_reward(grammar, rollout.token_ids), right))
+        reading = grammar.read(rollout.token_ids, require_block=True)
+        valid = rollout.finish_reason == "eos" and reading.defect is None
+        form = reward_of_reading(grammar, rollout.token_ids, reading)
+        scored.append(Scored(rollout, group, valid, form, right))
     return scored
 
 

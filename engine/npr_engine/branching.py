@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from npr_engine.grammar import Grammar
+from npr_engine.parser import State
 from npr_engine.response_state import (
     Branch,
     Feed,
@@ -90,6 +91,7 @@ class Branching:
                 branch_key(key, block, number),
                 record=Record.given(ids, first, step + 1),
                 step_start=0,
+                state=State.STEP,
             )
             for number, ids in zip(numbers, forced, strict=True)
         ]
@@ -122,6 +124,7 @@ class Branching:
             return "budget"
         self._seats.tokens_left[seat] -= len(forced)
         Record.given(forced, position, step + 1).append_to(rows, trunk.row)
+        rows.state[trunk.row] = State.TAKEAWAY
         response.work.append(Join(fork))
         response.work.append(Resume((trunk,)))
         return None

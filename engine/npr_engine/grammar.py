@@ -43,7 +43,7 @@ class Grammar:
         Without `require_block` a response without any block (a sequential answer) is valid too.
         """
         reading = self.read(response_ids, require_block=require_block)
-        return reading.structural or next(iter(reading.defects), reading.response)
+        return reading.defect or reading.response
 
     def text(self, response_ids: TokenIds, span: Span) -> str:
         """The text of a span, stripped, without the `N:` of a plan or step."""

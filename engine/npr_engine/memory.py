@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from npr_engine.kv_pool import BlockPool
+from npr_engine.parser import State
 from npr_engine.prompt_cache import PromptCache
 from npr_engine.response_state import Branch, Fork, Record, ResponseState
 from npr_engine.rows import Rows
@@ -99,6 +100,7 @@ class Memory:
         for branch in response.branches_on_rows():
             branch.record = Record.take(self.rows, branch.row)
             branch.step_start = int(self.rows.step_start[branch.row])
+            branch.state = State(self.rows.state[branch.row])
             self.rows.release([branch.row])
             branch.row = -1
         self.pool.release(response.blocks)
@@ -119,6 +121,7 @@ class Memory:
         branch.row = self.rows.allocate(response.seat, branch.key, int(branch.record.positions[0]))
         branch.record.append_to(self.rows, branch.row)
         self.rows.step_start[branch.row] = branch.step_start
+        self.rows.state[branch.row] = branch.state
         self.branch_at[branch.row] = branch
         return branch.row
 

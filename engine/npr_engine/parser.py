@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from enum import IntEnum
 
 import numpy as np
+from numpy.typing import NDArray
 
 from npr_engine.token_ids import TokenIds
 from npr_engine.tree import Block, Defect, Reading, Response, Span
@@ -42,6 +43,19 @@ _NEXT: dict[tuple[State, TokenClass], State] = {
     (State.BEFORE_TAKEAWAY, TokenClass.TAKEAWAY): State.TAKEAWAY,
     (State.TAKEAWAY, TokenClass.TAKEAWAY_END): State.TRUNK,
 }
+
+
+def _quiet_tags() -> NDArray[np.int8]:
+    """int8 [states, classes]: the next state after a tag that continues a valid response and opens or closes no
+    branch, else -1. Whoever decodes may pass such a tag over and have it parsed later."""
+    table = np.full((len(State), len(TokenClass)), -1, np.int8)
+    for (state, token_class), following in _NEXT.items():
+        if following in (State.TRUNK, State.GUIDELINE, State.PLAN):
+            table[state, token_class] = following
+    return table
+
+
+QUIET_TAGS = _quiet_tags()
 _SPECIFIC: dict[tuple[State, TokenClass], Violation] = {
     (State.BEFORE_STEP, TokenClass.TAKEAWAY): Violation.MISSING_STEP,
     (State.BEFORE_STEP, TokenClass.GUIDELINE): Violation.UNFINISHED_BLOCK,

@@ -11,7 +11,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from npr_engine.parser import Parser
+from npr_engine.parser import Parser, State
 from npr_engine.prompt_cache import PromptKV
 from npr_engine.rows import Rows
 from npr_engine.sampling import SamplingParams
@@ -113,6 +113,7 @@ class Branch:
     record: Record | None = None
     closed: bool = False
     step_start: int = -1
+    state: State = State.TRUNK
 
 
 @dataclass(eq=False)

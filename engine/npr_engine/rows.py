@@ -33,6 +33,7 @@ class Rows:
         decoding: one token pending, sample after it: the steady state.
         seat: the response's index in Seats.
         key: uint64, names the branch to the sampler.
+        state: the parser's State after the row's last token.
         step_start: own tokens from there on are inside a <step>; -1 outside.
     """
 
@@ -53,6 +54,7 @@ class Rows:
         self.decoding: NDArray[np.bool_] = np.zeros(FIRST_ROWS, np.bool_)
         self.seat: NDArray[np.int32] = np.full(FIRST_ROWS, -1, np.int32)
         self.key: NDArray[np.uint64] = np.zeros(FIRST_ROWS, np.uint64)
+        self.state: NDArray[np.int8] = np.zeros(FIRST_ROWS, np.int8)
         self.step_start: NDArray[np.int32] = np.full(FIRST_ROWS, -1, np.int32)
         self._free = list(range(FIRST_ROWS - 1, -1, -1))
 
@@ -69,7 +71,7 @@ class Rows:
         if not self._free:
             self._grow_rows()
         row = self._free.pop()
-        for array in (self.known, self.fed, self.length, self.reserved, self.promised):
+        for array in (self.known, self.fed, self.length, self.reserved, self.promised, self.state):
             array[row] = 0
         self.position[row], self.seat[row], self.key[row], self.step_start[row] = position, seat, key, -1
         return row

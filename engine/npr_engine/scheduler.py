@@ -24,6 +24,7 @@ from npr_engine.branching import Branching
 from npr_engine.grammar import Grammar
 from npr_engine.kv_pool import BlockPool
 from npr_engine.memory import Memory
+from npr_engine.parser import QUIET_TAGS
 from npr_engine.prompt_cache import PromptKV
 from npr_engine.response_state import Branch, Feed, Join, Open, Record, Request, ResponseState, Resume
 from npr_engine.rows import Rows, Seats
@@ -381,9 +382,13 @@ class Scheduler:
     def _structural_tokens(
         self, row: NDArray[np.int32], seat: NDArray[np.int32], token: NDArray[np.int32]
     ) -> None:
-        """Forks, joins and ends by tags and EOS."""
+        """Forks, joins and ends by tags and EOS; other tags only move the state of their row."""
         classes = self._classes[token]
-        for index in np.flatnonzero(classes >= TokenClass.EOS).tolist():
+        structural = np.flatnonzero(classes >= TokenClass.EOS)
+        following = QUIET_TAGS[self._rows.state[row[structural]], classes[structural]]
+        quiet = following >= 0
+        self._rows.state[row[structural[quiet]]] = following[quiet]
+        for index in structural[~quiet].tolist():
             response = self._at_seat[seat[index]]
             if response is None:
                 continue  # another of its branches has just ended it

@@ -59,3 +59,8 @@ class Reading:
     response: Response
     structural: Defect | None
     defects: tuple[Defect, ...]
+
+    @property
+    def defect(self) -> Defect | None:
+        """The structural violation, else the first defect of a text, else None: strictly valid."""
+        return self.structural or next(iter(self.defects), None)

@@ -295,7 +295,7 @@ class BranchAttentionTask {
   void forward_tile(const BranchAttention<T>& job, const QueryTile& tile, int kv_head) {
     const int rows = (tile.end - tile.begin) * job.group;
     load_rows(job.q, tile, kv_head, job.group, job.dim, job.scale, query_);
-    output_.clear(rows);
+    output_.clear(rows, job.dim);
     softmax_.start(rows);
     for_each_piece(job.plan, tile, [&](const KeyPiece& piece) {
       const int keys = piece.end - piece.begin;
@@ -325,7 +325,7 @@ class BranchAttentionTask {
     load_rows(job.q, tile, kv_head, job.group, job.dim, T(1), query_);
     load_rows(gradient.output, tile, kv_head, job.group, job.dim, T(1), gradient_);
     load_statistics(job, tile, kv_head);
-    output_.clear(rows);  // becomes the gradient of q
+    output_.clear(rows, job.dim);  // becomes the gradient of q
     for_each_piece(job.plan, tile, [&](const KeyPiece& piece) {
       const int keys = piece.end - piece.begin;
       dot_products(query_, packed(job.packed_keys, job, kv_head, piece.begin), rows, keys, job.dim, job.group,

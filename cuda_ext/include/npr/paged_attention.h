@@ -51,7 +51,7 @@ class PagedAttentionTask {
     const int group = job.num_heads / job.num_kv_heads;
     const int rows = tokens.count * group;
     load_queries(job, tokens, kv_head, group);
-    output_.clear(rows);
+    output_.clear(rows, job.dim);
     softmax_.start(rows);
     absorb_keys(job, tokens, kv_head, tokens.table_row, 0, tokens.together, 0, rows);
     if (!tokens.one_row) {
@@ -94,27 +94,32 @@ class PagedAttentionTask {
     std::fill_n(offsets_ + keys, kLanes<T> + kKeysAhead, offsets_[keys - 1]);
   }
 
+  // Query row r is head r % group of token r / group.
   void load_queries(const PagedAttention<Stored>& job, const TokenRun& tokens, int kv_head, int group) {
-    for (int r = 0; r < tokens.count * group; ++r) {
-      const Stored* from = job.q + head_offset(job, tokens, kv_head, group, r);
-      T* to = query_.row(r);  // whole vectors, zero from `dim` on
-      for (int i = 0; i < job.dim; i += kLanes<T>) store<T>(to + i, load_part(from + i, job.dim - i) * job.scale);
+    for (int i = 0, r = 0; i < tokens.count; ++i) {
+      const Stored* from = job.q + first_head(job, tokens.first + i, kv_head, group);
+      for (int n = 0; n < group; ++n, ++r, from += job.dim) {
+        T* to = query_.row(r);  // whole vectors, zero from `dim` on
+        for (int j = 0; j < job.dim; j += kLanes<T>) store<T>(to + j, load_part(from + j, job.dim - j) * job.scale);
+      }
     }
   }
 
   void store_output(const PagedAttention<Stored>& job, const TokenRun& tokens, int kv_head, int group) {
-    for (int r = 0; r < tokens.count * group; ++r) {
-      Stored* to = job.output + head_offset(job, tokens, kv_head, group, r);
-      const T total = softmax_.total(r);
-      const T factor = total == 0 ? T(0) : T(1) / total;  // no keys: zero
-      for (int j = 0; j < job.dim; ++j) to[j] = narrow<Stored>(output_.row(r)[j] * factor);
+    for (int i = 0, r = 0; i < tokens.count; ++i) {
+      Stored* to = job.output + first_head(job, tokens.first + i, kv_head, group);
+      for (int n = 0; n < group; ++n, ++r, to += job.dim) {
+        const T total = softmax_.total(r);
+        const T factor = total == 0 ? T(0) : T(1) / total;  // no keys: zero
+        const T* from = output_.row(r);
+#pragma omp simd
+        for (int j = 0; j < job.dim; ++j) to[j] = narrow<Stored>(from[j] * factor);
+      }
     }
   }
 
-  // Of query row r: token r / group, head r % group of the key head.
-  static std::ptrdiff_t head_offset(const PagedAttention<Stored>& job, const TokenRun& tokens, int kv_head, int group,
-                                    int r) {
-    return ((tokens.first + r / group) * job.num_heads + kv_head * group + r % group) * job.dim;
+  static std::ptrdiff_t first_head(const PagedAttention<Stored>& job, int64_t token, int kv_head, int group) {
+    return (token * job.num_heads + static_cast<std::ptrdiff_t>(kv_head) * group) * job.dim;
   }
 
   void score(OffsetRows<Stored> key_rows, OffsetRows<Stored> value_rows, int row_begin, int row_end, int keys, int dim) {

@@ -147,7 +147,12 @@ class Tile {
   Tile(const Tile&) = delete;
   Tile& operator=(const Tile&) = delete;
   T* row(int index) { return data_ + static_cast<std::ptrdiff_t>(index) * kTileStride; }
-  void clear(int rows) { std::fill(row(0), row(rows), T(0)); }
+  // The first `columns` of each row, in whole vectors.
+  void clear(int rows, int columns) {
+    for (int r = 0; r < rows; ++r) {
+      for (int i = 0; i < columns; i += kLanes<T>) store<T>(row(r) + i, Vec<T>{});
+    }
+  }
 
  private:
   std::vector<T> storage_;
