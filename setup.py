@@ -7,8 +7,8 @@ import tempfile
 from pathlib import Path
 
 import torch
-from setuptools import find_packages, setup
-from torch.utils.cpp_extension import BuildExtension, CppExtension
+from setuptools import Extension, find_packages, setup
+from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
 ROOT = Path(__file__).parent
 PACKAGE_DIR = {
@@ -16,6 +16,8 @@ PACKAGE_DIR = {
     "npr_engine": "engine/npr_engine",
     "npr_ext": "cuda_ext/npr_ext",
 }
+
+CUDA_ARCHITECTURES = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ("80", "90a")]
 
 
 def packages() -> list[str]:
@@ -34,35 +36,40 @@ def compiler_accepts(flag: str) -> bool:
         return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
-def cpu_extension() -> CppExtension:
+def sources(pattern: str) -> list[str]:
+    return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "cuda_ext/csrc").glob(pattern))
+
+
+def extension() -> Extension:
     optional = [flag for flag in ("-march=native",) if compiler_accepts(flag)]
-    return CppExtension(
+    cpp_flags = [
+        "-O3",
+        "-std=c++20",
+        "-ffp-contract=fast",
+        "-fopenmp",
+        "-Wall",
+        "-Wno-unknown-pragmas",
+        *optional,
+    ]
+    shared = {
+        "include_dirs": [str(ROOT / "cuda_ext/include")],
+        "depends": sorted(str(path.relative_to(ROOT)) for path in (ROOT / "cuda_ext/include").rglob("*.h")),
+        "extra_link_args": ["-fopenmp"],
+    }
+    if shutil.which("nvcc") is None or torch.version.cuda is None:
+        print("npr_ext: building the CPU operators only (CUDA ones need nvcc and a CUDA build of torch)")
+        return CppExtension("npr_ext._C", sources("*.cpp"), extra_compile_args=cpp_flags, **shared)
+    return CUDAExtension(
         "npr_ext._C",
-        sorted(str(path.relative_to(ROOT)) for path in (ROOT / "cuda_ext/csrc").glob("*.cpp")),
-        include_dirs=[str(ROOT / "cuda_ext/include")],
-        depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "cuda_ext/include").rglob("*.h")),
-        extra_compile_args=[
-            "-O3",
-            "-std=c++20",
-            "-ffp-contract=fast",
-            "-fopenmp",
-            "-Wall",
-            "-Wno-unknown-pragmas",
-            *optional,
-        ],
-        extra_link_args=["-fopenmp"],
+        [*sources("*.cpp"), *sources("cuda/*.cpp"), *sources("cuda/*.cu")],
+        extra_compile_args={"cxx": cpp_flags, "nvcc": ["-O3", "-std=c++20", *CUDA_ARCHITECTURES]},
+        **shared,
     )
 
 
-def announce_cuda() -> None:
-    if shutil.which("nvcc") is None or torch.version.cuda is None:
-        print("npr_ext: building the CPU operators only (CUDA ones need nvcc and a CUDA build of torch)")
-
-
-announce_cuda()
 setup(
     packages=packages(),
     package_dir=PACKAGE_DIR,
-    ext_modules=[cpu_extension()],
+    ext_modules=[extension()],
     cmdclass={"build_ext": BuildExtension.with_options(use_ninja=True)},
 )

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import json
 import os
 import shlex
 import sys
@@ -182,12 +183,30 @@ def _trace_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=int, default=32, help="rollouts drawn; all are checked (default 32)")
 
 
+def _run_bench(arguments: argparse.Namespace) -> int:
+    import torch
+
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    figures = importlib.import_module(f"megatron_npr.bench.{arguments.name}").measure()
+    print(json.dumps(figures, indent=None if arguments.json else 2))
+    return 0
+
+
+def _bench_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", choices=BENCHES, help="what to measure")
+    parser.add_argument("--json", action="store_true", help="one line of JSON instead of indented text")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: all cores)")
+
+
+BENCHES = ("layout", "attention")
 TOOLS = {
     "demo": Tool("all stages on the small model, with a report", _run_demo, _demo_arguments),
     "base": Tool("make the demo's base model from nothing", _run_base, _base_arguments),
     "report": Tool(
         "build report.html and report.json of a finished demo again", _run_report, _report_arguments
     ),
+    "bench": Tool("measure layouts or attention; prints JSON", _run_bench, _bench_arguments),
     "trace": Tool(
         "check rollouts for real concurrency and write a Chrome trace", _run_trace, _trace_arguments
     ),

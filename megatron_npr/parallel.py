@@ -83,6 +83,15 @@ def check_sizes(world_size: int, *, tensor: int, pipeline: int, context: int) ->
         )
 
 
+def _has_groups(tensor: int, pipeline: int, context: int) -> bool:
+    """Whether Megatron's groups of this layout stand already; groups are never freed, so they are not made twice."""
+    return parallel_state.model_parallel_is_initialized() and (tensor, pipeline, context) == (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_pipeline_model_parallel_world_size(),
+        parallel_state.get_context_parallel_world_size(),
+    )
+
+
 def init_world(*, tensor: int = 1, pipeline: int = 1, context: int = 1, seed: int = 0) -> World:
     """Join the process group (torchrun's environment, or a world of one) and build Megatron's groups."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -90,14 +99,15 @@ def init_world(*, tensor: int = 1, pipeline: int = 1, context: int = 1, seed: in
     if not dist.is_initialized():
         _join(world_size)
     with megatron_context():
-        if parallel_state.model_parallel_is_initialized():
-            parallel_state.destroy_model_parallel()
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=tensor,
-            pipeline_model_parallel_size=pipeline,
-            context_parallel_size=context,
-            create_gloo_process_groups=has_gpu(),
-        )
+        if not _has_groups(tensor, pipeline, context):
+            if parallel_state.model_parallel_is_initialized():
+                parallel_state.destroy_model_parallel()
+            parallel_state.initialize_model_parallel(
+                tensor_model_parallel_size=tensor,
+                pipeline_model_parallel_size=pipeline,
+                context_parallel_size=context,
+                create_gloo_process_groups=has_gpu(),
+            )
         model_parallel_cuda_manual_seed(1 + seed)
     return World(
         rank=dist.get_rank(),

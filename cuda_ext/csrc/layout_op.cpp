@@ -13,18 +13,12 @@
 #include <tuple>
 #include <vector>
 
+#include "layout_check.h"
+
 namespace npr {
 namespace {
 
-constexpr int64_t kMaxTokens = int64_t{1} << 30;        // token indices and positions are int32
 constexpr int64_t kTokensPerThread = int64_t{1} << 15;  // below this a second thread costs more than it gives
-
-void check_vector(const at::Tensor& tensor, const char* name, int64_t length) {
-  TORCH_CHECK_VALUE(tensor.dim() == 1 && (length < 0 || tensor.numel() == length), name, " must be a vector",
-                    length < 0 ? std::string() : " of " + std::to_string(length), ", not of shape ", tensor.sizes());
-  TORCH_CHECK_VALUE(tensor.scalar_type() == at::kInt || tensor.scalar_type() == at::kLong, name,
-                    " must be int32 or int64, not ", tensor.scalar_type());
-}
 
 // Fresh memory costs a page fault every 4 KiB, which is more than laying out its tokens; large pages make that cheap.
 void ask_for_large_pages(const at::Tensor& tensor) {
@@ -40,29 +34,23 @@ void ask_for_large_pages(const at::Tensor& tensor) {
 #endif
 }
 
-at::Tensor as_int64(const at::Tensor& tensor) { return tensor.to(at::kLong).contiguous(); }
-
 // -> (arrays int32 [6, T]: position_ids, hidden_from, hidden_until, sequence_end, predecessor, branch_ids;
 //     verdicts int32 [2, n]: violation code, token index)
 std::tuple<at::Tensor, at::Tensor> branch_layout(const at::Tensor& token_ids, at::IntArrayRef tag_ids,
                                                  const at::Tensor& prompt_lengths, const at::Tensor& cu_seqlens,
                                                  const std::optional<at::Tensor>& parents, bool branching) {
-  check_vector(token_ids, "token_ids", -1);
-  check_vector(prompt_lengths, "prompt_lengths", -1);
+  check_layout_inputs(token_ids, tag_ids, prompt_lengths, cu_seqlens, parents);
   const int64_t num_segments = prompt_lengths.numel();
-  check_vector(cu_seqlens, "cu_seqlens", num_segments + 1);
-  if (parents.has_value()) check_vector(*parents, "parents", num_segments);
-  TORCH_CHECK_VALUE(tag_ids.size() == kNumTags, "expected ", kNumTags, " tag ids, not ", tag_ids.size());
   const int64_t num_tokens = token_ids.numel();
-  TORCH_CHECK_VALUE(num_tokens <= kMaxTokens, "a row holds at most ", kMaxTokens, " tokens, not ", num_tokens);
 
   const at::Tensor tokens = token_ids.contiguous();
   const at::Tensor bounds = as_int64(cu_seqlens);
   const at::Tensor prompts = as_int64(prompt_lengths);
   const at::Tensor parent_ids = parents.has_value() ? as_int64(*parents) : at::Tensor();
-  const std::vector<Segment> segments = make_segments<int64_t>(
-      bounds.const_data_ptr<int64_t>(), prompts.const_data_ptr<int64_t>(),
-      parent_ids.defined() ? parent_ids.const_data_ptr<int64_t>() : nullptr, num_segments, num_tokens);
+  std::vector<Segment> segments(num_segments);
+  make_segments(bounds.const_data_ptr<int64_t>(), prompts.const_data_ptr<int64_t>(),
+                parent_ids.defined() ? parent_ids.const_data_ptr<int64_t>() : nullptr, num_segments, num_tokens,
+                segments.data());
 
   const auto options = token_ids.options().dtype(at::kInt);
   at::Tensor arrays = at::empty({6, num_tokens}, options);

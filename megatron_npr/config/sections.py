@@ -8,8 +8,6 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from npr_ext.errors import UserError
-
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -44,20 +42,6 @@ class ParallelSettings(Section):
     sequence_parallel: bool = Field(
         False, description="shard activations along the sequence between TP regions"
     )
-
-    @property
-    def model_parallel(self) -> int:
-        """Ranks that hold one replica of the model."""
-        return self.tp * self.pp * self.cp
-
-    def data_parallel(self, world_size: int) -> int:
-        """Replicas in a world of `world_size` processes; UserError when the layout does not divide it."""
-        if world_size % self.model_parallel:
-            raise UserError(
-                f"world size {world_size} does not fit tp x pp x cp = {self.tp} x {self.pp} x {self.cp} = "
-                f"{self.model_parallel}: start a multiple of that many processes or change [parallel]"
-            )
-        return world_size // self.model_parallel
 
     @model_validator(mode="after")
     def _sequence_parallel_needs_tensor_parallel(self) -> "ParallelSettings":

@@ -6,7 +6,6 @@ import pytest
 
 from megatron_npr.config import (
     EvalConfig,
-    ParallelSettings,
     SampleConfig,
     Section,
     Stage1Config,
@@ -135,12 +134,6 @@ def test_bad_files_are_one_line_errors(tmp_path: Path) -> None:
 
 def test_a_stray_argument_is_refused() -> None:
     assert "unexpected argument 'steps=4'" in message(Stage3Config, None, ["steps=4"])
-
-
-def test_a_world_size_that_does_not_fit_is_refused() -> None:
-    assert ParallelSettings(tp=2, pp=2).data_parallel(8) == 2
-    with pytest.raises(UserError, match="world size 3 does not fit tp x pp x cp = 2 x 1 x 1 = 2"):
-        ParallelSettings(tp=2).data_parallel(3)
 
 
 def test_the_schema_imports_no_torch() -> None:

@@ -1,0 +1,42 @@
+"""What the benches compare with is right, and what they measure is there."""
+
+import functools
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from megatron_npr import cli
+from megatron_npr.bench import attention, layout
+from megatron_npr.bench.timing import peak_bytes
+from npr_ext.testing import random_layout
+
+
+@pytest.mark.parametrize("gap", [0, 1, 3])
+def test_the_naive_dense_mask_is_the_layouts_visibility(gap: int) -> None:
+    sample = random_layout(gap, 1024, gap=gap)
+    assert torch.equal(layout.dense_mask(sample), sample.layout().visible())
+
+
+def test_the_exponent_of_a_power_law_is_its_power() -> None:
+    assert layout.exponent([(n, 3e-9 * n**1.25) for n in (10, 100, 5000)]) == pytest.approx(1.25)
+
+
+def allocate(megabytes: int) -> Callable[[], object]:
+    return functools.partial(torch.ones, megabytes << 18)
+
+
+def test_peak_memory_is_that_of_the_work_alone() -> None:
+    assert peak_bytes(functools.partial(allocate, 64)) == pytest.approx(64 << 20, rel=0.1)
+
+
+def test_sharing_a_prompt_saves_the_pairs_that_it_should() -> None:
+    shared, unshared = attention.group_layouts()
+    assert shared.num_tokens == 512 + 16 * 256
+    assert unshared.num_tokens == 16 * 768
+    assert unshared.visible_pairs() / shared.visible_pairs() == pytest.approx(1.76, abs=0.02)
+
+
+def test_an_unknown_bench_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "lay"]) == 2
+    assert "invalid choice: 'lay'" in capsys.readouterr().err
