@@ -53,9 +53,7 @@ std::tuple<at::Tensor, at::Tensor> categorical(const at::Tensor& logits, const a
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(npr, library) {
-  library.def("categorical(Tensor logits, Tensor uniforms) -> (Tensor, Tensor)");
-}
+TORCH_LIBRARY_FRAGMENT(npr, library) { library.def("categorical(Tensor logits, Tensor uniforms) -> (Tensor, Tensor)"); }
 
 TORCH_LIBRARY_IMPL(npr, CPU, library) { library.impl("categorical", &categorical); }
 

@@ -7,6 +7,8 @@
 
 #include <optional>
 
+#include "storage_type.h"
+
 namespace npr {
 namespace {
 
@@ -19,21 +21,6 @@ void for_each_row(int64_t num_rows, int64_t elements_per_row, const Row& row) {
   at::parallel_for(0, num_rows, grain, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) row(t);
   });
-}
-
-// Calls `work` with a value of the storage type of `dtype`.
-template <typename Work>
-void with_storage_type(at::ScalarType dtype, const char* name, const Work& work) {
-  switch (dtype) {
-    case at::kFloat:
-      return work(float{});
-    case at::kDouble:
-      return work(double{});
-    case at::kBFloat16:
-      return work(BFloat16{});
-    default:
-      TORCH_CHECK_VALUE(false, name, " computes in float32, float64 or bfloat16, not ", dtype);
-  }
 }
 
 template <typename Stored>
@@ -50,8 +37,8 @@ at::Tensor contiguous(const std::optional<at::Tensor>& tensor) {
 }
 
 at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps) {
-  TORCH_CHECK_VALUE(x.dim() == 2 && weight.sizes() == at::IntArrayRef{x.size(1)}, "x [T, D] and weight [D] do not fit: ",
-                    x.sizes(), ", ", weight.sizes());
+  TORCH_CHECK_VALUE(x.dim() == 2 && weight.sizes() == at::IntArrayRef{x.size(1)},
+                    "x [T, D] and weight [D] do not fit: ", x.sizes(), ", ", weight.sizes());
   TORCH_CHECK_VALUE(x.scalar_type() == weight.scalar_type(), "x and weight differ in type: ", x.scalar_type(), ", ",
                     weight.scalar_type());
   const at::Tensor rows = x.contiguous();
@@ -75,8 +62,7 @@ at::Tensor silu_mul(const at::Tensor& gate_up) {
   with_storage_type(gate_up.scalar_type(), "silu_mul", [&]<typename Stored>(Stored) {
     const Stored* from = read<Stored>(rows);
     Stored* to = write<Stored>(output);
-    for_each_row(gate_up.size(0), 2 * size,
-                 [=](int64_t t) { silu_mul_row(from + t * 2 * size, to + t * size, size); });
+    for_each_row(gate_up.size(0), 2 * size, [=](int64_t t) { silu_mul_row(from + t * 2 * size, to + t * size, size); });
   });
   return output;
 }
@@ -85,15 +71,16 @@ at::Tensor split_heads(const at::Tensor& qkv, const std::optional<at::Tensor>& q
                        const std::optional<at::Tensor>& key_norm, const at::Tensor& cos, const at::Tensor& sin,
                        const at::Tensor& positions, const at::Tensor& slots, at::Tensor k_cache, at::Tensor v_cache,
                        double eps) {
-  TORCH_CHECK_VALUE(k_cache.dim() == 3 && v_cache.sizes() == k_cache.sizes() && k_cache.is_contiguous() &&
-                        v_cache.is_contiguous(),
-                    "caches must be contiguous and alike [S, G, H]: ", k_cache.sizes(), ", ", v_cache.sizes());
+  TORCH_CHECK_VALUE(
+      k_cache.dim() == 3 && v_cache.sizes() == k_cache.sizes() && k_cache.is_contiguous() && v_cache.is_contiguous(),
+      "caches must be contiguous and alike [S, G, H]: ", k_cache.sizes(), ", ", v_cache.sizes());
   const int64_t groups = k_cache.size(1);
   const int64_t dim = k_cache.size(2);
   TORCH_CHECK_VALUE(dim % 2 == 0 && dim <= kMaxRotatedDim, "a head has an even number of at most ", kMaxRotatedDim,
                     " dimensions, not ", dim);
-  TORCH_CHECK_VALUE(qkv.dim() == 2 && groups > 0 && qkv.size(1) % (groups * dim) == 0 && qkv.size(1) / (groups * dim) > 2,
-                    "qkv [T, G * (N + 2) * H] does not fit caches ", k_cache.sizes(), ": ", qkv.sizes());
+  TORCH_CHECK_VALUE(
+      qkv.dim() == 2 && groups > 0 && qkv.size(1) % (groups * dim) == 0 && qkv.size(1) / (groups * dim) > 2,
+      "qkv [T, G * (N + 2) * H] does not fit caches ", k_cache.sizes(), ": ", qkv.sizes());
   TORCH_CHECK_VALUE(cos.dim() == 2 && cos.size(1) == dim / 2 && sin.sizes() == cos.sizes(),
                     "cos and sin must be [P, H / 2]: ", cos.sizes(), ", ", sin.sizes());
   const int64_t tokens = qkv.size(0);
@@ -101,8 +88,9 @@ at::Tensor split_heads(const at::Tensor& qkv, const std::optional<at::Tensor>& q
                         slots.scalar_type() == at::kInt && slots.sizes() == at::IntArrayRef{tokens},
                     "positions and slots must be int32 [T]");
   for (const auto& norm : {query_norm, key_norm}) {
-    TORCH_CHECK_VALUE(!norm.has_value() || (norm->sizes() == at::IntArrayRef{dim} && norm->scalar_type() == qkv.scalar_type()),
-                      "the norm of heads must be [H] of qkv's type");
+    TORCH_CHECK_VALUE(
+        !norm.has_value() || (norm->sizes() == at::IntArrayRef{dim} && norm->scalar_type() == qkv.scalar_type()),
+        "the norm of heads must be [H] of qkv's type");
   }
   for (const auto& tensor : {cos, sin, k_cache, v_cache}) {
     TORCH_CHECK_VALUE(tensor.scalar_type() == qkv.scalar_type(), "cos, sin and caches must have qkv's type, ",

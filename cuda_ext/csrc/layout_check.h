@@ -1,4 +1,4 @@
-// What npr::branch_layout asks of its tensors, on every device; nothing here reads device memory.
+// What npr::branch_layout does with its tensors on every device; nothing here reads device memory.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -6,7 +6,7 @@
 #include <optional>
 #include <string>
 
-#include "npr/layout_rules.h"
+#include "npr/layout_units.h"
 
 namespace npr {
 
@@ -26,12 +26,19 @@ inline void check_layout_inputs(const at::Tensor& token_ids, at::IntArrayRef tag
   check_vector(cu_seqlens, "cu_seqlens", prompt_lengths.numel() + 1);
   if (parents.has_value()) check_vector(*parents, "parents", prompt_lengths.numel());
   for (const at::Tensor& bounds : {prompt_lengths, cu_seqlens, parents.value_or(cu_seqlens)}) {
-    TORCH_CHECK_VALUE(bounds.device() == token_ids.device(), "bounds must lie on ", token_ids.device(), " as the tokens do, not on ",
-                      bounds.device());
+    TORCH_CHECK_VALUE(bounds.device() == token_ids.device(), "bounds must lie on ", token_ids.device(),
+                      " as the tokens do, not on ", bounds.device());
   }
   TORCH_CHECK_VALUE(tag_ids.size() == kNumTags, "expected ", kNumTags, " tag ids, not ", tag_ids.size());
   TORCH_CHECK_VALUE(token_ids.numel() <= kMaxTokens, "a row holds at most ", kMaxTokens, " tokens, not ",
                     token_ids.numel());
+}
+
+// The rows of an int32 [6, T] tensor.
+inline LayoutArrays layout_arrays(at::Tensor& arrays) {
+  int32_t* rows = arrays.mutable_data_ptr<int32_t>();
+  const int64_t size = arrays.size(1);
+  return {rows, rows + size, rows + 2 * size, rows + 3 * size, rows + 4 * size, rows + 5 * size};
 }
 
 inline at::Tensor as_int64(const at::Tensor& tensor) { return tensor.to(at::kLong).contiguous(); }

@@ -56,22 +56,11 @@ std::tuple<at::Tensor, at::Tensor> branch_layout(const at::Tensor& token_ids, at
   at::Tensor arrays = at::empty({6, num_tokens}, options);
   ask_for_large_pages(arrays);
   at::Tensor verdicts = at::empty({2, num_segments}, options);
-  int32_t* rows = arrays.mutable_data_ptr<int32_t>();
-  const LayoutArrays out{rows,
-                         rows + num_tokens,
-                         rows + 2 * num_tokens,
-                         rows + 3 * num_tokens,
-                         rows + 4 * num_tokens,
-                         rows + 5 * num_tokens};
+  const LayoutArrays out = layout_arrays(arrays);
   int32_t* codes = verdicts.mutable_data_ptr<int32_t>();
   const TagTable tags = TagTable::make(tag_ids.data());
 
-  int32_t covered = 0;
-  for (const Segment& segment : segments) {
-    write_lone_tokens(out, covered, segment.begin);
-    covered = segment.end;
-  }
-  write_lone_tokens(out, covered, static_cast<int32_t>(num_tokens));
+  write_uncovered(out, segments.data(), num_segments, num_tokens);
 
   const auto lay_out = [&](const auto* ids) {
     const int64_t grain = std::max<int64_t>(1, kTokensPerThread * num_segments / std::max<int64_t>(num_tokens, 1));

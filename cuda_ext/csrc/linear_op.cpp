@@ -7,6 +7,8 @@
 
 #include <optional>
 
+#include "storage_type.h"
+
 namespace npr {
 namespace {
 
@@ -60,19 +62,8 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const std::opti
                         (offset.scalar_type() == x.scalar_type() && offset.sizes() == at::IntArrayRef{weight.size(0)}),
                     "bias must be ", x.scalar_type(), " [", weight.size(0), "]");
   at::Tensor output = at::empty({x.size(0), weight.size(0)}, x.options());
-  switch (x.scalar_type()) {
-    case at::kFloat:
-      multiply<float>(rows, matrix, offset, output);
-      break;
-    case at::kDouble:
-      multiply<double>(rows, matrix, offset, output);
-      break;
-    case at::kBFloat16:
-      multiply<BFloat16>(rows, matrix, offset, output);
-      break;
-    default:
-      TORCH_CHECK_VALUE(false, "linear computes in float32, float64 or bfloat16, not ", x.scalar_type());
-  }
+  with_storage_type(x.scalar_type(), "linear",
+                    [&]<typename Stored>(Stored) { multiply<Stored>(rows, matrix, offset, output); });
   return output;
 }
 

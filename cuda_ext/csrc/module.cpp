@@ -9,7 +9,8 @@ extern "C" PyObject* PyInit__C() {
   return PyModule_Create(&definition);
 }
 
-// Each library that was built with ATen takes up the number of threads at its first parallel loop; asking counts as one.
+// Each library that was built with ATen takes up the number of threads at its first parallel loop; asking counts as
+// one.
 int64_t num_threads() {
   at::internal::lazy_init_num_threads();
   return at::get_num_threads();

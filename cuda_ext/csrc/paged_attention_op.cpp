@@ -8,6 +8,7 @@
 #include <memory>
 #include <vector>
 
+#include "storage_type.h"
 #include "tasks.h"
 
 namespace npr {
@@ -53,8 +54,8 @@ std::vector<TokenRun> make_runs(const at::Tensor& tables, const at::Tensor& row_
         continue;
       }
       if (run.count == 1 || !run.one_row) {
-        const int32_t common = common_keys(table + run.table_row * width, table + rows[t] * width,
-                                           std::min(run.together, counts[t]));
+        const int32_t common =
+            common_keys(table + run.table_row * width, table + rows[t] * width, std::min(run.together, counts[t]));
         if (common >= kKeysWorthSharing && int64_t{common} * run.count > int64_t{run.together} * (run.count - 1)) {
           run.count += 1;
           run.together = common;
@@ -76,7 +77,8 @@ std::vector<TokenRun> make_runs(const at::Tensor& tables, const at::Tensor& row_
 
 template <typename Stored>
 void attend(const at::Tensor& q, const at::Tensor& k_cache, const at::Tensor& v_cache, const at::Tensor& tables,
-            const at::Tensor& rows, const at::Tensor& lengths, const std::vector<TokenRun>& runs, double scale, at::Tensor& output) {
+            const at::Tensor& rows, const at::Tensor& lengths, const std::vector<TokenRun>& runs, double scale,
+            at::Tensor& output) {
   const int num_kv_heads = static_cast<int>(k_cache.size(1));
   const PagedAttention<Stored> job{static_cast<const Stored*>(q.const_data_ptr()),
                                    static_cast<const Stored*>(k_cache.const_data_ptr()),
@@ -121,19 +123,9 @@ at::Tensor paged_attention(const at::Tensor& q, const at::Tensor& k_cache, const
   const at::Tensor length = lengths.contiguous();
   at::Tensor output = at::empty_like(queries);
   const std::vector<TokenRun> runs = make_runs(table, row, length, k_cache.size(0), std::max(1, kTileRows / group));
-  switch (q.scalar_type()) {
-    case at::kFloat:
-      attend<float>(queries, k_cache, v_cache, table, row, length, runs, scale, output);
-      break;
-    case at::kDouble:
-      attend<double>(queries, k_cache, v_cache, table, row, length, runs, scale, output);
-      break;
-    case at::kBFloat16:
-      attend<BFloat16>(queries, k_cache, v_cache, table, row, length, runs, scale, output);
-      break;
-    default:
-      TORCH_CHECK_VALUE(false, "paged_attention computes in float32, float64 or bfloat16, not ", q.scalar_type());
-  }
+  with_storage_type(q.scalar_type(), "paged_attention", [&]<typename Stored>(Stored) {
+    attend<Stored>(queries, k_cache, v_cache, table, row, length, runs, scale, output);
+  });
   return output;
 }
 

@@ -22,7 +22,6 @@ class Bytes {
  public:
   Bytes(const uint8_t* data, std::size_t size) : data_(data), size_(size) {}
   uint8_t next() { return place_ < size_ ? data_[place_++] : 0; }
-  bool empty() const { return place_ == size_; }
 
  private:
   const uint8_t* data_;
@@ -82,10 +81,9 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, std::size_t size) {
     require(covered <= segment.begin && segment.begin <= segment.prompt_end && segment.prompt_end <= segment.end &&
                 segment.end <= num_tokens,
             "segments are disjoint and inside the row");
-    write_lone_tokens(out, covered, segment.begin);
     covered = segment.end;
   }
-  write_lone_tokens(out, covered, static_cast<int32_t>(num_tokens));
+  write_uncovered(out, segments.data(), num_segments, num_tokens);
   for (const Segment& segment : segments) {
     const Verdict verdict = layout_segment(tokens.get(), segment, tags, branching, out);
     require(verdict.violation == kOk || (verdict.token_index >= segment.begin && verdict.token_index <= segment.end),

@@ -1,5 +1,7 @@
 """The engine's operators between the attentions against their definitions in float64 PyTorch."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -118,9 +120,9 @@ def test_split_heads_normalises_rotates_and_stores(
     assert torch.equal(v_cache[untouched], v_before[untouched])
 
 
-def heads_job(**changed: Tensor) -> dict[str, Tensor | float | None]:
+def heads_job(**changed: Tensor) -> dict[str, Any]:
     """Valid arguments of split_heads, some of them changed."""
-    job: dict[str, Tensor | float | None] = {
+    job = {
         "qkv_TC": torch.zeros(2, 4 * 8),
         "query_norm_H": None,
         "key_norm_H": None,
@@ -152,9 +154,9 @@ def heads_job(**changed: Tensor) -> dict[str, Tensor | float | None]:
     ],
 )
 def test_split_heads_refuses_what_does_not_fit(changed: dict[str, Tensor], message: str) -> None:
-    assert split_heads(**heads_job()).shape == (2, 2, 8)  # type: ignore[arg-type]
+    assert split_heads(**heads_job()).shape == (2, 2, 8)
     with pytest.raises(ValueError, match=message):
-        split_heads(**heads_job(**changed))  # type: ignore[arg-type]
+        split_heads(**heads_job(**changed))
 
 
 def test_operators_refuse_what_does_not_fit() -> None:

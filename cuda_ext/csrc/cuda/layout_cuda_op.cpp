@@ -28,8 +28,8 @@ void launch(const at::Tensor& tokens, const at::Tensor& bounds, const at::Tensor
                                    num_segments,
                                    tags,
                                    branching};
-  C10_CUDA_CHECK(launch_branch_layout(inputs, out, verdicts, scratch.mutable_data_ptr(),
-                                      at::cuda::getCurrentCUDAStream()));
+  C10_CUDA_CHECK(
+      launch_branch_layout(inputs, out, verdicts, scratch.mutable_data_ptr(), at::cuda::getCurrentCUDAStream()));
 }
 
 // As on the CPU; see csrc/layout_op.cpp. Nothing waits for the device.
@@ -46,13 +46,7 @@ std::tuple<at::Tensor, at::Tensor> branch_layout(const at::Tensor& token_ids, at
   const auto options = token_ids.options().dtype(at::kInt);
   at::Tensor arrays = at::empty({6, num_tokens}, options);
   at::Tensor verdicts = at::empty({2, prompts.numel()}, options);
-  int32_t* rows = arrays.mutable_data_ptr<int32_t>();
-  const LayoutArrays out{rows,
-                         rows + num_tokens,
-                         rows + 2 * num_tokens,
-                         rows + 3 * num_tokens,
-                         rows + 4 * num_tokens,
-                         rows + 5 * num_tokens};
+  const LayoutArrays out = layout_arrays(arrays);
   const TagTable tags = TagTable::make(tag_ids.data());
   int32_t* codes = verdicts.mutable_data_ptr<int32_t>();
   if (tokens.scalar_type() == at::kInt) {

@@ -7,7 +7,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <vector>
 
 #include "npr/layout_units.h"
 
@@ -32,6 +31,17 @@ inline void write_lone_tokens(const LayoutArrays& out, int32_t begin, int32_t en
     write_unit(out, t, t + 1, 0, 0, t + 1, t + 1);
     out.predecessor[t] = -1;
   }
+}
+
+// The tokens that none of the segments covers.
+inline void write_uncovered(const LayoutArrays& out, const Segment* segments, int64_t num_segments,
+                            int64_t num_tokens) {
+  int32_t covered = 0;
+  for (int64_t i = 0; i < num_segments; ++i) {
+    write_lone_tokens(out, covered, segments[i].begin);
+    covered = segments[i].end;
+  }
+  write_lone_tokens(out, covered, static_cast<int32_t>(num_tokens));
 }
 
 // Writes units as they close.

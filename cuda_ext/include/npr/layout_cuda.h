@@ -24,7 +24,8 @@ struct LayoutInputs {
 // Device memory that a launch needs beside its outputs; any content, aligned to 16 bytes.
 size_t layout_scratch_bytes(int64_t num_tokens, int64_t num_segments);
 
-// `verdicts` int32 [2, n]: violation code, token index. All pointers are to device memory; errors are cudaGetLastError's.
+// `verdicts` int32 [2, n]: violation code, token index. All pointers are to device memory; errors are
+// cudaGetLastError's.
 template <typename Token>
 cudaError_t launch_branch_layout(const LayoutInputs<Token>& inputs, const LayoutArrays& out, int32_t* verdicts,
                                  void* scratch, cudaStream_t stream);

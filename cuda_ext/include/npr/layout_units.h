@@ -95,8 +95,9 @@ struct LayoutUnit {
 };
 
 // Feed the tags of a segment in order, then finish. A sink takes
-//   unit(LayoutUnit, end): the unit's tokens are [begin, end), which may be empty; units come in order and cover the segment,
-//   join(first, join): the tokens [first, join) are those of a block's branches, hidden from none after `join`.
+//   unit(LayoutUnit, end): the unit's tokens are [begin, end), which may be empty; units come in order and cover the
+//   segment, join(first, join): the tokens [first, join) are those of a block's branches, hidden from none after
+//   `join`.
 class UnitWalker {
  public:
   NPR_HOST_DEVICE explicit UnitWalker(const Segment& segment)

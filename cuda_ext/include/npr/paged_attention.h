@@ -40,12 +40,9 @@ template <typename Stored>
 class PagedAttentionTask {
  public:
   using T = ComputeOf<Stored>;
-  static constexpr int kMaxTokens = kTileRows;
   static constexpr int kKeysAhead = 32;
 
   PagedAttentionTask() : query_(kTileRows), scores_(kTileRows), output_(kTileRows) {}
-
-  static int tokens_per_run(int group) { return std::max(1, kTileRows / group); }
 
   void run(const PagedAttention<Stored>& job, const TokenRun& tokens, int kv_head) {
     const int group = job.num_heads / job.num_kv_heads;
@@ -122,7 +119,8 @@ class PagedAttentionTask {
     return (token * job.num_heads + static_cast<std::ptrdiff_t>(kv_head) * group) * job.dim;
   }
 
-  void score(OffsetRows<Stored> key_rows, OffsetRows<Stored> value_rows, int row_begin, int row_end, int keys, int dim) {
+  void score(OffsetRows<Stored> key_rows, OffsetRows<Stored> value_rows, int row_begin, int row_end, int keys,
+             int dim) {
     for (int j = 0; j < keys; j += kLanes<T>) {
       for (int i = 0; i < dim; i += kLanes<T>) {
         const int count = std::min(kLanes<T>, dim - i);
@@ -131,7 +129,8 @@ class PagedAttentionTask {
 #pragma GCC unroll 16
           for (int lane = 0; lane < kLanes<T>; ++lane) {
             block[lane] = load(key_rows(j + lane) + i);
-            // Slots lie anywhere: memory is asked for these values, and for the keys after next, before they are needed.
+            // Slots lie anywhere: memory is asked for these values, and for the keys after next, before they are
+            // needed.
             __builtin_prefetch(value_rows(j + lane) + i);
             __builtin_prefetch(key_rows(j + lane + kKeysAhead) + i);
           }
