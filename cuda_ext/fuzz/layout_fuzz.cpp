@@ -102,7 +102,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, std::size_t size) {
     const bool hidden = out.hidden_from[by] <= t && t < out.hidden_until[by];
     require(t < out.sequence_end[by] && !hidden, "a token sees the one that predicts it");
   }
-  const AttentionPlan plan = make_attention_plan(runs);
+  const AttentionPlan plan = make_attention_plan(runs, num_tokens);
   int64_t planned = 0;
   for (std::size_t i = 0; i < plan.units.size(); ++i) planned += plan.units[i].end - plan.units[i].begin;
   require(planned == num_tokens, "the plan covers every query once");

@@ -9,7 +9,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from npr_ext import BranchLayout, UserError, branch_layout
 from npr_ext.testing import TAGS, random_layout
 
-PLAN_HEADER = 4
+PLAN_HEADER = 5
 
 
 def tiles(counts: torch.Tensor, indices: torch.Tensor) -> set[tuple[int, int]]:
@@ -21,9 +21,9 @@ def tiles(counts: torch.Tensor, indices: torch.Tensor) -> set[tuple[int, int]]:
 
 
 def pairs_of_plan(layout: BranchLayout) -> torch.Tensor:
-    """bool [T, T]: the pairs that the attention plan computes, each at most once."""
+    """bool [queries, T]: the pairs that the attention plan computes, each at most once."""
     plan = layout.plan.tolist()
-    tokens, units, intervals, _ = plan[:PLAN_HEADER]
+    tokens, first_query, units, intervals, _ = plan[:PLAN_HEADER]
     first = [plan[PLAN_HEADER + 3 * u + 2] for u in range(units)] + [intervals]
     bounds = plan[PLAN_HEADER + 3 * units :]
     computed = torch.zeros(tokens, tokens, dtype=torch.int32)
@@ -33,7 +33,7 @@ def pairs_of_plan(layout: BranchLayout) -> torch.Tensor:
         for i in range(first[u], first[u + 1]):
             computed[begin:end, bounds[2 * i] : bounds[2 * i + 1]] += 1
     assert computed.max() <= 1
-    return computed.bool()
+    return computed[first_query:].bool()
 
 
 any_layout = st.lists(st.lists(st.integers(0, 12), min_size=1, max_size=40), min_size=1, max_size=4).map(
