@@ -9,13 +9,14 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 SOURCES := setup.py $(shell find cuda_ext/csrc cuda_ext/include -type f 2>/dev/null)
 OPTIONS = $(if $(RESUME),--resume) $(if $(SEED),--seed $(SEED))
 
-.PHONY: help setup demo test test-all cuda-check fuzz base lint format clean
+.PHONY: help setup demo test test-all gpu cuda-check fuzz base lint format clean
 
 help:
 	@echo "make demo       train the small model through all stages and write runs/demo/report.html (RESUME=1, SEED=n)"
 	@echo "make test       lint and the tests that need no GPU and less than ten seconds each"
 	@echo "make test-all   every test that this machine can run"
 	@echo "make setup      install and build into .venv, nothing else"
+	@echo "make gpu        on a machine with a GPU, with its own Python and torch: build, check, time (tests/bench/results)"
 	@echo "make cuda-check compile all CUDA sources with nvcc, list registers and spills"
 	@echo "make fuzz       lay out millions of random rows under the address sanitizer (COUNT=n, SEED=n)"
 	@echo "make base       make the demo's base model from nothing (megatron_npr/assets)"
@@ -53,6 +54,12 @@ test-all: setup lint
 
 base: setup
 	$(BIN)/npr base $(if $(SEED),--seed $(SEED))
+
+# Uses $(PYTHON) and its torch, not .venv: a GPU machine brings its own.
+gpu:
+	$(PYTHON) setup.py --quiet build_ext --inplace
+	PYTHONPATH=.:engine:cuda_ext $(PYTHON) -m pytest -q -c /dev/null --rootdir . --import-mode=importlib -m gpu tests/kernels
+	PYTHONPATH=.:engine:cuda_ext $(PYTHON) -m megatron_npr.bench.gpu
 
 # Runs on any machine with nvcc, GPU or not.
 cuda-check: | $(VENV)/bin/python
