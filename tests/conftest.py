@@ -1,9 +1,15 @@
-"""What all tests share: the skip rules of the markers, and the folder of the `shared` ones."""
+"""What all tests share: the skip rules of the markers, the folder of the `shared` ones, how hypothesis judges."""
 
 import os
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# A verdict depends on results, never on how busy the machine is: hypothesis' time limits fail the first run of a fresh
+# clone (nothing is cached, another build may run) and no other.
+settings.register_profile("npr", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("npr")
 
 SHARED = Path(os.environ.get("NPR_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 
