@@ -6,6 +6,10 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+# As `make test` sets it: small tensors gain nothing from a second thread, threads that wait for a busy core lose much,
+# and the model that the engine's tests train has the same weights everywhere. Tests of threads set their number.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # A verdict depends on results, never on how busy the machine is: hypothesis' time limits fail the first run of a fresh
 # clone (nothing is cached, another build may run) and no other.
 settings.register_profile("npr", deadline=None, suppress_health_check=[HealthCheck.too_slow])
