@@ -18,7 +18,7 @@ help:
 	@echo "make setup      install and build into .venv, nothing else"
 	@echo "make gpu        on a machine with a GPU, with its own Python and torch: build, check, time (tests/bench/results)"
 	@echo "make cuda-check compile all CUDA sources with nvcc, list registers and spills"
-	@echo "make fuzz       lay out millions of random rows under the address sanitizer (COUNT=n, SEED=n)"
+	@echo "make fuzz       millions of random rows under the address sanitizer and against the grammar (COUNT=n, SEED=n)"
 	@echo "make base       make the demo's base model from nothing (megatron_npr/assets)"
 	@echo "make lint       ruff, mypy --strict, import contracts, shellcheck;  make format: apply what ruff can"
 	@echo "make clean      remove build products and caches; .venv and runs stay"
@@ -65,11 +65,12 @@ gpu:
 cuda-check: | $(VENV)/bin/python
 	$(BIN)/python cuda_ext/cuda_check.py
 
-fuzz:
+fuzz: setup
 	@mkdir -p build
 	$(CXX) -std=c++20 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -Icuda_ext/include \
 		cuda_ext/fuzz/layout_fuzz.cpp -o build/layout_fuzz
 	build/layout_fuzz $(or $(COUNT),2000000) $(or $(SEED),0)
+	$(BIN)/python cuda_ext/fuzz/grammar_fuzz.py $(or $(COUNT),1000000) $(or $(SEED),0)
 
 lint: setup
 	$(BIN)/ruff format --check --quiet .

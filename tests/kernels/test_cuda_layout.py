@@ -31,7 +31,7 @@ def test_every_cuda_source_compiles_without_a_warning() -> None:
 
 
 @pytest.mark.gpu
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.lists(st.tuples(st.integers(0, 3000), st.integers(0, 40)), min_size=1, max_size=6),
     st.integers(0, 10**6),
