@@ -100,9 +100,10 @@ def measure(world: World, folder: Path, sequence_parallel: bool) -> dict[str, An
 
 def logits_difference(policy: Any, world: World, folder: Path) -> float:
     """Largest |logit - transformers' own logit| over a causal sequence of 40 tokens (on the last stage; 0 elsewhere)."""
-    from transformers import Qwen3ForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    token_ids = torch.from_numpy(np.random.default_rng(1).integers(0, 97, 40))
+    size = policy.model_config.vocab_size
+    token_ids = torch.from_numpy(np.random.default_rng(1).integers(0, size, 40))
     layout = branch_layout(token_ids, tags=TAGS, prompt_lengths=4, branching=False).as_tensor()
 
     def forward_step(rows: Any, model: torch.nn.Module) -> Any:
@@ -123,8 +124,8 @@ def logits_difference(policy: Any, world: World, folder: Path) -> float:
         return 0.0
     shards = [torch.empty_like(outputs[0]) for _ in range(world.tensor_size)]
     dist.all_gather(shards, outputs[0].contiguous(), group=world.tensor_group)
-    logits = torch.cat(shards, dim=-1).reshape(40, -1)[:, :97]
-    expected = Qwen3ForCausalLM.from_pretrained(folder)(token_ids[None]).logits[0]
+    logits = torch.cat(shards, dim=-1).reshape(40, -1)[:, :size]
+    expected = AutoModelForCausalLM.from_pretrained(folder)(token_ids[None]).logits[0]
     return float((logits - expected).detach().abs().max())
 
 

@@ -1,4 +1,4 @@
-"""A tiny Llama as a GGUF file (random weights, bytes and a few merges as tokens), and the converted SmolLM2."""
+"""A tiny Llama as a GGUF file (random weights, bytes and a few merges as tokens)."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_npr.convert import convert_gguf
 from npr_engine.vocabulary import _byte_level_table
-from npr_ext.errors import UserError
 
 HEADS, KV_HEADS, HIDDEN, FFN, LAYERS = 4, 2, 64, 96, 2
 CONTROLS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<spare_{n}>" for n in range(10))]
@@ -123,14 +121,3 @@ def new_gguf(tmp_path: Path) -> Callable[..., Path]:
         return write_gguf(tmp_path / "tiny.gguf", metadata, kept, **options)
 
     return make
-
-
-@pytest.fixture(scope="session")
-def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SmolLM2-135M-Instruct as a Hugging Face folder."""
-    folder = tmp_path_factory.mktemp("smollm2") / "model"
-    try:
-        convert_gguf("smollm2", folder)
-    except UserError as error:
-        pytest.skip(str(error))
-    return folder
