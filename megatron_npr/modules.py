@@ -199,7 +199,7 @@ class LayoutRotaryEmbedding(torch.nn.Module):
 
 
 def layer_spec(*, qk_norm: bool) -> ModuleSpec:
-    """One transformer layer of the Qwen3 family with branch attention."""
+    """One transformer layer of Qwen3 (with norms of the heads), Qwen2.5 or Llama, with branch attention."""
     norm = RMSNorm if qk_norm else None
     return ModuleSpec(
         module=TransformerLayer,

@@ -36,3 +36,17 @@ def _has_gpu() -> bool:
 def shared_folder() -> Path:
     """The folder that tests marked `shared` read."""
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M-Instruct as a Hugging Face folder with the tags; skips where its packages are missing."""
+    from megatron_npr.convert import convert_gguf
+    from npr_ext.errors import UserError
+
+    folder = tmp_path_factory.mktemp("smollm2") / "model"
+    try:
+        convert_gguf("smollm2", folder)
+    except UserError as error:
+        pytest.skip(str(error))
+    return folder

@@ -111,9 +111,10 @@ def measure(world: World, folder: Path, parallel: ParallelSettings, recompute: R
 
 def logits_difference(policy: Any, world: World, folder: Path) -> float:
     """Largest |logit - transformers' own logit| over a causal sequence of 40 tokens (on the last stage; 0 elsewhere)."""
-    from transformers import Qwen3ForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    token_ids = torch.from_numpy(np.random.default_rng(1).integers(0, 97, 40))
+    size = policy.model_config.vocab_size
+    token_ids = torch.from_numpy(np.random.default_rng(1).integers(0, size, 40))
     layout = branch_layout(token_ids, tags=TAGS, prompt_lengths=4, branching=False).as_tensor()
 
     begin, end = shard_bounds(40, world.context_rank, world.context_size)
@@ -137,8 +138,8 @@ def logits_difference(policy: Any, world: World, folder: Path) -> float:
         return 0.0
     shards = [torch.empty_like(outputs[0]) for _ in range(world.tensor_size)]
     dist.all_gather(shards, outputs[0].contiguous(), group=world.tensor_group)
-    logits = torch.cat(shards, dim=-1).reshape(end - begin, -1)[:, :97]
-    expected = Qwen3ForCausalLM.from_pretrained(folder)(token_ids[None]).logits[0, begin:end]
+    logits = torch.cat(shards, dim=-1).reshape(end - begin, -1)[:, :size]
+    expected = AutoModelForCausalLM.from_pretrained(folder)(token_ids[None]).logits[0, begin:end]
     return float((logits - expected).detach().abs().max())
 
 

@@ -57,6 +57,19 @@ def test_linear_on_strided_input_and_any_number_of_threads(threads: int, rows: i
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("inside", [576, 1536, 4096])
+@pytest.mark.parametrize("rows", [2, 12, 52])
+def test_the_rounding_error_of_linear_is_at_most_twice_pytorchs(rows: int, inside: int) -> None:
+    generator = torch.Generator().manual_seed(inside + rows)
+    x, weight = (torch.rand(count, inside, generator=generator) for count in (rows, 64))
+    exact = x.double() @ weight.double().T
+    ours, theirs = (
+        float((product.double() / exact - 1).square().mean().sqrt())
+        for product in (linear(x, weight), F.linear(x, weight))
+    )
+    assert ours <= 2 * theirs
+
+
 @settings(max_examples=40)
 @given(SEEDS, DTYPES, st.integers(0, 40), st.integers(1, 200))
 def test_rms_norm(seed: int, dtype: torch.dtype, rows: int, size: int) -> None:
