@@ -65,7 +65,7 @@ class ContextModel:
             draw = random.Random(zlib.crc32(context.tobytes()))
             drawn.append(next_token(context[:, 0].tolist(), draw))
         zeros = np.zeros(len(drawn), np.float32)
-        return Sampled(np.array(drawn, np.int32), zeros, zeros)
+        return Sampled(np.array(drawn, np.int32), zeros, zeros, np.zeros(len(drawn), np.bool_))
 
 
 def decode_alone(request: Request) -> Finished:
