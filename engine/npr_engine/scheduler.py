@@ -168,12 +168,8 @@ class Scheduler:
         """The next step, or None when nothing is left to do."""
         self._admit()
         self._reserve_decoding()
-        decoding = np.flatnonzero(self._rows.decoding)
-        plan = StepPlan(self._rows, max(self.limits.max_batch_tokens - len(decoding), 1))
-        self._fill_prompts(plan)
-        for response in list(self._running):
-            if response.work and response.seat >= 0:
-                self._do_work(response, plan)
+        plan = StepPlan(self._rows, 0)
+        self._do_all_work(plan)
         room = self.limits.max_batch_tokens - plan.num_chunk_tokens
         decoding = self._first_come(np.flatnonzero(self._rows.decoding), room)
         if len(decoding) + plan.num_chunk_tokens == 0:
@@ -293,18 +289,37 @@ class Scheduler:
         rows.table[prompt.row, :length], rows.reserved[prompt.row] = prompt.slots, length
         self._filling.append(prompt)
 
-    def _fill_prompts(self, plan: StepPlan) -> None:
-        """Chunks of prompts whose KV is not complete, in order of arrival."""
-        while self._filling and plan.room:
-            prompt = self._filling[0]
-            count = min(len(prompt.token_ids) - prompt.fed, plan.room)
-            plan.add(prompt.row, count)
-            prompt.fed += count
-            prompt.planned_step = self.step
-            if prompt.ready:
-                self._memory.retired.append(prompt.row)
-                prompt.row = -1
-                self._filling.pop(0)
+    def _do_all_work(self, plan: StepPlan) -> None:
+        """Chunks of prompts, of recomputation and of forced text, oldest response first. What it plans leaves room for
+        the decoding of older responses only: the oldest always gets on, and where all do not fit, the youngest wait.
+        """
+        limit, running = self.limits.max_batch_tokens, list(self._running)
+        seats = self._rows.seat[np.flatnonzero(self._rows.decoding)]
+        if any(response.work for response in running):
+            decoding = np.bincount(seats, minlength=self.limits.max_running)
+            taken = np.cumsum(decoding[[response.seat for response in running]]).tolist()
+            for response, older in zip(running, taken, strict=True):
+                plan.room = limit - older - plan.num_chunk_tokens
+                if response.work and response.seat >= 0 and plan.room > 0:
+                    assert response.prompt is not None
+                    self._fill(response.prompt, plan)
+                    self._do_work(response, plan)
+        plan.room = limit - len(seats) - plan.num_chunk_tokens
+        for prompt in list(self._filling):  # those whose users are gone
+            self._fill(prompt, plan)
+
+    def _fill(self, prompt: PromptKV, plan: StepPlan) -> None:
+        """The next chunk of a prompt whose KV is not complete."""
+        count = min(len(prompt.token_ids) - prompt.fed, plan.room)
+        if prompt.ready or count <= 0:
+            return
+        plan.add(prompt.row, count)
+        prompt.fed += count
+        prompt.planned_step = self.step
+        if prompt.ready:
+            self._memory.retired.append(prompt.row)
+            prompt.row = -1
+            self._filling.remove(prompt)
 
     def _reserve_decoding(self) -> None:
         """A slot for the next token of every branch; the youngest response gives way where there is none."""
