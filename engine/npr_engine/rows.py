@@ -141,7 +141,7 @@ class Seats:
     """What the running responses' budgets leave and how they sample, as arrays over seats.
 
     `tokens_left` of max_tokens; `last_position`, the last one that a token may have; `stop_ids` int32
-    [seats, most], padded with -1.
+    [seats, most], padded with -1; `num_constrained` of the seats taken are constrained.
     """
 
     def __init__(self, num_seats: int) -> None:
@@ -153,6 +153,7 @@ class Seats:
         self.min_p: NDArray[np.float32] = np.zeros(num_seats, np.float32)
         self.penalty: NDArray[np.float32] = np.ones(num_seats, np.float32)
         self.constrained: NDArray[np.bool_] = np.zeros(num_seats, np.bool_)
+        self.num_constrained = 0
         self.stop_ids: NDArray[np.int32] = np.empty((num_seats, 0), np.int32)
         self._free = list(range(num_seats - 1, -1, -1))
 
@@ -170,6 +171,7 @@ class Seats:
         )
         self.min_p[seat], self.penalty[seat] = params.min_p, params.repetition_penalty
         self.constrained[seat] = params.constrain
+        self.num_constrained += params.constrain
         stops = len(params.stop_token_ids)
         if stops > self.stop_ids.shape[1]:
             wider = np.full((len(self.stop_ids), stops), -1, np.int32)
@@ -181,5 +183,6 @@ class Seats:
     def leave(self, seat: int) -> None:
         assert seat not in self._free, f"seat {seat} left twice"
         self.stop_ids[seat] = -1
+        self.num_constrained -= int(self.constrained[seat])
         self.constrained[seat] = False
         self._free.append(seat)

@@ -193,11 +193,7 @@ class Scheduler:
             min_p=seats.min_p[seat],
             penalty=penalty,
             penalised=self._penalised(sampled, penalty),
-            masks=np.where(
-                seats.constrained[seat],
-                self.constraint.masks(rows.state[sampled], rows.phase[sampled]),
-                np.int32(0),
-            ),
+            masks=self._masks(sampled, seat),
         )
 
     def commit(self, batch: Batch, sampled: Sampled, *, stream: bool = False) -> None:
@@ -295,7 +291,7 @@ class Scheduler:
         """
         limit, running = self.limits.max_batch_tokens, list(self._running)
         seats = self._rows.seat[np.flatnonzero(self._rows.decoding)]
-        if any(response.work for response in running):
+        if any([response.work for response in running]):  # noqa: C419 (a generator takes twice as long)
             decoding = np.bincount(seats, minlength=self.limits.max_running)
             taken = np.cumsum(decoding[[response.seat for response in running]]).tolist()
             for response, older in zip(running, taken, strict=True):
@@ -462,9 +458,9 @@ class Scheduler:
         self, row: NDArray[np.int32], seat: NDArray[np.int32], token: NDArray[np.int32]
     ) -> None:
         """What the tokens of constrained responses mean for the next mask."""
-        constrained = self._seats.constrained[seat]
-        if not constrained.any():
+        if self._seats.num_constrained == 0:
             return
+        constrained = self._seats.constrained[seat]
         row, token = row[constrained], token[constrained]
         rows, states = self._rows, self._rows.state[row]
         rows.phase[row] = self.constraint.following(states, rows.phase[row], token)
@@ -474,6 +470,8 @@ class Scheduler:
 
     def _end_stopped(self, seat: NDArray[np.int32], token: NDArray[np.int32]) -> None:
         """Ends responses by their stop tokens."""
+        if self._seats.stop_ids.shape[1] == 0:
+            return
         stopped = (self._seats.stop_ids[seat] == token[:, None]).any(1)
         for place in np.unique(seat[stopped]).tolist():
             response = self._at_seat[place]
@@ -516,6 +514,13 @@ class Scheduler:
             response = self._at_seat[place]
             if response is not None:
                 self._finish(response, "length")
+
+    def _masks(self, sampled: NDArray[np.int32], seat: NDArray[np.int32]) -> NDArray[np.int32]:
+        """What each sampled row may not draw, as rows of `constraint.forbidden`; 0 where it is not constrained."""
+        if self._seats.num_constrained == 0:
+            return np.zeros(len(sampled), np.int32)
+        masks = self.constraint.masks(self._rows.state[sampled], self._rows.phase[sampled])
+        return np.where(self._seats.constrained[seat], masks, np.int32(0))
 
     def _penalised(self, sampled: NDArray[np.int32], penalty: NDArray[np.float32]) -> NDArray[np.int32]:
         """Tokens of the open step of each sampled row, int32 [S, L], padded with -1."""
