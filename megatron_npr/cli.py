@@ -199,6 +199,23 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: all cores)")
 
 
+def _run_draw(arguments: argparse.Namespace) -> int:
+    if arguments.out.is_dir():
+        raise UserError(f"cannot write to {arguments.out}: it is a folder: name a file")
+    _check_run_folder(arguments.out.parent)
+    module = importlib.import_module(f"megatron_npr.report.{arguments.name}_picture")
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(module.draw(), encoding="utf-8")
+    print(arguments.out)
+    return 0
+
+
+def _draw_arguments(parser: argparse.ArgumentParser) -> None:
+    shipped = Path(__file__).parent / "assets" / "layout.svg"
+    parser.add_argument("name", choices=("layout",), help="what to draw")
+    parser.add_argument("--out", type=Path, default=shipped, help="SVG to write (default: the README's)")
+
+
 BENCHES = ("layout", "attention")
 TOOLS = {
     "demo": Tool("all stages on the small model, with a report", _run_demo, _demo_arguments),
@@ -207,6 +224,7 @@ TOOLS = {
         "build report.html and report.json of a finished demo again", _run_report, _report_arguments
     ),
     "bench": Tool("measure layouts or attention; prints JSON", _run_bench, _bench_arguments),
+    "draw": Tool("draw a small response's layout: mask, tiles, timeline", _run_draw, _draw_arguments),
     "trace": Tool(
         "check rollouts for real concurrency and write a Chrome trace", _run_trace, _trace_arguments
     ),

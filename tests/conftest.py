@@ -1,9 +1,19 @@
-"""What all tests share: the skip rules of the markers, and the folder of the `shared` ones."""
+"""What all tests share: the skip rules of the markers, the folder of the `shared` ones, how hypothesis judges."""
 
 import os
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# As `make test` sets it: small tensors gain nothing from a second thread, threads that wait for a busy core lose much,
+# and the model that the engine's tests train has the same weights everywhere. Tests of threads set their number.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A verdict depends on results, never on how busy the machine is: hypothesis' time limits fail the first run of a fresh
+# clone (nothing is cached, another build may run) and no other.
+settings.register_profile("npr", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("npr")
 
 SHARED = Path(os.environ.get("NPR_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 

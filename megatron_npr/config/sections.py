@@ -15,6 +15,9 @@ NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
+Recompute = Literal["none", "selective", "full"]
+
+
 class Section(BaseModel):
     """Base of all tables: immutable, and a key that is not in the schema is an error."""
 
@@ -33,6 +36,9 @@ class RunSettings(Section):
 class ModelSettings(Section):
     path: Path = Field(description="Hugging Face folder: config.json, *.safetensors, tokenizer.json")
     dtype: Literal["fp32", "bf16"] = Field("bf16", description="number format of weights and activations")
+    recompute: Recompute = Field(
+        "none", description="activations that backward computes again: selective = MLPs, full = whole layers"
+    )
 
 
 class ParallelSettings(Section):
