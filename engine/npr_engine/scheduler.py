@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from npr_engine.batch import Batch, Sampled, SampleInputs
 from npr_engine.branching import Branching, error
 from npr_engine.constraint import Constraint, Phase
+from npr_engine.draws import Draws
 from npr_engine.grammar import Grammar
 from npr_engine.kv_pool import BlockPool
 from npr_engine.memory import Memory
@@ -31,7 +32,6 @@ from npr_engine.response_state import Branch, Feed, Join, Open, Record, Request,
 from npr_engine.rows import Rows, Seats
 from npr_engine.step_plan import StepPlan
 from npr_engine.streaming import TokenEvent, last_events, new_events
-from npr_engine.uniforms import uniforms
 from npr_engine.vocabulary import TokenClass
 from npr_ext.errors import UserError
 
@@ -89,6 +89,7 @@ class Scheduler:
         self._rows = Rows(width=64, capacity=64)
         self._seats = Seats(limits.max_running)
         self._memory = Memory(BlockPool(limits.num_blocks, limits.block_size), self._rows)
+        self._draws = Draws(self._rows, self._seats, self.constraint)
         self._branching = Branching(grammar, self._rows, self._seats)
         self._waiting: deque[ResponseState] = deque()
         self._running: list[ResponseState] = []  # in order of arrival
@@ -182,19 +183,7 @@ class Scheduler:
 
     def sample_inputs(self, batch: Batch) -> SampleInputs:
         """How to sample after the batch that was just planned."""
-        rows, seats, sampled = self._rows, self._seats, batch.sample_rows
-        seat = rows.seat[sampled]
-        penalty = np.where(rows.step_start[sampled] >= 0, seats.penalty[seat], np.float32(1.0))
-        return SampleInputs(
-            uniforms=uniforms(rows.key[sampled], rows.position[sampled]),
-            temperature=seats.temperature[seat],
-            top_p=seats.top_p[seat],
-            top_k=seats.top_k[seat],
-            min_p=seats.min_p[seat],
-            penalty=penalty,
-            penalised=self._penalised(sampled, penalty),
-            masks=self._masks(sampled, seat),
-        )
+        return self._draws.inputs(batch.sample_rows)
 
     def commit(self, batch: Batch, sampled: Sampled, *, stream: bool = False) -> None:
         """Takes what the planned step has sampled: new tokens, forks, joins, ends. `stream` keeps in mind which
@@ -514,24 +503,6 @@ class Scheduler:
             response = self._at_seat[place]
             if response is not None:
                 self._finish(response, "length")
-
-    def _masks(self, sampled: NDArray[np.int32], seat: NDArray[np.int32]) -> NDArray[np.int32]:
-        """What each sampled row may not draw, as rows of `constraint.forbidden`; 0 where it is not constrained."""
-        if self._seats.num_constrained == 0:
-            return np.zeros(len(sampled), np.int32)
-        masks = self.constraint.masks(self._rows.state[sampled], self._rows.phase[sampled])
-        return np.where(self._seats.constrained[seat], masks, np.int32(0))
-
-    def _penalised(self, sampled: NDArray[np.int32], penalty: NDArray[np.float32]) -> NDArray[np.int32]:
-        """Tokens of the open step of each sampled row, int32 [S, L], padded with -1."""
-        if (penalty == 1.0).all():
-            return np.empty((len(sampled), 0), np.int32)
-        start = self._rows.step_start[sampled]
-        length = np.where(penalty == 1.0, 0, self._rows.known[sampled] - start)
-        columns = np.arange(length.max())
-        inside = columns < length[:, None]
-        source = np.where(inside, start[:, None] + columns, 0)
-        return np.where(inside, self._rows.tokens[sampled[:, None], source], -1).astype(np.int32)
 
     def _by_arrival(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """The rows, oldest response first, the rows of a response in order of their number."""
