@@ -108,7 +108,10 @@ def build_engine(session: Session, weights: Mapping[str, Tensor], settings: Roll
         return _sglang_backend(session, settings)
     world = session.world
     model = InferenceModel(
-        session.model_config, weights, world.tensor_group if world.tensor_size > 1 else None
+        session.model_config,
+        weights,
+        world.tensor_group if world.tensor_size > 1 else None,
+        fp8=settings.fp8,
     )
     return Engine(
         model,

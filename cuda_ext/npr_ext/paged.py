@@ -5,6 +5,8 @@ from torch import Tensor
 
 from npr_ext import _C  # noqa: F401  (loading it registers torch.ops.npr)
 
+RUN_TOKENS = 16  # tokens of a prefill chunk that a GPU computes together
+
 
 def paged_attention(
     q_TNH: Tensor,

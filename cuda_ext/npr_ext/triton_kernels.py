@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-RUN_TOKENS = 16  # tokens of a prefill chunk that are computed together
+from npr_ext.paged import RUN_TOKENS
+
 MAX_SPLITS = 32
 PROGRAMS_WANTED = 512  # a few for each multiprocessor of a large device
 

@@ -18,6 +18,7 @@ class Batch:
         rows: int32 [T], table row of each token.
         lengths: int32 [T], token t sees tables[rows[t], :lengths[t]] (itself included).
         tables: int32 [rows, width], all table rows of the engine.
+        births: int64 [rows], tells the owners of a table row apart.
         sample_index: int64 [S], places in T whose logits are sampled from.
         sample_rows: int32 [S], their table rows.
         num_decode: the first so many tokens are steady decoding, the rest prompts, forced tokens and
@@ -30,6 +31,7 @@ class Batch:
     rows: NDArray[np.int32]
     lengths: NDArray[np.int32]
     tables: NDArray[np.int32]
+    births: NDArray[np.int64]
     sample_index: NDArray[np.int64]
     sample_rows: NDArray[np.int32]
     num_decode: int

@@ -198,6 +198,7 @@ class Engine:
 
     def weights_updated(self, version: int) -> None:
         """The weights are others now: all KV is void, rollouts from here on carry `version`."""
+        self.model.refresh()
         self._scheduler.restart_all()
         self._weights_version = version
 

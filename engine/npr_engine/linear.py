@@ -8,18 +8,26 @@ processors of other vendors keeps to 256-bit vectors.) Measured on a Zen 5 core,
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from npr_engine.fp8 import Fp8Weight, fp8_linear
 from npr_ext import linear as rows_linear
 
 ROWS_OF_A_STEP = 256
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
-def linear(x_TC: Tensor, weight_DC: Tensor, bias_D: Tensor | None = None) -> Tensor:
+Weight: TypeAlias = Tensor | Fp8Weight
+
+
+def linear(x_TC: Tensor, weight_DC: Weight, bias_D: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias, [T, D]."""
+    if isinstance(weight_DC, Fp8Weight):
+        return fp8_linear(x_TC, weight_DC, bias_D)
     if x_TC.device.type == "cpu":
         if len(x_TC) < ROWS_OF_A_STEP:
             return rows_linear(x_TC, weight_DC, bias_D)

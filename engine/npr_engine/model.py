@@ -7,7 +7,7 @@ per group, fused [gate; up]) and are referenced, never copied: an optimizer step
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from npr_engine.linear import linear
+from npr_engine.fp8 import ALIGNMENT, Fp8Weight
+from npr_engine.linear import Weight, linear
 from npr_engine.rotary import Rotary
 from npr_ext import paged_attention, rms_norm, silu_mul, split_heads
 from npr_ext.errors import UserError
@@ -58,7 +59,7 @@ class KVCache:
 @dataclass(frozen=True)
 class Step:
     """What a forward needs about its T tokens: see Batch. `tables` int32 [rows, width], the rest [T] or
-    [S]."""
+    [S]. `runs` int32 [R, 2] for a GPU, see npr_ext.paged."""
 
     token_ids: Tensor
     positions: Tensor
@@ -67,6 +68,7 @@ class Step:
     lengths: Tensor
     tables: Tensor
     sample_index: Tensor
+    runs: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -74,22 +76,28 @@ class LayerWeights:
     """Weights of one layer, local shards."""
 
     attention_norm_D: Tensor
-    qkv_CD: Tensor
+    qkv_CD: Weight
     qkv_bias_C: Tensor | None
     query_norm_H: Tensor | None
     key_norm_H: Tensor | None
-    proj_DC: Tensor
+    proj_DC: Weight
     mlp_norm_D: Tensor
-    gate_up_FD: Tensor
-    down_DF: Tensor
+    gate_up_FD: Weight
+    down_DF: Weight
 
 
 class InferenceModel:
     """Runs a step of the engine: writes the KV of its tokens, gives the logits that are sampled from."""
 
     def __init__(
-        self, config: ModelConfig, weights: Mapping[str, Tensor], tp_group: ProcessGroup | None = None
+        self,
+        config: ModelConfig,
+        weights: Mapping[str, Tensor],
+        tp_group: ProcessGroup | None = None,
+        *,
+        fp8: bool = False,
     ) -> None:
+        """`fp8`: the layers' projections are copied into e4m3; all else are the given tensors themselves."""
         self.config = config
         self._group = tp_group
         self._tp_size = 1 if tp_group is None else dist.get_world_size(tp_group)
@@ -102,7 +110,11 @@ class InferenceModel:
         reader = _Reader(weights)
         self._weights = reader.taken
         self._embedding_VD = reader["embedding.word_embeddings.weight"]
-        self._layers = [_layer_weights(reader, config, layer) for layer in range(config.num_layers)]
+        self._fp8: dict[str, Fp8Weight] = {}
+        projection = (lambda name: self._in_fp8(name, reader[name])) if fp8 else reader.__getitem__
+        self._layers = [
+            _layer_weights(reader, config, layer, projection) for layer in range(config.num_layers)
+        ]
         self._final_norm_D = reader["decoder.final_layernorm.weight"]
         self._output_VD = self._embedding_VD if config.tied_embeddings else reader["output_layer.weight"]
         self._check_shapes()
@@ -125,6 +137,20 @@ class InferenceModel:
             if new.data_ptr() != own.data_ptr():
                 own.copy_(new.detach())
 
+    def refresh(self) -> None:
+        """After the weights' values have changed: the copies in FP8 follow."""
+        for name, weight in self._fp8.items():
+            weight.load(self._weights[name])
+
+    def _in_fp8(self, name: str, weight: Tensor) -> Fp8Weight:
+        rows, columns = weight.shape
+        if rows % ALIGNMENT or columns % ALIGNMENT:
+            raise UserError(
+                f"fp8: {name} is {rows} x {columns} on this rank, both must be multiples of {ALIGNMENT}: turn fp8 off"
+            )
+        self._fp8[name] = Fp8Weight.of(weight)
+        return self._fp8[name]
+
     @property
     def dtype(self) -> torch.dtype:
         return self._embedding_VD.dtype
@@ -134,7 +160,9 @@ class InferenceModel:
         return self._embedding_VD.device
 
     def new_cache(self, num_slots: int) -> KVCache:
-        """An empty cache for this rank's heads; what it holds at first is never read."""
+        """An empty cache for this rank's heads; what it holds at first is never read. Tokens' positions are below
+        `num_slots` from then on."""
+        self._rotary.need(num_slots)
         shape = (self.config.num_layers, num_slots, self._num_groups, self.config.head_dim)
         keys = torch.empty(shape, dtype=self.dtype, device=self.device)
         return KVCache(keys, torch.empty_like(keys))
@@ -142,7 +170,7 @@ class InferenceModel:
     def forward(self, step: Step, cache: KVCache) -> Tensor:
         """Logits [S, V] after the tokens at `step.sample_index`; S may be 0."""
         hidden_TD = self._embed(step.token_ids)
-        angles = self._rotary.tables(int(step.positions.max()))
+        angles = self._rotary.tables
         sampled = step.sample_index if len(step.sample_index) < len(hidden_TD) else None
         for layer, weights in enumerate(self._layers):
             keys, values = cache.keys[layer], cache.values[layer]
@@ -169,11 +197,11 @@ class InferenceModel:
         queries_TNH = split_heads(
             qkv_TC, *norms, *angles, step.positions, step.slots, keys_SGH, values_SGH, eps
         )
-        rows, lengths = step.rows, step.lengths
+        rows, lengths, runs = step.rows, step.lengths, step.runs
         if wanted is not None:
             queries_TNH, hidden_TD = queries_TNH.index_select(0, wanted), hidden_TD.index_select(0, wanted)
-            rows, lengths = rows.index_select(0, wanted), lengths.index_select(0, wanted)
-        mixed_TNH = paged_attention(queries_TNH, keys_SGH, values_SGH, step.tables, rows, lengths)
+            rows, lengths, runs = rows.index_select(0, wanted), lengths.index_select(0, wanted), None
+        mixed_TNH = paged_attention(queries_TNH, keys_SGH, values_SGH, step.tables, rows, lengths, runs=runs)
         return hidden_TD + self._all_reduce(linear(mixed_TNH.flatten(1), weights.proj_DC))
 
     def _feed_forward(self, weights: LayerWeights, hidden_TD: Tensor) -> Tensor:
@@ -241,16 +269,18 @@ class _Reader:
         return self.taken[name]
 
 
-def _layer_weights(reader: _Reader, config: ModelConfig, layer: int) -> LayerWeights:
+def _layer_weights(
+    reader: _Reader, config: ModelConfig, layer: int, projection: Callable[[str], Weight]
+) -> LayerWeights:
     attention, mlp = f"decoder.layers.{layer}.self_attention.", f"decoder.layers.{layer}.mlp."
     return LayerWeights(
         attention_norm_D=reader[attention + "linear_qkv.layer_norm_weight"],
-        qkv_CD=reader[attention + "linear_qkv.weight"],
+        qkv_CD=projection(attention + "linear_qkv.weight"),
         qkv_bias_C=reader[attention + "linear_qkv.bias"] if config.qkv_bias else None,
         query_norm_H=reader[attention + "q_layernorm.weight"] if config.qk_norm else None,
         key_norm_H=reader[attention + "k_layernorm.weight"] if config.qk_norm else None,
-        proj_DC=reader[attention + "linear_proj.weight"],
+        proj_DC=projection(attention + "linear_proj.weight"),
         mlp_norm_D=reader[mlp + "linear_fc1.layer_norm_weight"],
-        gate_up_FD=reader[mlp + "linear_fc1.weight"],
-        down_DF=reader[mlp + "linear_fc2.weight"],
+        gate_up_FD=projection(mlp + "linear_fc1.weight"),
+        down_DF=projection(mlp + "linear_fc2.weight"),
     )

@@ -31,6 +31,7 @@ class Rows:
         position: position of the next token to feed.
         promised: slots beyond `length` that the step which is being planned will use.
         decoding: one token pending, sample after it: the steady state.
+        birth: serial number of the row's allocation; below `length` its table row is never rewritten.
         seat: the response's index in Seats.
         key: uint64, names the branch to the sampler.
         state: the parser's State after the row's last token.
@@ -53,6 +54,8 @@ class Rows:
         self.promised: NDArray[np.int32] = np.zeros(FIRST_ROWS, np.int32)
         self.position: NDArray[np.int32] = np.zeros(FIRST_ROWS, np.int32)
         self.decoding: NDArray[np.bool_] = np.zeros(FIRST_ROWS, np.bool_)
+        self.birth: NDArray[np.int64] = np.zeros(FIRST_ROWS, np.int64)
+        self._births = 0
         self.seat: NDArray[np.int32] = np.full(FIRST_ROWS, -1, np.int32)
         self.key: NDArray[np.uint64] = np.zeros(FIRST_ROWS, np.uint64)
         self.state: NDArray[np.int8] = np.zeros(FIRST_ROWS, np.int8)
@@ -83,6 +86,8 @@ class Rows:
             self.phase,
         ):
             array[row] = 0
+        self._births += 1
+        self.birth[row] = self._births
         self.position[row], self.seat[row], self.key[row], self.step_start[row] = position, seat, key, -1
         return row
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from npr_engine.batch import Batch, Sampled, SampleInputs
 from npr_engine.constraint import Constraint
+from npr_engine.device_forward import DeviceForward
 from npr_engine.model import InferenceModel, KVCache, Step
 from npr_engine.sampler import sample
 
@@ -21,40 +20,47 @@ class Runner:
         self._constraint = constraint
         self._forbidden: Tensor | None = None
         self._num_slots = num_slots
-        self._cache: KVCache | None = model.new_cache(num_slots)
+        self._cache: KVCache | None = None
+        self._on_device: DeviceForward | None = None
+        self.resume_memory()
 
     @property
     def has_memory(self) -> bool:
         return self._cache is not None
 
     def release_memory(self) -> None:
-        self._cache = None
+        self._cache = self._on_device = None
 
     def resume_memory(self) -> None:
         if self._cache is None:
             self._cache = self._model.new_cache(self._num_slots)
+            if self._model.device.type == "cuda":
+                self._on_device = DeviceForward(self._model, self._cache)
 
     @torch.inference_mode()
     def run(self, batch: Batch, inputs: SampleInputs) -> Sampled:
         """Feeds the batch and samples after it."""
         assert self._cache is not None, "the KV cache is released"
-        step = Step(
-            token_ids=self._tensor(batch.token_ids),
-            positions=self._tensor(batch.positions),
-            slots=self._tensor(batch.slots),
-            rows=self._tensor(batch.rows),
-            lengths=self._tensor(batch.lengths),
-            tables=self._tensor(batch.tables),
-            sample_index=self._tensor(batch.sample_index),
-        )
-        logits = self._model.forward(step, self._cache)
+        if self._on_device is not None:
+            logits = self._on_device.logits(batch)
+        else:
+            logits = self._model.forward(self._step(batch), self._cache)
         return sample(logits, inputs, self._masks() if inputs.masks.any() else None)
+
+    def _step(self, batch: Batch) -> Step:
+        """The batch as tensors that share its memory."""
+        return Step(
+            token_ids=torch.from_numpy(batch.token_ids),
+            positions=torch.from_numpy(batch.positions),
+            slots=torch.from_numpy(batch.slots),
+            rows=torch.from_numpy(batch.rows),
+            lengths=torch.from_numpy(batch.lengths),
+            tables=torch.from_numpy(batch.tables),
+            sample_index=torch.from_numpy(batch.sample_index),
+        )
 
     def _masks(self) -> Tensor:
         """The forbidden tokens of each mask, bool [K, V], on the model's device."""
         if self._forbidden is None:
             self._forbidden = torch.from_numpy(self._constraint.forbidden).to(self._model.device)
         return self._forbidden
-
-    def _tensor(self, array: NDArray[np.int32] | NDArray[np.int64]) -> Tensor:
-        return torch.from_numpy(array).to(self._model.device)

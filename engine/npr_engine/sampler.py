@@ -31,9 +31,12 @@ def sample(logits_SV: Tensor, inputs: SampleInputs, forbidden_KV: Tensor | None 
     policy_S = sampler_S
     if scores_SV is not logits_SV or greedy_S.any():
         policy_S = torch.log_softmax(logits_SV, -1).gather(1, tokens_S[:, None])[:, 0]
-    logprobs = policy_S.float().cpu().numpy()
-    invalid = np.isnan(logprobs)
-    return Sampled(tokens_S.to(torch.int32).cpu().numpy(), logprobs, sampler_S.float().cpu().numpy(), invalid)
+    # One transfer, hence one wait for a GPU; float64 holds every token id.
+    tokens, logprobs, sampler_logprobs = (
+        torch.stack((tokens_S.double(), policy_S.double(), sampler_S.double())).cpu().numpy()
+    )
+    logprobs = logprobs.astype(np.float32)
+    return Sampled(tokens.astype(np.int32), logprobs, sampler_logprobs.astype(np.float32), np.isnan(logprobs))
 
 
 def _scores(logits_SV: Tensor, inputs: SampleInputs, greedy_S: np.ndarray) -> Tensor:

@@ -89,6 +89,9 @@ class RolloutSettings(Section):
     block_size: PositiveInt = Field(16, description="token slots of one KV block")
     max_running: PositiveInt = Field(256, description="branches decoded at the same time")
     max_batch_tokens: PositiveInt = Field(16_384, description="tokens of one engine step, prefill and decode")
+    fp8: bool = Field(
+        False, description="decode with the layers' projections in FP8 (e4m3, a scale a channel)"
+    )
 
     @model_validator(mode="after")
     def _one_response_fits_the_cache(self) -> "RolloutSettings":
