@@ -170,17 +170,18 @@ def _report_arguments(parser: argparse.ArgumentParser) -> None:
 def _run_trace(arguments: argparse.Namespace) -> int:
     traces = importlib.import_module("megatron_npr.traces")
     _check_run_folder(arguments.out.parent)
-    verdict = traces.check_and_write(arguments.rollouts, arguments.out, limit=arguments.limit)
-    print(verdict)
+    verdict = traces.check_and_write(arguments.run, arguments.out, limit=arguments.limit)
+    print(json.dumps(verdict.record()) if arguments.json else verdict)
     return 1 if verdict.faults else 0
 
 
 def _trace_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("rollouts", type=Path, help="rollouts.jsonl of `npr eval`")
+    parser.add_argument("run", type=Path, help="folder of `npr eval` or `npr demo`, or a rollouts.jsonl")
     parser.add_argument(
         "--out", type=Path, default=Path("trace.json"), help="for Perfetto or chrome://tracing"
     )
     parser.add_argument("--limit", type=int, default=32, help="rollouts drawn; all are checked (default 32)")
+    parser.add_argument("--json", action="store_true", help="the verdict as one line of JSON")
 
 
 def _run_bench(arguments: argparse.Namespace) -> int:
