@@ -200,14 +200,16 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: all cores)")
 
 
-BENCHES = ("layout", "attention")
+BENCHES = ("layout", "attention", "reshard")
 TOOLS = {
     "demo": Tool("all stages on the small model, with a report", _run_demo, _demo_arguments),
     "base": Tool("make the demo's base model from nothing", _run_base, _base_arguments),
     "report": Tool(
         "build report.html and report.json of a finished demo again", _run_report, _report_arguments
     ),
-    "bench": Tool("measure layouts or attention; prints JSON", _run_bench, _bench_arguments),
+    "bench": Tool(
+        "measure layouts, attention or resharding plans; prints JSON", _run_bench, _bench_arguments
+    ),
     "trace": Tool(
         "check rollouts for real concurrency and write a Chrome trace", _run_trace, _trace_arguments
     ),
