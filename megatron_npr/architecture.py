@@ -175,7 +175,8 @@ def from_config(config: Mapping[str, Any], where: str) -> Architecture:
 
 
 def find_architecture(model: str) -> Architecture:
-    """A known name (in any case, the owner or a suffix such as -Instruct-2507 may stand), a folder or a config.json."""
+    """A folder, a config.json, or a known name in any case: the owner, a suffix such as -Instruct-2507, or the folders of
+    a run may stand around it."""
     path = Path(model)
     if path.is_dir():
         path = path / "config.json"
@@ -184,8 +185,9 @@ def find_architecture(model: str) -> Architecture:
             return from_config(json.loads(path.read_text()), str(path))
         except json.JSONDecodeError as error:
             raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from None
-    last = path.name.lower()
-    fitting = [name for name in KNOWN if last == name.lower() or last.startswith(name.lower() + "-")]
-    if not fitting:
-        raise UserError(f"{model}: neither a config.json nor a known model ({', '.join(KNOWN)})")
-    return KNOWN[max(fitting, key=len)]
+    for part in reversed(Path(model).parts):  # a folder that is yet to be made: runs/qwen3-4b/stage2/model
+        word = part.lower()
+        fitting = [name for name in KNOWN if word == name.lower() or word.startswith(name.lower() + "-")]
+        if fitting:
+            return KNOWN[max(fitting, key=len)]
+    raise UserError(f"{model}: neither a config.json nor a known model ({', '.join(KNOWN)})")

@@ -200,6 +200,15 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: all cores)")
 
 
+def _run_plan(arguments: argparse.Namespace) -> int:
+    planned: int = importlib.import_module("megatron_npr.planning.command").run(arguments)
+    return planned
+
+
+def _plan_arguments(parser: argparse.ArgumentParser) -> None:
+    importlib.import_module("megatron_npr.planning.command").add_arguments(parser)
+
+
 BENCHES = ("layout", "attention", "reshard")
 TOOLS = {
     "demo": Tool("all stages on the small model, with a report", _run_demo, _demo_arguments),
@@ -210,6 +219,7 @@ TOOLS = {
     "bench": Tool(
         "measure layouts, attention or resharding plans; prints JSON", _run_bench, _bench_arguments
     ),
+    "plan": Tool("a layout, memory and time for a model on a cluster", _run_plan, _plan_arguments),
     "trace": Tool(
         "check rollouts for real concurrency and write a Chrome trace", _run_trace, _trace_arguments
     ),

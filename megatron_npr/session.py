@@ -63,6 +63,7 @@ def open_session(
     config: Section, run: RunSettings, model: ModelSettings, parallel: ParallelSettings
 ) -> Session:
     """Join the world, read tokenizer and architecture, write the resolved configuration into the run folder."""
+    refuse_planned_layouts(parallel)
     tokenizer = load_tokenizer(model.path)
     vocabulary = Vocabulary.from_tokenizer(tokenizer)
     model_config = read_model_config(model.path)
@@ -72,6 +73,17 @@ def open_session(
         run.dir.mkdir(parents=True, exist_ok=True)
         (run.dir / "config.toml").write_text(to_toml(config))
     return Session(run, model, parallel, world, tokenizer, vocabulary, Grammar(vocabulary), model_config)
+
+
+def refuse_planned_layouts(parallel: ParallelSettings) -> None:
+    """UserError for axes that `npr plan` knows and the trainer does not run yet."""
+    usual = ParallelSettings()
+    for name in ("vpp", "ep", "first_layers", "last_layers"):
+        value = parallel.model_dump()[name]
+        if value != usual.model_dump()[name]:
+            raise UserError(
+                f"parallel.{name} = {value} can be planned (npr plan) but is not implemented in training yet: leave it out"
+            )
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -117,6 +129,14 @@ def build_engine(session: Session, weights: Mapping[str, Tensor], settings: Roll
         raise UserError(
             f"rollout.backend = {settings.backend!r} is not built into this release: use rollout.backend = 'native'"
         )
+    for name, value, own in (
+        ("tp", settings.tp, session.parallel.tp),
+        ("ep", settings.ep, session.parallel.ep),
+    ):
+        if value not in (None, own):
+            raise UserError(
+                f"rollout.{name} = {value} differs from parallel.{name} = {own}, which is not implemented yet: leave it out"
+            )
     world = session.world
     model = InferenceModel(
         session.model_config, weights, world.tensor_group if world.tensor_size > 1 else None
