@@ -147,7 +147,7 @@ def _stage_memory(architecture: Architecture, layout: Layout, work: Workload, st
         optimizer=state * (dense / dense_copies + expert / expert_copies),
         activations=activations,
         kv=work.kv_slots * kv_bytes_per_token(architecture, layout.engine_tp, size),
-        engine_weights=_engine_copy(architecture, layout, work, dense + expert),
+        engine_weights=_engine_copy(architecture, layout, work),
         workspace=RUNTIME_BYTES + max(training, decoding) - activations,
     )
 
@@ -161,13 +161,11 @@ def _rows_in_flight(layout: Layout, stage: int) -> float:
     return layout.pp * (1 + (layout.pp - 1) / (layout.pp * layout.vpp))
 
 
-def _engine_copy(architecture: Architecture, layout: Layout, work: Workload, own: int) -> float:
-    """Bytes of weights that the engine holds besides the trainer's: none where the layouts agree."""
-    if not work.kv_slots:
+def _engine_copy(architecture: Architecture, layout: Layout, work: Workload) -> float:
+    """Bytes of weights that the engine holds besides the trainer's: all or, where the layouts agree, none."""
+    if not work.kv_slots or (layout.engine_tp, layout.engine_ep, 1) == (layout.tp, layout.ep, layout.pp):
         return 0.0
-    whole = engine_parameters(architecture, layout)
-    alike = (layout.engine_tp, layout.engine_ep) == (layout.tp, layout.ep)
-    return work.bytes_per_weight * float(max(whole - own, 0) if alike else whole)
+    return float(work.bytes_per_weight * engine_parameters(architecture, layout))
 
 
 def _loss_workspace(architecture: Architecture, layout: Layout, work: Workload, stage: int) -> float:

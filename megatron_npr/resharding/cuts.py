@@ -53,6 +53,15 @@ def local_size(matrix: Matrix, cut: Cut, size: int) -> int:
     return matrix.rows * matrix.columns // size
 
 
+def local_shape(matrix: Matrix, cut: Cut, size: int) -> tuple[int, ...]:
+    """Shape of a rank's shard; a vector stays one."""
+    count = local_size(matrix, cut, size)
+    if matrix.columns == 1:
+        return (count,)
+    width = matrix.columns // size if cut is Cut.COLUMNS else matrix.columns
+    return (count // width, width)
+
+
 def pieces(matrix: Matrix, cut: Cut, rank: int, size: int) -> list[Piece]:
     """The full weight's rectangles in the shard of `rank`; the padding of a vocabulary is in none."""
     rows, columns = matrix.rows, matrix.columns

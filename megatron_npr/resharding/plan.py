@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from megatron_npr.architecture import Architecture
 from megatron_npr.resharding.catalog import Kind, Place, engine_cut, kinds
-from megatron_npr.resharding.cuts import Cut, Piece, local_size, pieces
+from megatron_npr.resharding.cuts import Cut, Piece, local_shape, local_size, pieces
 from megatron_npr.resharding.layouts import EngineLayout, TrainerLayout, check_layouts
 from npr_ext.errors import UserError
 
@@ -48,11 +48,13 @@ Routes = NDArray[np.void]
 
 @dataclass(frozen=True)
 class Plan:
-    """All routes of one replica; tensor ids index `names` (the order of the catalog, layer by layer)."""
+    """All routes of one replica; tensor ids index `names` (the order of the catalog, layer by layer) and `shapes`, those
+    of an engine rank's shards."""
 
     trainer: TrainerLayout
     engine: EngineLayout
     names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
     routes: Routes  # ROUTE
 
     @property
@@ -86,22 +88,26 @@ def plan(architecture: Architecture, trainer: TrainerLayout, engine: EngineLayou
     """Who sends which block of which weight, for one replica; UserError where a layout does not fit the model."""
     check_layouts(architecture, trainer, engine)
     names: list[str] = []
+    shapes: list[tuple[int, ...]] = []
     parts: list[Routes] = []
     for kind in kinds(architecture):
         layers = range(architecture.num_layers if "{layer}" in kind.pattern else 1)
         experts = range(architecture.num_experts if kind.place is Place.EXPERT else 1)
         first = len(names)
         names += [kind.name(layer, expert) for layer in layers for expert in experts]
+        size = engine.etp if kind.place is Place.EXPERT else engine.tp
+        shapes += [local_shape(kind.matrix, engine_cut(kind, size), size)] * (len(names) - first)
         stages = _stages(kind, trainer)
         if kind.place is Place.EXPERT:
             parts += _expert_routes(kind, first, stages, len(experts), trainer, engine)
         else:
             parts += _dense_routes(kind, first, stages, trainer, engine)
-    return Plan(trainer, engine, tuple(names), np.concatenate(parts))
+    return Plan(trainer, engine, tuple(names), tuple(shapes), np.concatenate(parts))
 
 
-def for_replica(plan: Plan, replica: int) -> ReplicaPlan:
-    """Ranks instead of shards; UserError where there is no such replica."""
+def for_replica(plan: Plan, replica: int, *, in_place: bool = True) -> ReplicaPlan:
+    """Ranks instead of shards; without `in_place` whole weights are copied too. UserError where there is no such
+    replica."""
     if not 0 <= replica < plan.num_replicas:
         raise UserError(f"replica {replica} does not exist: the world has {plan.num_replicas}")
     routes, trainer = plan.routes, plan.trainer
@@ -113,17 +119,17 @@ def for_replica(plan: Plan, replica: int) -> ReplicaPlan:
     holds = (stage == routes["stage"]) & (anywhere | (own_shard == routes["shard"]))
     sender_place = np.where(anywhere, place, place - own_shard + routes["shard"])
     source = np.where(holds, destination, routes["stage"] * trainer.places + sender_place)
-    alias = holds & routes["whole"]
+    alias = holds & routes["whole"] & in_place
 
     transfers = np.empty(int((~alias).sum()), TRANSFER)
     transfers["source"], transfers["destination"] = source[~alias], destination[~alias]
     for field, _ in _BLOCK:
         transfers[field] = routes[field][~alias]
-    in_place = np.stack([destination[alias], routes["tensor"][alias]], axis=1)
+    pairs = np.stack([destination[alias], routes["tensor"][alias]], axis=1)
     return ReplicaPlan(
         replica=replica,
         transfers=transfers,
-        aliases=np.unique(in_place, axis=0).astype(np.int32),
+        aliases=np.unique(pairs, axis=0).astype(np.int32),
         elements_aliased=int((routes["rows"][alias] * routes["row_length"][alias]).sum()),
     )
 

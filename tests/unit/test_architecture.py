@@ -55,7 +55,7 @@ def test_parameter_counts_equal_those_of_transformers_on_the_meta_device(name: s
 
 
 def test_the_known_shapes_have_the_published_sizes() -> None:
-    """Totals of the models' safetensors indices, as their pages on the hub show them."""
+    """Totals as the models' pages on the hub show them; a tied vocabulary matrix counts once."""
     assert {name: shape.num_parameters for name, shape in KNOWN.items()} == {
         "Qwen3-0.6B": 596_049_920,
         "Qwen3-1.7B": 1_720_574_976,
