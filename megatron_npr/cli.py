@@ -209,7 +209,7 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     importlib.import_module("megatron_npr.planning.command").add_arguments(parser)
 
 
-BENCHES = ("layout", "attention", "reshard")
+BENCHES = ("layout", "attention", "reshard", "plan")
 TOOLS = {
     "demo": Tool("all stages on the small model, with a report", _run_demo, _demo_arguments),
     "base": Tool("make the demo's base model from nothing", _run_base, _base_arguments),
@@ -217,7 +217,9 @@ TOOLS = {
         "build report.html and report.json of a finished demo again", _run_report, _report_arguments
     ),
     "bench": Tool(
-        "measure layouts, attention or resharding plans; prints JSON", _run_bench, _bench_arguments
+        "measure layouts, attention, resharding or the memory model; prints JSON",
+        _run_bench,
+        _bench_arguments,
     ),
     "plan": Tool("a layout, memory and time for a model on a cluster", _run_plan, _plan_arguments),
     "trace": Tool(

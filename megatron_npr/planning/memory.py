@@ -90,31 +90,36 @@ def kv_bytes_per_token(architecture: Architecture, engine_tp: int, bytes_per_ele
 def activation_bytes_per_token(
     architecture: Architecture, layout: Layout, work: Workload
 ) -> tuple[float, float]:
-    """(kept until backward, of the layer that is being computed) per token of a row and layer on one rank.
+    """(kept until backward, of the layer whose backward pass runs) per token of a row and layer on one rank.
 
-    Kept without recompute: inputs of both norms and of the four linear layers, queries and keys before and after RoPE,
-    attention's output and its log-sum-exp, gate, up, silu(gate) and their product.
+    As our own modules keep them (counted with torch's saved-tensor hooks): a norm its input, the normalised rows and its
+    output; fused QKV; queries and keys normalised and rotated, queries once more, attention's output and log-sum-exp;
+    the angles; gate and up together, both again apart, and their product. A backward pass through SwiGLU holds gradients
+    of four times its width besides.
     """
     size, tp = work.bytes_per_weight, layout.tp
     hidden = architecture.hidden_size / (tp if layout.sequence_parallel else 1)
     queries = architecture.num_heads * architecture.head_dim
     keys = architecture.num_kv_heads * architecture.head_dim
-    rotated = queries + keys
-    fused = queries + 2 * keys if architecture.qk_norm else keys
-    attention = size * (2 * hidden + (fused + rotated + queries) / tp) + 4 * architecture.num_heads / tp
+    normed = (queries + keys) if architecture.qk_norm else 0
+    attention = architecture.qkv_rows + normed + 3 * queries + keys
+    kept_attention = size * (3 * hidden + attention / tp + 4 * architecture.head_dim)
+    kept_attention += 4 * architecture.num_heads / tp
+    width = architecture.ffn_hidden_size / tp
     if architecture.num_experts:
         chosen = architecture.experts_per_token
-        dispatched = chosen * (2 * architecture.hidden_size + 4 * architecture.ffn_hidden_size) / tp
-        mlp = size * (hidden + dispatched) + 8 * architecture.num_experts / tp
+        kept_mlp = size * (2 * hidden + chosen * (2 * architecture.hidden_size / tp + 5 * width))
+        kept_mlp += 8 * architecture.num_experts / tp
+        width *= chosen
     else:
-        mlp = size * (hidden + 4 * architecture.ffn_hidden_size / tp)
-    residual = size * hidden
-    everything = attention + residual + mlp
+        kept_mlp = size * (2 * hidden + 5 * width)
+    residual, gradients = size * hidden, size * 4 * width
+    everything = kept_attention + residual + kept_mlp
     if work.recompute == "full":
-        return residual, everything
+        return residual, everything + gradients
     if work.recompute == "selective":
-        return attention + residual, mlp
-    return everything, 0.0
+        return kept_attention + residual, kept_mlp + gradients
+    return everything, gradients
 
 
 def _copies(kind: Kind, architecture: Architecture, layout: Layout, stage: int, num_layers: int) -> int:
@@ -137,8 +142,9 @@ def _stage_memory(architecture: Architecture, layout: Layout, work: Workload, st
     trainer = layout.trainer(architecture)
     num_layers = trainer.stage_of_layers().count(stage)
     tokens = work.row_tokens / layout.cp
-    activations = tokens * (keep * num_layers * _rows_in_flight(layout, stage) + busy)
-    training = activations + _loss_workspace(architecture, layout, work, stage)
+    activations = tokens * keep * num_layers * _rows_in_flight(layout, stage)
+    # the loss has run its backward pass before the layers run theirs
+    training = activations + max(tokens * busy, _loss_workspace(architecture, layout, work, stage))
     decoding = _decoding_workspace(architecture, layout, work) if work.kv_slots else 0.0
     return Memory(
         stage=stage,
@@ -169,13 +175,13 @@ def _engine_copy(architecture: Architecture, layout: Layout, work: Workload) -> 
 
 
 def _loss_workspace(architecture: Architecture, layout: Layout, work: Workload, stage: int) -> float:
-    """The last stage's: gathered hidden states with their gradient, a chunk of logits in both precisions with its
-    exponentials, the vocabulary matrix's gradient in fp32. Other stages: the rows that travel."""
+    """The last stage's: gathered hidden states with their gradient, three copies in fp32 of a chunk of logits (megatron_npr.
+    logprobs), the vocabulary matrix's gradient in fp32. Other stages: the rows that travel."""
     size, tokens, hidden = work.bytes_per_weight, work.row_tokens / layout.cp, architecture.hidden_size
     if stage != layout.pp - 1:
         return 2 * size * tokens * hidden
     vocabulary = -(-architecture.vocab_size // layout.tp)
-    chunk = min(LOSS_CHUNK, tokens) * vocabulary * (2 * size + 8)
+    chunk = min(LOSS_CHUNK, tokens) * vocabulary * 12
     return 3 * size * tokens * hidden + chunk + (4 + size) * vocabulary * hidden
 
 

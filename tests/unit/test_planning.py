@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_npr.architecture import KNOWN
+from megatron_npr.bench import plan as memory_bench
 from megatron_npr.cli import main
 from megatron_npr.config import ParallelSettings
 from megatron_npr.planning import CLUSTER_GPUS, Cluster, Layout, Workload, best, evaluate, memory_of
@@ -110,6 +111,13 @@ def test_memory_of_a_single_gpu_is_eighteen_bytes_a_parameter_and_the_cache() ->
     assert memory.kv == 1000 * 147_456  # 36 layers, keys and values of 8 heads of 128, bf16
     assert memory.engine_weights == 0
     assert kv_bytes_per_token(KNOWN["Qwen3-235B-A22B"], 8, 2) == 94 * 2 * 128 * 2  # 4 KV heads on 8 ranks
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", memory_bench.CASES)
+def test_planned_memory_is_within_a_tenth_of_what_training_adds_to_a_process(case: str) -> None:
+    found = memory_bench.compare(case)
+    assert found["planned_bytes"] == pytest.approx(found["measured_bytes"], rel=0.1)
 
 
 def test_recompute_and_more_ranks_never_need_more_memory() -> None:
