@@ -6,6 +6,7 @@ Started by `test_weight_exchange.py`: exchange_worker.py RANK WORLD FOLDER; writ
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
 import os
 import sys
@@ -33,6 +34,23 @@ CASES: dict[str, tuple[Architecture, TrainerLayout, EngineLayout]] = {
 }
 
 
+def matrix() -> dict[str, tuple[Architecture, TrainerLayout, EngineLayout]]:
+    """Eight processes: every {TP 1, 2, 4} x {PP 1, 2} x {VPP 1, 2} x {EP 1, 2} into engine TP {1, 2, 4}."""
+    cases = {}
+    pipelines = [(1, 1), (2, 1), (2, 2)]
+    for architecture, experts in ((DENSE, (1,)), (MOE, (1, 2))):
+        for tp, (pp, vpp), ep, engine_tp in itertools.product((1, 2, 4), pipelines, experts, (1, 2, 4)):
+            outer = architecture.num_layers - (pp * vpp - 1)
+            trainer = TrainerLayout((outer, *[1] * (pp * vpp - 1)), tp=tp, pp=pp, data=8 // (tp * pp), ep=ep)
+            name = f"{'moe' if architecture is MOE else 'dense'} tp{tp} pp{pp} vpp{vpp} ep{ep}"
+            cases[f"{name} to tp{engine_tp}"] = (architecture, trainer, EngineLayout(engine_tp))
+    return cases
+
+
+WORLDS = {4: CASES, 8: matrix()}
+"""Cases by the number of processes."""
+
+
 class DeadlySources(Mapping[str, Tensor]):
     """Shards whose owner dies when `fatal` is read, once `armed`."""
 
@@ -51,15 +69,15 @@ class DeadlySources(Mapping[str, Tensor]):
         return len(self._shards)
 
 
-def shards_of(case: str, rank: int) -> dict[str, Tensor]:
-    architecture, trainer, _ = CASES[case]
+def shards_of(architecture: Architecture, trainer: TrainerLayout, rank: int) -> dict[str, Tensor]:
     held = trainer_shards(Model(architecture), trainer)[rank]
     return {name: torch.from_numpy(labels).float().clone() for name, labels in held.items()}
 
 
-def difference(exchange: WeightExchange, case: str, rank: int, added: float) -> float:
+def difference(
+    exchange: WeightExchange, architecture: Architecture, engine: EngineLayout, rank: int, added: float
+) -> float:
     """Largest error against the numbers that this rank of the engine has to hold, padding aside."""
-    architecture, _, engine = CASES[case]
     wanted = engine_shards(Model(architecture), engine)[rank % engine.size]
     assert set(exchange.tensors) == set(wanted)
     worst = 0.0
@@ -70,25 +88,25 @@ def difference(exchange: WeightExchange, case: str, rank: int, added: float) -> 
     return worst
 
 
-def walk(rank: int) -> dict[str, Any]:
+def walk(rank: int, world: int) -> dict[str, Any]:
     """Every case: two updates, then a stale one and a torn one, which change nothing."""
     figures = {}
-    for case, (architecture, trainer, engine) in CASES.items():
-        shards = shards_of(case, rank)
+    for case, (architecture, trainer, engine) in WORLDS[world].items():
+        shards = shards_of(architecture, trainer, rank)
         exchange = WeightExchange(plan(architecture, trainer, engine), shards, bucket_bytes=512)
         first = exchange.update(1)
-        errors = [difference(exchange, case, rank, 0.0)]
+        errors = [difference(exchange, architecture, engine, rank, 0.0)]
         for shard in shards.values():
             shard += 4096.0
         exchange.update(5)
-        errors.append(difference(exchange, case, rank, 4096.0))
+        errors.append(difference(exchange, architecture, engine, rank, 4096.0))
         refused = []
         for version in (5, 6 + rank):
             try:
                 exchange.update(version)
             except WeightUpdateError as error:
                 refused.append(str(error))
-        errors.append(difference(exchange, case, rank, 4096.0))
+        errors.append(difference(exchange, architecture, engine, rank, 4096.0))
         figures[case] = {
             "errors": errors,
             "refused": refused,
@@ -100,9 +118,8 @@ def walk(rank: int) -> dict[str, Any]:
 
 def lose_a_sender(rank: int) -> dict[str, Any]:
     """Rank 1 dies in the midst of the second update."""
-    case = "tp4 to tp2"
-    architecture, trainer, engine = CASES[case]
-    shards = shards_of(case, rank)
+    architecture, trainer, engine = CASES["tp4 to tp2"]
+    shards = shards_of(architecture, trainer, rank)
     sources = DeadlySources(shards, "decoder.layers.3.mlp.linear_fc2.weight")
     exchange = WeightExchange(plan(architecture, trainer, engine), sources, bucket_bytes=512)
     exchange.update(1)
@@ -115,7 +132,7 @@ def lose_a_sender(rank: int) -> dict[str, Any]:
         return {
             "error": str(error),
             "version": exchange.version,
-            "difference": difference(exchange, case, rank, 0.0),
+            "difference": difference(exchange, architecture, engine, rank, 0.0),
         }
     raise AssertionError("the update went through without a sender")
 
@@ -130,8 +147,11 @@ def main() -> None:
         world_size=world,
         timeout=datetime.timedelta(seconds=30),
     )
-    (folder / f"walk{rank}.json").write_text(json.dumps(walk(rank)))
+    (folder / f"walk{rank}.json").write_text(json.dumps(walk(rank, world)))
     dist.barrier()
+    if world != 4:
+        dist.destroy_process_group()
+        return
     (folder / f"lost{rank}.json").write_text(json.dumps(lose_a_sender(rank)))
     os._exit(0)  # the group is broken; nothing of it can be taken down in order
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from megatron_npr.resharding import for_replica, plan
 from megatron_npr.resharding.exchange import checksum
-from tests.distributed.exchange_worker import CASES
+from tests.distributed.exchange_worker import CASES, WORLDS
 
 WORKER = Path(__file__).with_name("exchange_worker.py")
 ROOT = Path(__file__).parents[2]
@@ -35,26 +35,29 @@ class World:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    folder = tmp_path_factory.mktemp("world")
+    return run_world(WORLD, tmp_path_factory.mktemp("world"))
+
+
+def run_world(size: int, folder: Path) -> World:
     paths = [str(ROOT), str(ROOT / "engine"), str(ROOT / "cuda_ext")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
     processes = [
         subprocess.Popen(
-            [sys.executable, str(WORKER), str(rank), str(WORLD), str(folder)],
+            [sys.executable, str(WORKER), str(rank), str(size), str(folder)],
             env=environment,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank in range(WORLD)
+        for rank in range(size)
     ]
-    messages = [process.communicate(timeout=120)[1] for process in processes]
+    messages = [process.communicate(timeout=240)[1] for process in processes]
 
     def read(name: str) -> dict[int, Any]:
-        paths = {rank: folder / f"{name}{rank}.json" for rank in range(WORLD)}
+        paths = {rank: folder / f"{name}{rank}.json" for rank in range(size)}
         return {rank: json.loads(path.read_text()) for rank, path in paths.items() if path.exists()}
 
     walked = read("walk")
-    assert len(walked) == WORLD, messages[0][-3000:]
+    assert len(walked) == size, messages[0][-3000:]
     return World([process.returncode for process in processes], walked, read("lost"))
 
 
@@ -94,6 +97,16 @@ def test_a_sender_that_dies_in_an_update_leaves_the_engine_on_the_old_version(wo
     for found in world.lost.values():
         assert found["version"] == 1 and found["difference"] == 0.0
         assert "update 2 broke off, version 1 stays" in found["error"]
+
+
+@pytest.mark.slow
+def test_eight_processes_walk_through_every_combination_of_layouts(tmp_path: Path) -> None:
+    world = run_world(8, tmp_path)
+    assert world.codes == [0] * 8 and len(WORLDS[8]) == 81
+    for rank in range(8):
+        assert {case: found["errors"] for case, found in world.walked[rank].items()} == {
+            case: [0.0, 0.0, 0.0] for case in WORLDS[8]
+        }
 
 
 @given(st.binary(min_size=1, max_size=64), st.data())
