@@ -7,14 +7,17 @@ import tracemalloc
 
 import numpy as np
 import pytest
+import torch
 from megatron.core.parallel_state import RankGenerator
+from megatron.core.resharding.planner import _determine_source_ranks_for_dst_param
+from megatron.core.resharding.utils import ParameterMetadata
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megatron_npr.architecture import KNOWN, Architecture
 from megatron_npr.resharding import EngineLayout, TrainerLayout, for_replica, plan, split_layers
 from megatron_npr.resharding.catalog import Kind, engine_cut, kinds
-from megatron_npr.resharding.cuts import Cut, local_size, pieces
+from megatron_npr.resharding.cuts import Cut, local_shape, local_size, pieces
 from megatron_npr.weights import Partition, full_shape, partition_of, shard_shape, weight_names
 from npr_engine.model import ModelConfig
 
@@ -87,6 +90,68 @@ def test_the_catalog_names_and_cuts_weights_as_the_live_path_does(tied: bool) ->
         assert kind.cut is same[partition_of(name)]
         assert kind.matrix.rows * kind.matrix.columns == np.prod(full_shape(name, config))
         assert local_size(kind.matrix, kind.cut, 4) == np.prod(shard_shape(name, config, 4))
+
+
+SHARDED = Architecture(
+    num_layers=2,
+    hidden_size=16,
+    num_heads=8,
+    num_kv_heads=8,
+    head_dim=2,
+    ffn_hidden_size=16,
+    vocab_size=32,
+    qkv_bias=True,
+)
+
+
+def megatron_metadata(kind: Kind, cut: Cut, size: int) -> ParameterMetadata:
+    """What Megatron's own modules would say about a shard of this kind, on the first `size` ranks."""
+    shape = local_shape(kind.matrix, cut, size)
+    return ParameterMetadata(
+        name=kind.pattern,
+        shape=shape,
+        dtype=torch.float32,
+        element_size=4,
+        is_tp=cut is not Cut.REPLICATED,
+        partition_dim=int(cut is Cut.COLUMNS),
+        partition_stride=2 if cut is Cut.GATE_UP else 1,
+        tensor_parallel_group_ranks=list(range(size)),
+        data_parallel_group_ranks=[0],
+    )
+
+
+@pytest.mark.parametrize(("trainer_tp", "engine_tp"), [(1, 2), (2, 1), (4, 2), (2, 8), (4, 4), (8, 2)])
+def test_megatrons_own_planner_takes_every_element_from_the_same_place(
+    trainer_tp: int, engine_tp: int
+) -> None:
+    """Its planner works on metadata once that is gathered; weights that all ranks hold may come from any of them."""
+    trainer = TrainerLayout((2,), tp=trainer_tp, data=8 // trainer_tp)
+    planned = plan(SHARDED, trainer, EngineLayout(engine_tp))
+    compared = 0
+    for kind in kinds(SHARDED):
+        if kind.cut is Cut.REPLICATED:
+            continue
+        source = megatron_metadata(kind, kind.cut, trainer_tp)
+        target = megatron_metadata(kind, kind.cut, engine_tp)
+        count = local_size(kind.matrix, kind.cut, trainer_tp)
+        tensor = planned.names.index(kind.name(0, 0))
+        for rank in range(engine_tp):
+            theirs = np.full(target.shape, -1)
+            for sender, there, here in _determine_source_ranks_for_dst_param("", source, target, rank):
+                theirs[here] = sender * count + np.arange(count).reshape(source.shape)[there]
+            ours = np.full(local_size(kind.matrix, kind.cut, engine_tp), -1)
+            routes = planned.routes[
+                (planned.routes["tensor"] == tensor) & (planned.routes["destination"] == rank)
+            ]
+            for block in routes:
+                inner = np.arange(block["row_length"])
+                rows = np.arange(block["rows"])[:, None]
+                here = block["destination_offset"] + rows * block["destination_stride"] + inner
+                there = block["source_offset"] + rows * block["source_stride"] + inner
+                ours[here] = block["shard"] * count + there
+            np.testing.assert_array_equal(ours, theirs.ravel(), err_msg=kind.pattern)
+            compared += 1
+    assert compared == 7 * engine_tp
 
 
 MODEL = KNOWN["Qwen3-235B-A22B"]
