@@ -9,15 +9,16 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 SOURCES := setup.py $(shell find cuda_ext/csrc cuda_ext/include -type f 2>/dev/null)
 OPTIONS = $(if $(RESUME),--resume) $(if $(SEED),--seed $(SEED))
 
-.PHONY: help setup demo test test-all cuda-check fuzz base lint format clean
+.PHONY: help setup demo test test-all gpu cuda-check fuzz base lint format clean
 
 help:
 	@echo "make demo       train the small model through all stages and write runs/demo/report.html (RESUME=1, SEED=n)"
 	@echo "make test       lint and the tests that need no GPU and less than ten seconds each"
 	@echo "make test-all   every test that this machine can run"
 	@echo "make setup      install and build into .venv, nothing else"
+	@echo "make gpu        on a machine with a GPU, with its own Python and torch: build, check, time (tests/bench/results)"
 	@echo "make cuda-check compile all CUDA sources with nvcc, list registers and spills"
-	@echo "make fuzz       lay out millions of random rows under the address sanitizer (COUNT=n, SEED=n)"
+	@echo "make fuzz       millions of random rows under the address sanitizer and against the grammar (COUNT=n, SEED=n)"
 	@echo "make base       make the demo's base model from nothing (megatron_npr/assets)"
 	@echo "make lint       ruff, mypy --strict, import contracts, shellcheck;  make format: apply what ruff can"
 	@echo "make clean      remove build products and caches; .venv and runs stay"
@@ -54,15 +55,22 @@ test-all: setup lint
 base: setup
 	$(BIN)/npr base $(if $(SEED),--seed $(SEED))
 
+# Uses $(PYTHON) and its torch, not .venv: a GPU machine brings its own.
+gpu:
+	$(PYTHON) setup.py --quiet build_ext --inplace
+	PYTHONPATH=.:engine:cuda_ext $(PYTHON) -m pytest -q -c /dev/null --rootdir . --import-mode=importlib -m gpu tests/kernels
+	PYTHONPATH=.:engine:cuda_ext $(PYTHON) -m megatron_npr.bench.gpu
+
 # Runs on any machine with nvcc, GPU or not.
 cuda-check: | $(VENV)/bin/python
 	$(BIN)/python cuda_ext/cuda_check.py
 
-fuzz:
+fuzz: setup
 	@mkdir -p build
 	$(CXX) -std=c++20 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -Icuda_ext/include \
 		cuda_ext/fuzz/layout_fuzz.cpp -o build/layout_fuzz
 	build/layout_fuzz $(or $(COUNT),2000000) $(or $(SEED),0)
+	$(BIN)/python cuda_ext/fuzz/grammar_fuzz.py $(or $(COUNT),1000000) $(or $(SEED),0)
 
 lint: setup
 	$(BIN)/ruff format --check --quiet .

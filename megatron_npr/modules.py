@@ -3,15 +3,18 @@
 `layer_spec()` puts `BranchAttention` where Megatron has dot-product attention. The linear layers own the norm before them
 (`linear_qkv.layer_norm_weight`), as Transformer Engine's do, so a checkpoint does not know which implementation wrote it.
 
-Shape legend: S local sequence (T / sp), B = 1, T tokens of the packed row, N heads, H head dim, D hidden.
+Shape legend: T tokens of the row, S of them this rank's share (T / cp), F those and the keys fetched for them, B = 1,
+N heads, K key heads, H head dim, D hidden.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -26,6 +29,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 from torch.nn import functional
 
+from megatron_npr.context_parallel import KeyExchange, fetch_rows, plan_key_exchange
 from npr_ext import BranchLayout, branch_attention
 
 
@@ -84,22 +88,30 @@ class NormColumnParallelLinear(ColumnParallelLinear):
         )
 
 
+@dataclass(frozen=True)
+class RowLayout:
+    """What attention needs of a row: its layout and, under context parallelism, this rank's part in the exchange of keys."""
+
+    layout: BranchLayout
+    exchange: KeyExchange | None
+
+
 class LayoutCache:
     """The last few layouts by the identity of the int32 [5, T] tensor that carried them through Megatron.
 
-    All layers of a micro-batch (and its recompute) then share one derived attention plan. The tensor itself is held, so
-    its address cannot be reused while the entry lives.
+    All layers of a micro-batch (and its recompute) then share one derived attention plan and key exchange. The tensor itself
+    is held, so its address cannot be reused while the entry lives.
     """
 
     def __init__(self, capacity: int = 16) -> None:
         self._capacity = capacity
-        self._entries: OrderedDict[tuple[int, int], tuple[Tensor, BranchLayout]] = OrderedDict()
+        self._entries: OrderedDict[tuple[int, int], tuple[Tensor, RowLayout]] = OrderedDict()
 
-    def get(self, layout_5T: Tensor) -> BranchLayout:
+    def get(self, layout_5T: Tensor, context_group: dist.ProcessGroup | None) -> RowLayout:
         key = (layout_5T.data_ptr(), layout_5T.shape[-1])
         entry = self._entries.get(key)
         if entry is None:
-            entry = (layout_5T, BranchLayout.from_tensor(layout_5T))
+            entry = (layout_5T, _row_layout(layout_5T, context_group))
             self._entries[key] = entry
             if len(self._entries) > self._capacity:
                 self._entries.popitem(last=False)
@@ -112,10 +124,19 @@ class LayoutCache:
 LAYOUTS = LayoutCache()
 
 
-class BranchAttention(MegatronModule):
-    """Megatron core attention over a branch layout; `attention_mask` carries the int32 [5, T] layout.
+def _row_layout(layout_5T: Tensor, context_group: dist.ProcessGroup | None) -> RowLayout:
+    layout = BranchLayout.from_tensor(layout_5T)
+    if context_group is None:
+        return RowLayout(layout, None)
+    exchange = plan_key_exchange(layout, context_group.rank(), context_group.size())
+    return RowLayout(exchange.shard.layout, exchange)
 
-    q [T, 1, N, H], k and v [T, 1, K, H] -> [T, 1, N * H]; heads are this tensor-parallel rank's share.
+
+class BranchAttention(MegatronModule):
+    """Megatron core attention over a branch layout; `attention_mask` carries the int32 [5, T] layout of the whole row.
+
+    q [S, 1, N, H], k and v [S, 1, K, H] -> [S, 1, N * H]; heads are this tensor-parallel rank's share, the S tokens this
+    context-parallel rank's (all T without).
     """
 
     def __init__(
@@ -132,6 +153,8 @@ class BranchAttention(MegatronModule):
         super().__init__(config=config)
         self.layer_number = layer_number
         self.softmax_scale = softmax_scale
+        assert pg_collection is not None
+        self.context_group = pg_collection.cp if pg_collection.cp.size() > 1 else None
 
     def forward(
         self,
@@ -143,11 +166,17 @@ class BranchAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: object = None,
     ) -> Tensor:
-        layout = LAYOUTS.get(attention_mask)
-        output_TNH = branch_attention(
-            query.squeeze(1), key.squeeze(1), value.squeeze(1), layout, scale=self.softmax_scale
+        row = LAYOUTS.get(attention_mask, self.context_group)
+        key_SKH, value_SKH = key.squeeze(1), value.squeeze(1)
+        if row.exchange is not None:
+            assert self.context_group is not None
+            both_SC = torch.cat((key_SKH.flatten(1), value_SKH.flatten(1)), dim=1)
+            both_FC = fetch_rows(both_SC, row.exchange, self.context_group)
+            key_SKH, value_SKH = (part.unflatten(1, key_SKH.shape[1:]) for part in both_FC.chunk(2, dim=1))
+        output_SNH = branch_attention(
+            query.squeeze(1), key_SKH, value_SKH, row.layout, scale=self.softmax_scale
         )
-        return output_TNH.reshape(query.shape[0], 1, -1)
+        return output_SNH.reshape(query.shape[0], 1, -1)
 
 
 class LayoutRotaryEmbedding(torch.nn.Module):
@@ -170,7 +199,7 @@ class LayoutRotaryEmbedding(torch.nn.Module):
 
 
 def layer_spec(*, qk_norm: bool) -> ModuleSpec:
-    """One transformer layer of the Qwen3 family with branch attention."""
+    """One transformer layer of Qwen3 (with norms of the heads), Qwen2.5 or Llama, with branch attention."""
     norm = RMSNorm if qk_norm else None
     return ModuleSpec(
         module=TransformerLayer,

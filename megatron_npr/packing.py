@@ -11,14 +11,14 @@ Shape legend: P prompt, R response, T tokens of a row (a multiple of `ROW_MULTIP
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from npr_ext import TagIds, branch_layout
+from npr_ext import BranchLayout, TagIds, branch_layout
 from npr_ext.errors import UserError
 
 ROW_MULTIPLE = 64
@@ -72,6 +72,19 @@ class PackedRow:
     @property
     def num_targets(self) -> int:
         return int(self.targets.numel())
+
+    def with_predecessors_in(self, begin: int, end: int) -> PackedRow:
+        """The row with those targets that are predicted from [begin, end): a context-parallel rank's share of the loss."""
+        predecessors = BranchLayout.from_tensor(self.layout).predecessor[self.targets]
+        mine = (begin <= predecessors) & (predecessors < end)
+        return replace(
+            self,
+            targets=self.targets[mine],
+            advantages=self.advantages[mine],
+            old_log_probs=self.old_log_probs[mine],
+            sample_of=self.sample_of[mine],
+            within=self.within[mine],
+        )
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,8 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch import Tensor
 from torch.nn import functional
 
+from megatron_npr.config import Recompute
+from megatron_npr.context_parallel import shard_bounds
 from megatron_npr.huggingface import HuggingFaceWeights
 from megatron_npr.logprobs import token_log_probs
 from megatron_npr.modules import LayoutRotaryEmbedding, RMSNorm, layer_spec
@@ -39,15 +41,14 @@ class PolicyModel(GPTModel):
         # Megatron's own module counts positions 0..T-1 and ignores position_ids; ours reads them.
         self.rotary_pos_emb = LayoutRotaryEmbedding(model_config.head_dim, model_config.rope_theta)
 
-    def log_probs(self, token_ids: Tensor, layout_5T: Tensor, targets: Tensor) -> Tensor:
-        """token_ids [1, T], layout int32 [5, T], targets int64 [M] -> log-probs [M] (last stage), else hidden states."""
-        output: Tensor = self(token_ids, layout_5T[:1], layout_5T, labels=token_ids, loss_mask=targets)
+    def logits(self, token_ids: Tensor, layout_5T: Tensor) -> Tensor:
+        """Vocab-parallel logits [1, T / cp, V / tp] of this rank's share (last stage); for tests and small models."""
+        own = slice(*self._own_tokens(token_ids))
+        output: Tensor = self(token_ids[:, own], layout_5T[:1, own], layout_5T)
         return output
 
-    def logits(self, token_ids: Tensor, layout_5T: Tensor) -> Tensor:
-        """Vocab-parallel logits [1, T, V / tp] (last stage); for tests and small models."""
-        output: Tensor = self(token_ids, layout_5T[:1], layout_5T)
-        return output
+    def _own_tokens(self, token_ids: Tensor) -> tuple[int, int]:
+        return shard_bounds(token_ids.shape[1], self.world.context_rank, self.world.context_size)
 
     def _postprocess(
         self,
@@ -78,7 +79,8 @@ class PolicyModel(GPTModel):
     def _target_log_probs(
         self, hidden: Tensor, token_ids: Tensor, targets: Tensor, layout_5T: Tensor
     ) -> Tensor:
-        predecessors = BranchLayout.from_tensor(layout_5T).predecessor[targets].long()
+        begin, _ = self._own_tokens(token_ids)
+        predecessors = BranchLayout.from_tensor(layout_5T).predecessor[targets].long() - begin
         if self.config.sequence_parallel:
             hidden_TBD = tensor_parallel.gather_from_sequence_parallel_region(hidden)
         else:
@@ -95,8 +97,21 @@ class PolicyModel(GPTModel):
         )
 
 
+RECOMPUTE: dict[Recompute, dict[str, Any]] = {
+    "none": {},
+    # Attention keeps O(T) already; the widest activations are the MLP's.
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
+
+
 def transformer_config(
-    model: ModelConfig, world: World, *, dtype: torch.dtype, sequence_parallel: bool = False
+    model: ModelConfig,
+    world: World,
+    *,
+    dtype: torch.dtype,
+    sequence_parallel: bool = False,
+    recompute: Recompute = "none",
 ) -> TransformerConfig:
     """Megatron's configuration of a model in this world."""
     for name, count in (
@@ -143,14 +158,22 @@ def transformer_config(
         mrope_section=[model.head_dim // 2, 0, 0],
         perform_initialization=True,
         deallocate_pipeline_outputs=True,
+        **RECOMPUTE[recompute],
     )
 
 
 def build_policy(
-    model: ModelConfig, world: World, *, dtype: torch.dtype = torch.float32, sequence_parallel: bool = False
+    model: ModelConfig,
+    world: World,
+    *,
+    dtype: torch.dtype = torch.float32,
+    sequence_parallel: bool = False,
+    recompute: Recompute = "none",
 ) -> PolicyModel:
     """The policy's part on this rank, randomly initialised."""
-    config = transformer_config(model, world, dtype=dtype, sequence_parallel=sequence_parallel)
+    config = transformer_config(
+        model, world, dtype=dtype, sequence_parallel=sequence_parallel, recompute=recompute
+    )
     with megatron_context():
         num_layers = get_num_layers_to_build(config)
         policy = PolicyModel(

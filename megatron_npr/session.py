@@ -23,7 +23,7 @@ from megatron_npr.config import (
     Section,
     to_toml,
 )
-from megatron_npr.huggingface import HuggingFaceWeights, read_model_config
+from megatron_npr.huggingface import HuggingFaceWeights, load_tokenizer, read_model_config
 from megatron_npr.parallel import World, init_world
 from megatron_npr.weights import partition_of, shard, weight_names
 from npr_engine.engine import Engine, EngineConfig
@@ -84,17 +84,6 @@ def refuse_planned_layouts(parallel: ParallelSettings) -> None:
             raise UserError(
                 f"parallel.{name} = {value} can be planned (npr plan) but is not implemented in training yet: leave it out"
             )
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The folder's fast tokenizer; UserError where there is none."""
-    from transformers import AutoTokenizer  # slow to import; `npr --help` does without
-
-    if not (folder / "tokenizer.json").exists():
-        raise UserError(
-            f"{folder} has no tokenizer.json: give model.path a Hugging Face folder with a fast tokenizer"
-        )
-    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
 
 
 def _set_threads(threads: int) -> None:

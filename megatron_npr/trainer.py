@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_npr.config import BatchSettings, OptimizerSettings
+from megatron_npr.context_parallel import shard_bounds
 from megatron_npr.losses import LossSum
 from megatron_npr.modules import LAYOUTS
 from megatron_npr.packing import PackedRow, RowPlan, TrainSample, pack_row, plan_rows, row_length
@@ -117,17 +118,22 @@ class Trainer:
         return float(max(group["lr"] for group in self.optimizer.param_groups))
 
     def pack(self, samples: Sequence[TrainSample], *, branching: bool) -> list[PackedRow]:
-        """This data-parallel rank's rows; every rank gets equally many (the last may be all padding)."""
+        """This rank's rows, with the targets that it computes; every data-parallel rank gets equally many (the last may be
+        all padding)."""
         plans = plan_rows(
             samples, row_tokens=self.batch.micro_batch_tokens, share_prompts=self.batch.share_prompts
         )
         length = row_length(plans)
         plans += [RowPlan((), 0)] * (-len(plans) % self.world.data_size)
         mine = plans[self.world.data_rank :: self.world.data_size]
-        return [
+        own_tokens = shard_bounds(length, self.world.context_rank, self.world.context_size)
+        rows = [
             pack_row(samples, plan, length=length, tags=self.tags, branching=branching, pad_id=self.pad_id)
             for plan in mine
         ]
+        return (
+            rows if self.world.context_size == 1 else [row.with_predecessors_in(*own_tokens) for row in rows]
+        )
 
     def accumulate(
         self, rows: Sequence[PackedRow], objective: Objective, *, idle_targets: int = 0
@@ -137,8 +143,8 @@ class Trainer:
             self.model.zero_grad_buffer()
             self.optimizer.zero_grad()
         self.model.train()
-        # Counted once in the global batch: with the first row of data-parallel rank 0.
-        first = rows[0] if self.world.data_rank == 0 else None
+        # Counted once in the global batch: with the first row of the first rank that has one.
+        first = rows[0] if self.world.data_rank == self.world.context_rank == 0 else None
         loss_of = partial(_loss_of_row, objective=objective, idle_row=first, idle_targets=idle_targets)
         outputs = self._run(rows, loss_of, forward_only=False)
         return self._global_sums(rows, outputs)
@@ -166,14 +172,18 @@ class Trainer:
         self, rows: Sequence[PackedRow], loss_of: Callable[[Tensor, PackedRow], Any], *, forward_only: bool
     ) -> list[dict[str, Tensor]]:
         LAYOUTS.clear()
+        world, length = self.world, rows[0].token_ids.shape[1]
+        own_tokens = shard_bounds(length, world.context_rank, world.context_size)
         schedule = get_forward_backward_func()
         with megatron_context(), torch.set_grad_enabled(not forward_only):
             outputs: list[dict[str, Tensor]] = schedule(
-                forward_step_func=partial(_forward_step, loss_of=loss_of, device=self.world.device),
+                forward_step_func=partial(
+                    _forward_step, loss_of=loss_of, own_tokens=own_tokens, device=world.device
+                ),
                 data_iterator=iter(rows),
                 model=[self.model],
                 num_microbatches=len(rows),
-                seq_length=rows[0].token_ids.shape[1],
+                seq_length=length,
                 micro_batch_size=1,
                 forward_only=forward_only,
             )
@@ -186,7 +196,8 @@ class Trainer:
             for output in outputs:
                 for name, value in output.items():
                     sums[name] = sums.get(name, 0.0) + float(value)
-            sums["tokens"] = float(sum(row.num_real_tokens for row in rows))
+            if self.world.context_rank == 0:
+                sums["tokens"] = float(sum(row.num_real_tokens for row in rows))
         gathered: list[Any] = [None] * self.world.size
         dist.all_gather_object(gathered, sums)
         return {
@@ -200,12 +211,16 @@ def _forward_step(
     model: torch.nn.Module,
     *,
     loss_of: Callable[[Tensor, PackedRow], Any],
+    own_tokens: tuple[int, int],
     device: torch.device,
 ) -> tuple[Tensor, Callable[[Tensor], Any]]:
     """Megatron's forward step: every stage reads the row, since each needs the layout."""
     row = next(rows)
     token_ids, layout = row.token_ids.to(device), row.layout.to(device)
-    output = model(token_ids, layout[:1], layout, labels=token_ids, loss_mask=row.targets.to(device))
+    own = slice(*own_tokens)
+    output = model(
+        token_ids[:, own], layout[:1, own], layout, labels=token_ids, loss_mask=row.targets.to(device)
+    )
     return output, lambda log_probs: loss_of(log_probs, row)
 
 

@@ -18,6 +18,8 @@ def equal(answer: str, gold: str) -> bool:
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business; it closes our stdin
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
+    # The first comparison loads a parser and algebra; no answer's time shall pay for that.
+    equal("x^2+2x+1", "(x+1)^2")
     print("ready", flush=True)
     for line in sys.stdin:
         answer, gold = json.loads(line)

@@ -1,9 +1,19 @@
-"""What all tests share: the skip rules of the markers, and the folder of the `shared` ones."""
+"""What all tests share: the skip rules of the markers, the folder of the `shared` ones, how hypothesis judges."""
 
 import os
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# As `make test` sets it: small tensors gain nothing from a second thread, threads that wait for a busy core lose much,
+# and the model that the engine's tests train has the same weights everywhere. Tests of threads set their number.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A verdict depends on results, never on how busy the machine is: hypothesis' time limits fail the first run of a fresh
+# clone (nothing is cached, another build may run) and no other.
+settings.register_profile("npr", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("npr")
 
 SHARED = Path(os.environ.get("NPR_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 
@@ -26,3 +36,17 @@ def _has_gpu() -> bool:
 def shared_folder() -> Path:
     """The folder that tests marked `shared` read."""
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M-Instruct as a Hugging Face folder with the tags; skips where its packages are missing."""
+    from megatron_npr.convert import convert_gguf
+    from npr_ext.errors import UserError
+
+    folder = tmp_path_factory.mktemp("smollm2") / "model"
+    try:
+        convert_gguf("smollm2", folder)
+    except UserError as error:
+        pytest.skip(str(error))
+    return folder

@@ -14,9 +14,9 @@ namespace npr {
 namespace {
 
 void check_inputs(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
-  TORCH_CHECK_VALUE(q.dim() == 3 && k.dim() == 3 && k.sizes() == v.sizes() && q.size(0) == k.size(0) &&
+  TORCH_CHECK_VALUE(q.dim() == 3 && k.dim() == 3 && k.sizes() == v.sizes() && q.size(0) <= k.size(0) &&
                         q.size(2) == k.size(2) && k.size(1) > 0 && q.size(1) % k.size(1) == 0,
-                    "q [T, N, H], k and v [T, K, H] do not fit: ", q.sizes(), ", ", k.sizes(), ", ", v.sizes());
+                    "q [Q, N, H], k and v [T, K, H] do not fit: ", q.sizes(), ", ", k.sizes(), ", ", v.sizes());
   TORCH_CHECK_VALUE(q.scalar_type() == k.scalar_type() && q.scalar_type() == v.scalar_type(),
                     "q, k and v differ in type: ", q.scalar_type(), ", ", k.scalar_type(), ", ", v.scalar_type());
   TORCH_CHECK_VALUE(q.scalar_type() == at::kFloat || q.scalar_type() == at::kDouble || q.scalar_type() == at::kBFloat16,
@@ -69,7 +69,7 @@ BranchAttention<T> make_job(const at::Tensor& q, const at::Tensor& k, const at::
                             const at::Tensor& log_sums, const at::Tensor& packed_keys, const at::Tensor& plan,
                             double scale) {
   BranchAttention<T> job{};
-  job.plan = plan_from_tensor(plan, q.size(0));
+  job.plan = plan_from_tensor(plan, q.size(0), k.size(0));
   job.group = static_cast<int>(q.size(1) / k.size(1));
   job.schedule = make_schedule(job.plan, job.group);
   job.q = heads_of<const T>(q);
@@ -78,7 +78,7 @@ BranchAttention<T> make_job(const at::Tensor& q, const at::Tensor& k, const at::
   job.output = heads_of<T>(output);
   job.log_sums = static_cast<T*>(const_cast<void*>(log_sums.const_data_ptr()));
   job.packed_keys = static_cast<T*>(packed_keys.mutable_data_ptr());
-  job.num_tokens = q.size(0);
+  job.num_tokens = k.size(0);
   job.num_kv_heads = static_cast<int>(k.size(1));
   job.dim = static_cast<int>(q.size(2));
   job.scale = static_cast<T>(scale);
@@ -143,7 +143,7 @@ void run_backward(const at::Tensor& gradient, const at::Tensor& q, const at::Ten
   add_slices(job, scratch_v, dv);
 }
 
-// -> output [T, N, H], log of the softmax's denominators [T, N] (float32, or float64 for float64)
+// -> output [Q, N, H], log of the softmax's denominators [Q, N] (float32, or float64 for float64)
 std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                            const at::Tensor& plan, double scale) {
   check_inputs(q, k, v);

@@ -34,6 +34,24 @@ inline void check_layout_inputs(const at::Tensor& token_ids, at::IntArrayRef tag
                     token_ids.numel());
 }
 
+inline void check_layout(const at::Tensor& layout) {
+  TORCH_CHECK_VALUE(layout.dim() == 2 && layout.size(0) == 5 && layout.scalar_type() == at::kInt,
+                    "a layout is int32 [5, T], not ", layout.scalar_type(), " ", layout.sizes());
+}
+
+inline void check_first_query(const at::Tensor& layout, int64_t first_query) {
+  check_layout(layout);
+  TORCH_CHECK_VALUE(first_query >= 0 && first_query <= layout.size(1), "the first query of ", layout.size(1),
+                    " tokens cannot be ", first_query);
+}
+
+inline void check_block(const at::Tensor& layout, int64_t block, int64_t first_query) {
+  check_first_query(layout, first_query);
+  TORCH_CHECK_VALUE(block > 0 && block <= 32768, "a block has 1 to 32768 tokens, not ", block);
+  TORCH_CHECK_VALUE(first_query % block == 0, "the first query must be a multiple of the block ", block, ", not ",
+                    first_query);
+}
+
 // The rows of an int32 [6, T] tensor.
 inline LayoutArrays layout_arrays(at::Tensor& arrays) {
   int32_t* rows = arrays.mutable_data_ptr<int32_t>();

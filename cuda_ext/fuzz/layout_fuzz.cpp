@@ -1,4 +1,5 @@
-// Any bytes become a packed row; laying it out must neither read nor write out of bounds, and must obey the definition.
+// Any bytes become a packed row; laying it out must neither read nor write out of bounds, and must give what
+// definition.h says, token by token and pair by pair.
 //
 // `make fuzz` builds this with the address and undefined-behaviour sanitizers and feeds it seeded random inputs; with
 // clang, -fsanitize=fuzzer and -DNPR_LIBFUZZER the same function is libFuzzer's.
@@ -10,6 +11,7 @@
 #include <random>
 #include <vector>
 
+#include "definition.h"
 #include "npr/layout.h"
 #include "npr/visibility.h"
 
@@ -43,6 +45,25 @@ void require(bool condition, const char* what) {
   if (condition) return;
   std::fprintf(stderr, "layout_fuzz: violated: %s\n", what);
   std::abort();
+}
+
+// Every token and every pair of the row against the definition.
+void require_definition(const int32_t* tokens, const std::vector<Segment>& segments, bool branching,
+                        const LayoutArrays& out) {
+  for (const Segment& segment : segments) {
+    const definition::Places places(tokens, segment, branching);
+    for (int32_t t = segment.begin; t < segment.end; ++t) {
+      require(out.branch_ids[t] == places[t].branch, "branches are those of the definition");
+      require(out.position_ids[t] == places[t].position, "positions are those of the definition");
+      require(out.predecessor[t] == places[t].predecessor, "predecessors are those of the definition");
+      require(out.sequence_end[t] == segment.visible_end, "a key is seen by its sequence or its group");
+      for (int32_t q = segment.begin; q < segment.visible_end; ++q) {
+        const bool hidden = out.hidden_from[t] <= q && q < out.hidden_until[t];
+        const bool expected = q >= segment.end || places.may_attend(q, t);
+        require((t <= q && !hidden) == expected, "who sees whom is the definition's");
+      }
+    }
+  }
 }
 
 }  // namespace
@@ -90,6 +111,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, std::size_t size) {
             "a verdict points into its segment");
   }
 
+  require_definition(tokens.get(), segments, branching, out);
+
   std::vector<KeyRun> runs;
   require(make_key_runs(out.hidden_from, out.hidden_until, out.sequence_end, static_cast<int32_t>(num_tokens), runs),
           "every key sees itself and is hidden inside its sequence only");
@@ -102,7 +125,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, std::size_t size) {
     const bool hidden = out.hidden_from[by] <= t && t < out.hidden_until[by];
     require(t < out.sequence_end[by] && !hidden, "a token sees the one that predicts it");
   }
-  const AttentionPlan plan = make_attention_plan(runs);
+  const AttentionPlan plan = make_attention_plan(runs, num_tokens);
   int64_t planned = 0;
   for (std::size_t i = 0; i < plan.units.size(); ++i) planned += plan.units[i].end - plan.units[i].begin;
   require(planned == num_tokens, "the plan covers every query once");

@@ -2,8 +2,11 @@
 
 T tokens, D hidden, F feed-forward, G key/value heads, N query heads per key/value head, H head dim, S slots,
 P positions. All take float32, float64 or bfloat16 (then computed in float32, rounded once at the end) and raise
-ValueError for a shape, type, position or slot that does not fit.
+ValueError for a shape, type, position or slot that does not fit. CUDA tensors go to npr_ext.triton_kernels, which computes in
+float32 and cannot look at positions and slots.
 """
+
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -11,10 +14,19 @@ from torch import Tensor
 from npr_ext import _C  # noqa: F401  (loading it registers torch.ops.npr)
 
 
+def _gpu() -> ModuleType:
+    """Triton is there wherever torch was built for CUDA, and only there."""
+    from npr_ext import triton_kernels
+
+    return triton_kernels
+
+
 def categorical(logits_SV: Tensor, uniforms_S: Tensor) -> tuple[Tensor, Tensor]:
     """(index int64 [S], its log-probability [S]): the first whose cumulative softmax exceeds the uniform number
     (summed in float64, so no mass is lost). Logits float32 or float64; NaN ones give a log-probability of NaN.
     uniforms_S: float64 in [0, 1)."""
+    if logits_SV.is_cuda:
+        return _gpu().categorical(logits_SV, uniforms_S)
     indices, logprobs = torch.ops.npr.categorical(logits_SV, uniforms_S)
     return indices, logprobs
 
@@ -33,12 +45,16 @@ def num_threads() -> int:
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich 2019), [T, D]."""
+    if x_TD.is_cuda:
+        return _gpu().rms_norm(x_TD, weight_D, eps)
     normed: Tensor = torch.ops.npr.rms_norm(x_TD, weight_D, eps)
     return normed
 
 
 def silu_mul(gate_up_TF: Tensor) -> Tensor:
     """silu(gate) * up of [gate | up] (SwiGLU, Shazeer 2020), [T, F] from [T, 2F]."""
+    if gate_up_TF.is_cuda:
+        return _gpu().silu_mul(gate_up_TF)
     product: Tensor = torch.ops.npr.silu_mul(gate_up_TF)
     return product
 
@@ -69,6 +85,19 @@ def split_heads(
         v_cache_SGH: contiguous; written in place.
         eps: of the norms.
     """
+    if qkv_TC.is_cuda:
+        return _gpu().split_heads(
+            qkv_TC,
+            query_norm_H,
+            key_norm_H,
+            cos_Ph,
+            sin_Ph,
+            positions,
+            slots,
+            k_cache_SGH,
+            v_cache_SGH,
+            eps,
+        )
     queries: Tensor = torch.ops.npr.split_heads(
         qkv_TC,
         query_norm_H,

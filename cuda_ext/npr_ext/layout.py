@@ -9,6 +9,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask
 
 from npr_ext import _C  # noqa: F401  (loading it registers torch.ops.npr)
@@ -17,6 +18,18 @@ from npr_ext.tags import TagIds
 from npr_ext.violations import MESSAGES, Violation
 
 NUM_ARRAYS = 5
+TILE = 128  # queries and keys of a FlexAttention tile
+STEPS_AN_OCTAVE = 4
+
+
+def bucket_length(num_tokens: int) -> int:
+    """The least bucket that holds so many tokens: whole tiles, four lengths between powers of two (at most 1/4 more).
+
+    FlexAttention is compiled for a shape; a run then needs few shapes.
+    """
+    tiles = max(1, -(-num_tokens // TILE))
+    step = max(1, (1 << (tiles - 1).bit_length()) // (2 * STEPS_AN_OCTAVE))
+    return -(-tiles // step) * step * TILE
 
 
 @dataclass(frozen=True)
@@ -42,10 +55,12 @@ class BranchLayout:
     Attributes:
         arrays: [5, T]: position ids, hidden from, hidden until, sequence end, predecessor.
         parsed: what only `branch_layout` knows and does not travel: branch ids [T] and verdicts [2, n].
+        first_query: all tokens are keys, those from here on are queries; 0 but in a shard (npr_ext.shard).
     """
 
     arrays: Tensor
     parsed: tuple[Tensor, Tensor] | None = None
+    first_query: int = 0
 
     @classmethod
     def from_tensor(cls, arrays: Tensor) -> "BranchLayout":
@@ -110,34 +125,57 @@ class BranchLayout:
         )
 
     def visible(self) -> Tensor:
-        """bool [T, T], queries by keys: the dense mask, for tests and small T."""
-        q_T1 = torch.arange(self.num_tokens, device=self.arrays.device, dtype=torch.int32)[:, None]
-        k_1T = q_T1.T
-        hidden = (self.hidden_from <= q_T1) & (q_T1 < self.hidden_until)
-        return (k_1T <= q_T1) & (q_T1 < self.sequence_end) & ~hidden
+        """bool [queries, T]: the dense mask, for tests and small T."""
+        k_1T = torch.arange(self.num_tokens, device=self.arrays.device, dtype=torch.int32)[None, :]
+        q_Q1 = k_1T.T[self.first_query :]
+        hidden = (self.hidden_from <= q_Q1) & (q_Q1 < self.hidden_until)
+        return (k_1T <= q_Q1) & (q_Q1 < self.sequence_end) & ~hidden
 
     def visible_pairs(self) -> int:
         """Number of (query, key) pairs that attend."""
-        keys = torch.arange(self.num_tokens, device=self.arrays.device)
-        hidden = (self.hidden_until - self.hidden_from).clamp(min=0)
-        return int((self.sequence_end - keys - hidden).sum())
+        first = torch.arange(self.num_tokens, device=self.arrays.device).clamp(min=self.first_query)
+        seen = (self.sequence_end - first).clamp(min=0)
+        hidden = (self.hidden_until - torch.maximum(self.hidden_from, first)).clamp(min=0)
+        return int((seen - hidden).sum())
 
     def density(self) -> float:
-        """Visible pairs as a share of T x T."""
-        return self.visible_pairs() / max(1, self.num_tokens**2)
+        """Visible pairs as a share of all queries x T."""
+        return self.visible_pairs() / max(1, (self.num_tokens - self.first_query) * self.num_tokens)
 
     @cached_property
     def plan(self) -> Tensor:
         """int32: what to compute in attention on the CPU, derived once and used by every layer, forward and backward."""
-        plan: Tensor = torch.ops.npr.attention_plan(self.arrays)
+        plan: Tensor = torch.ops.npr.attention_plan(self.arrays, self.first_query)
         return plan
 
-    def block_mask(self, block: int = 128) -> BlockMask:
-        """FlexAttention's mask over tiles of `block` x `block`, with full and partial lists and their transposes."""
-        lists = torch.ops.npr.block_lists(self.arrays, block)
-        hidden_from, hidden_until, sequence_end = self.hidden_from, self.hidden_until, self.sequence_end
+    @cached_property
+    def bucket_mask(self) -> BlockMask:
+        """What to compute in attention on a GPU: the block mask of the bucket that the row is padded to."""
+        return self.in_bucket().block_mask(TILE)
 
-        def may_attend(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    def in_bucket(self) -> "BranchLayout":
+        """This layout with lone tokens at its end, up to `bucket_length`; itself where none are missing."""
+        num_tokens = self.num_tokens
+        missing = bucket_length(num_tokens - self.first_query) + self.first_query - num_tokens
+        if missing == 0:
+            return self
+        arrays = functional.pad(self.arrays, (0, missing))
+        ends = torch.arange(num_tokens, num_tokens + missing, device=arrays.device, dtype=torch.int32) + 1
+        arrays[1:4, num_tokens:] = ends
+        arrays[4, num_tokens:] = -1
+        return BranchLayout(arrays, first_query=self.first_query)
+
+    def block_mask(self, block: int = 128) -> BlockMask:
+        """FlexAttention's mask over tiles of `block` x `block`, with full and partial lists and their transposes.
+
+        `first_query` must be a multiple of `block`.
+        """
+        lists = torch.ops.npr.block_lists(self.arrays, block, self.first_query)
+        hidden_from, hidden_until, sequence_end = self.hidden_from, self.hidden_until, self.sequence_end
+        first_query = self.first_query
+
+        def may_attend(batch: Tensor, head: Tensor, query: Tensor, k: Tensor) -> Tensor:
+            q = query + first_query
             hidden = (hidden_from[k] <= q) & (q < hidden_until[k])
             return (k <= q) & (q < sequence_end[k]) & ~hidden
 
@@ -145,7 +183,7 @@ class BranchLayout:
             each[None, None] for each in lists
         )
         return BlockMask(
-            (self.num_tokens, self.num_tokens),
+            (self.num_tokens - self.first_query, self.num_tokens),
             partial,
             partial_indices,
             full,

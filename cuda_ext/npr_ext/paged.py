@@ -15,6 +15,7 @@ def paged_attention(
     lengths: Tensor,
     *,
     scale: float | None = None,
+    runs: Tensor | None = None,
 ) -> Tensor:
     """Token t attends to the slots ``tables[row_of_token[t], :lengths[t]]``; a token without keys gives zeros. [T, N, H].
 
@@ -26,11 +27,19 @@ def paged_attention(
         row_of_token: int32 [T]. Neighbouring tokens of one row (a prefill chunk) are computed together.
         lengths: int32 [T] keys of each token.
         scale: factor of the scores; 1 / sqrt(H) if None.
+        runs: int32 [R, 2], (first token, tokens <= 16) of neighbours in one row, which a GPU computes together; the CPU finds
+            them itself. Each token alone if None.
 
     Raises:
-        ValueError: a shape, type, row, length or slot that does not fit.
+        ValueError: a shape, type, row, length or slot that does not fit (on the CPU; a GPU's memory is not read to check).
     """
     factor = q_TNH.shape[-1] ** -0.5 if scale is None else scale
+    if q_TNH.is_cuda:
+        from npr_ext import triton_kernels
+
+        return triton_kernels.paged_attention(
+            q_TNH, k_cache_SKH, v_cache_SKH, tables, row_of_token, lengths, factor, runs
+        )
     output: Tensor = torch.ops.npr.paged_attention(
         q_TNH, k_cache_SKH, v_cache_SKH, tables, row_of_token, lengths, factor
     )

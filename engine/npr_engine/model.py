@@ -1,4 +1,4 @@
-"""The inference model: a Qwen3-family decoder over a paged KV cache, on the trainer's own weight tensors.
+"""The inference model: a Qwen3, Qwen2.5 or Llama decoder over a paged KV cache, on the trainer's own weight tensors.
 
 Shapes: T tokens of a step, S sampled ones, D hidden, V vocabulary, G key/value heads of this rank, N query
 heads per key/value head, H head dim, F feed-forward. Weights keep Megatron's shard layout (fused [q.. k v]

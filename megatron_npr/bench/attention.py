@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_npr.bench import model_step
+from megatron_npr.bench.model_step import GROUP, PROMPT, RESPONSE, response_ids
 from megatron_npr.bench.timing import median_seconds, peak_bytes
 from npr_ext import BranchLayout, branch_attention, branch_layout
 from npr_ext.testing import TAGS, random_layout
@@ -21,7 +23,6 @@ TOKENS = 1 << 13
 BLOCKS, BRANCHES, STEP_SHARE = 3, 5, 0.9
 MEMORY_TOKENS = (1 << 11, 1 << 13, 1 << 15)
 ERROR_TOKENS = 1 << 10
-GROUP, PROMPT, RESPONSE = 16, 512, 256
 
 
 def measure() -> dict[str, object]:
@@ -34,7 +35,7 @@ def measure() -> dict[str, object]:
             tokens: peak_bytes(functools.partial(prepare_pass, tokens)) / tokens for tokens in MEMORY_TOKENS
         },
         "error": errors(),
-        "shared_prompt": shared_prompt(),
+        "shared_prompt": {"attention": shared_prompt(), "model_step": model_step.measure()},
     }
 
 
@@ -106,13 +107,6 @@ def group_layouts() -> tuple[BranchLayout, BranchLayout]:
     )
     assert not shared.violations() and not unshared.violations()
     return shared, unshared
-
-
-def response_ids(seed: int) -> Tensor:
-    """RESPONSE tokens: one block of 5 branches, then a conclusion."""
-    sample = random_layout(seed, RESPONSE, 1, BRANCHES, 0.6)
-    ids = sample.token_ids[sample.prompt_length :]
-    return torch.cat([ids, torch.full((RESPONSE - len(ids),), 20)])
 
 
 def inputs(tokens: int, dtype: torch.dtype, seed: int) -> tuple[list[Tensor], Tensor]:

@@ -32,11 +32,12 @@ from megatron_npr.demo.measure import Measured, measure
 from megatron_npr.demo.phases import Phases
 from megatron_npr.demo.tasks import demo_problems
 from megatron_npr.evaluate import mode_settings
+from megatron_npr.huggingface import load_tokenizer
 from megatron_npr.problems import HELDOUT_SEED, evaluation_prompts
 from megatron_npr.report import DemoResult, Speedup, Timeline, write_report
 from megatron_npr.rollout_file import pieces, read_rollouts
 from megatron_npr.scoring import answer_of
-from megatron_npr.session import build_engine, load_tokenizer, open_session, read_shards
+from megatron_npr.session import build_engine, open_session, read_shards
 from megatron_npr.statistics import paired_difference
 from megatron_npr.verifier import Verifier
 from npr_engine.grammar import Grammar, Response

@@ -1,12 +1,15 @@
 """One process of a parity world: the same model, batch and updates under any layout; figures as JSON from rank 0.
 
-Started by `test_parallel_parity.py` through torchrun: parity_worker.py TP PP SP FOLDER OUT
+Started by `test_parallel_parity.py` through torchrun: parity_worker.py TABLES FOLDER OUT, where TABLES is the JSON of
+`[parallel]` and `[model] recompute`.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,8 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_npr.checkpoint import Checkpoints
-from megatron_npr.config import BatchSettings, OptimizerSettings
+from megatron_npr.config import BatchSettings, OptimizerSettings, ParallelSettings, Recompute
+from megatron_npr.context_parallel import shard_bounds
 from megatron_npr.huggingface import read_model_config
 from megatron_npr.losses import papo_loss, sft_loss
 from megatron_npr.packing import TrainSample
@@ -53,18 +57,25 @@ def branching_samples() -> list[TrainSample]:
     return samples
 
 
-def measure(world: World, folder: Path, sequence_parallel: bool) -> dict[str, Any]:
+def measure(world: World, folder: Path, parallel: ParallelSettings, recompute: Recompute) -> dict[str, Any]:
     """Everything that must not depend on the layout."""
     figures: dict[str, Any] = {}
     samples = branching_samples()
-    policy = build_policy(read_model_config(folder), world, sequence_parallel=sequence_parallel)
+    build = partial(
+        build_policy,
+        read_model_config(folder),
+        world,
+        sequence_parallel=parallel.sequence_parallel,
+        recompute=recompute,
+    )
+    policy = build()
     load_policy_weights(policy, folder)
     largest = torch.tensor([logits_difference(policy, world, folder)])
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     figures["logits_difference"] = float(largest)
     for name in ("sft", "papo"):
         for share in (False, True):
-            policy = build_policy(read_model_config(folder), world, sequence_parallel=sequence_parallel)
+            policy = build()
             load_policy_weights(policy, folder)
             trainer = Trainer(
                 policy,
@@ -100,13 +111,17 @@ def measure(world: World, folder: Path, sequence_parallel: bool) -> dict[str, An
 
 def logits_difference(policy: Any, world: World, folder: Path) -> float:
     """Largest |logit - transformers' own logit| over a causal sequence of 40 tokens (on the last stage; 0 elsewhere)."""
-    from transformers import Qwen3ForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    token_ids = torch.from_numpy(np.random.default_rng(1).integers(0, 97, 40))
+    size = policy.model_config.vocab_size
+    token_ids = torch.from_numpy(np.random.default_rng(1).integers(0, size, 40))
     layout = branch_layout(token_ids, tags=TAGS, prompt_lengths=4, branching=False).as_tensor()
 
+    begin, end = shard_bounds(40, world.context_rank, world.context_size)
+
     def forward_step(rows: Any, model: torch.nn.Module) -> Any:
-        return model(token_ids[None], layout[:1], layout), lambda logits, non_loss_data: logits
+        output = model(token_ids[None, begin:end], layout[:1, begin:end], layout)
+        return output, lambda logits, non_loss_data: logits
 
     with megatron_context(), torch.no_grad():
         outputs = get_forward_backward_func()(
@@ -123,8 +138,8 @@ def logits_difference(policy: Any, world: World, folder: Path) -> float:
         return 0.0
     shards = [torch.empty_like(outputs[0]) for _ in range(world.tensor_size)]
     dist.all_gather(shards, outputs[0].contiguous(), group=world.tensor_group)
-    logits = torch.cat(shards, dim=-1).reshape(40, -1)[:, :97]
-    expected = Qwen3ForCausalLM.from_pretrained(folder)(token_ids[None]).logits[0]
+    logits = torch.cat(shards, dim=-1).reshape(end - begin, -1)[:, :size]
+    expected = AutoModelForCausalLM.from_pretrained(folder)(token_ids[None]).logits[0, begin:end]
     return float((logits - expected).detach().abs().max())
 
 
@@ -146,7 +161,9 @@ def engine_checksum(policy: Any, world: World) -> float:
 def resume_difference(trainer: Trainer, world: World, folder: Path, samples: list[TrainSample]) -> float:
     """|loss after two more steps - the same after saving and loading| (bit for bit: 0)."""
     checkpoints = Checkpoints(
-        folder / f"checkpoints_{world.tensor_size}_{world.pipeline_size}_{world.data_size}", world, keep=1
+        folder / f"checkpoints_{os.getpid() if world.size == 1 else os.environ['TORCHELASTIC_RUN_ID']}",
+        world,
+        keep=1,
     )
     path = checkpoints.save(3, trainer, {})
 
@@ -163,12 +180,13 @@ def resume_difference(trainer: Trainer, world: World, folder: Path, samples: lis
 
 def main() -> None:
     """Measure under one layout and write rank 0's figures."""
-    tensor, pipeline = int(sys.argv[1]), int(sys.argv[2])
+    tables, folder, out = json.loads(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
+    parallel = ParallelSettings(**tables["parallel"])
     torch.set_num_threads(1)
-    with world_of(tensor=tensor, pipeline=pipeline) as world:
-        figures = measure(world, Path(sys.argv[4]), sys.argv[3] == "1")
+    with world_of(tensor=parallel.tp, pipeline=parallel.pp, context=parallel.cp) as world:
+        figures = measure(world, folder, parallel, tables["recompute"])
         if world.is_main:
-            Path(sys.argv[5]).write_text(json.dumps(figures))
+            out.write_text(json.dumps(figures))
         dist.barrier()
 
 

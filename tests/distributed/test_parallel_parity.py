@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,36 @@ import numpy as np
 import pytest
 
 WORKER = Path(__file__).with_name("parity_worker.py")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A world of processes, its [parallel] table and what backward computes again."""
+
+    processes: int
+    parallel: dict[str, int | bool]
+    recompute: str = "none"
+
+
 LAYOUTS = {
-    "one process": (1, 1, 1, 0),
-    "tp2": (2, 2, 1, 0),
-    "tp2 with sequence parallelism": (2, 2, 1, 1),
-    "pp2": (2, 1, 2, 0),
-    "dp2": (2, 1, 1, 0),
+    "one process": Case(1, {}),
+    "tp2": Case(2, {"tp": 2}),
+    "tp2 with sequence parallelism": Case(2, {"tp": 2, "sequence_parallel": True}),
+    "pp2": Case(2, {"pp": 2}),
+    "cp2": Case(2, {"cp": 2}),
+    "dp2": Case(2, {}),
+    "full recompute": Case(1, {}, "full"),
+    "cp2 with full recompute": Case(2, {"cp": 2}, "full"),
 }
-SLOW_LAYOUTS = {"tp2 x pp2": (4, 2, 2, 0), "pp2 x dp2": (4, 1, 2, 0)}
+SLOW_LAYOUTS = {
+    "selective recompute": Case(1, {}, "selective"),
+    "tp2 x pp2": Case(4, {"tp": 2, "pp": 2}),
+    "pp2 x dp2": Case(4, {"pp": 2}),
+    "cp4": Case(4, {"cp": 4}),
+    "tp2 x cp2 with sequence parallelism": Case(4, {"tp": 2, "cp": 2, "sequence_parallel": True}),
+    "pp2 x cp2 with full recompute": Case(4, {"pp": 2, "cp": 2}, "full"),
+    "cp2 x dp2": Case(4, {"cp": 2}),
+}
 
 
 @pytest.fixture(scope="session")
@@ -45,8 +68,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def measure(name: str, layout: tuple[int, int, int, int], folder: Path) -> dict[str, Any]:
-    processes, tensor, pipeline, sequence = layout
+def measure(name: str, case: Case, folder: Path) -> dict[str, Any]:
     out = folder / f"{name.replace(' ', '_')}.json"
     if not out.exists():
         command = [
@@ -54,9 +76,10 @@ def measure(name: str, layout: tuple[int, int, int, int], folder: Path) -> dict[
             "-m",
             "torch.distributed.run",
             "--standalone",
-            f"--nproc-per-node={processes}",
+            f"--nproc-per-node={case.processes}",
         ]
-        arguments = [str(WORKER), str(tensor), str(pipeline), str(sequence), str(folder), str(out)]
+        tables = json.dumps({"parallel": case.parallel, "recompute": case.recompute})
+        arguments = [str(WORKER), tables, str(folder), str(out)]
         result = subprocess.run(
             command + arguments,
             capture_output=True,
@@ -70,9 +93,9 @@ def measure(name: str, layout: tuple[int, int, int, int], folder: Path) -> dict[
     return figures
 
 
-def assert_equal_figures(name: str, layout: tuple[int, int, int, int], folder: Path) -> None:
+def assert_equal_figures(name: str, case: Case, folder: Path) -> None:
     reference = measure("one process", LAYOUTS["one process"], folder)
-    figures = measure(name, layout, folder)
+    figures = measure(name, case, folder)
     assert figures["resume"] == 0.0, "a resumed run equals the uninterrupted one bit for bit"
     for key, expected in reference.items():
         if key.endswith("log_probs"):

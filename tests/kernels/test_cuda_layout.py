@@ -1,4 +1,4 @@
-"""The CUDA sources: they compile without a warning; on a GPU the layout equals the CPU's."""
+"""The CUDA sources: they compile without a warning; on a GPU layouts, block lists and attention equal the CPU's."""
 
 import shutil
 import subprocess
@@ -10,7 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from npr_ext import TagIds, branch_layout
+from megatron_npr.bench.gpu import packed, waits
+from npr_ext import BranchLayout, TagIds, branch_attention, branch_layout
+from npr_ext.reference import reference_attention
+from npr_ext.shard import shard_of
+from npr_ext.testing import random_layout
 
 ROOT = Path(__file__).parents[2]
 TAGS = TagIds(*range(1, 9))
@@ -27,7 +31,7 @@ def test_every_cuda_source_compiles_without_a_warning() -> None:
 
 
 @pytest.mark.gpu
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.lists(st.tuples(st.integers(0, 3000), st.integers(0, 40)), min_size=1, max_size=6),
     st.integers(0, 10**6),
@@ -57,3 +61,53 @@ def test_the_gpu_lays_out_any_tokens_as_the_cpu_does(
     assert torch.equal(actual.as_tensor().cpu(), expected.as_tensor())
     assert torch.equal(actual.branch_ids.cpu(), expected.branch_ids)
     assert torch.equal(actual.status.cpu(), expected.status)
+
+
+@pytest.mark.gpu
+@settings(max_examples=100, deadline=None)
+@given(st.integers(120, 4000), st.integers(0, 10**6), st.sampled_from([16, 64, 128]), st.booleans())
+def test_the_gpu_lists_the_blocks_that_the_cpu_lists(
+    tokens: int, seed: int, block: int, second_half: bool
+) -> None:
+    row = random_layout(seed, tokens, 1, 3, 0.5).layout()
+    layout = shard_of(row, tokens // 2, tokens).layout if second_half else row
+    on_gpu = BranchLayout(layout.as_tensor().cuda(), first_query=layout.first_query)
+    lists = (
+        torch.ops.npr.block_lists(each.as_tensor(), block, each.first_query) for each in (layout, on_gpu)
+    )
+    for expected, actual in zip(*lists, strict=True):
+        assert torch.equal(actual.cpu(), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("tokens", "dtype"), [(700, torch.float32), (1024, torch.float32), (3000, torch.bfloat16)]
+)
+def test_attention_on_the_gpu_is_the_reference(tokens: int, dtype: torch.dtype) -> None:
+    layout = random_layout(1, tokens, 2, 3, 0.6).layout()
+    on_gpu = BranchLayout.from_tensor(layout.as_tensor().cuda())
+    generator = torch.Generator().manual_seed(0)
+    *qkv, weight = (torch.randn(tokens, heads, 64, generator=generator) for heads in (8, 2, 2, 8))
+    exact = [tensor.double().requires_grad_() for tensor in qkv]
+    output = reference_attention(*exact, layout.visible(), 0.125)
+    expected = (output, *torch.autograd.grad(output, exact, weight.double()))
+    ours = [tensor.to("cuda", dtype).requires_grad_() for tensor in qkv]
+    output = branch_attention(*ours, on_gpu)
+    actual = (output, *torch.autograd.grad(output, ours, weight.to("cuda", dtype)))
+    tolerance = 2e-5 if dtype == torch.float32 else 4e-2
+    for mine, theirs in zip(actual, expected, strict=True):
+        largest = float(theirs.abs().max())
+        assert float((mine.cpu().double() - theirs).abs().max()) <= tolerance * max(largest, 1.0)
+
+
+@pytest.mark.gpu
+def test_the_host_waits_for_nothing_while_it_lays_out() -> None:
+    device = torch.device("cuda")
+    lay_out = packed(random_layout(0, 4096), 8, device)
+    lay_out().block_mask()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        lay_out().block_mask()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert waits(lambda: lay_out().block_mask(), device) == []

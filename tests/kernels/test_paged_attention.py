@@ -35,7 +35,7 @@ def random_job(
     return q, randn(num_slots, kv_heads, dim), randn(num_slots, kv_heads, dim), tables, rows, lengths
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.integers(0, 10**6),
     st.lists(st.tuples(st.integers(1, 40), st.integers(1, 300)), min_size=1, max_size=3),
@@ -87,7 +87,7 @@ def test_no_tokens_are_no_work() -> None:
     assert paged_attention(q[:0], k, v, tables, rows[:0], lengths[:0]).shape == (0, 4, 32)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.integers(0, 10**6),
     st.lists(st.tuples(st.integers(1, 9), st.integers(0, 200), st.integers(0, 150)), min_size=1, max_size=4),

@@ -5,43 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from npr_ext import TagIds, Violation, branch_layout
+from npr_ext import Violation, branch_layout
 from npr_ext.layout import BranchLayout
 from npr_ext.reference import reference_places, reference_visible
-
-TAGS = TagIds(2, 3, 4, 5, 6, 7, 8, 9)
-GAP, TEXT, EOS = 10, 11, 1
-
-texts = st.lists(st.sampled_from([TEXT, TEXT + 1, GAP]), max_size=4)
-gaps = st.lists(st.just(GAP), max_size=2)
-
-
-@st.composite
-def blocks(draw: st.DrawFn) -> list[int]:
-    num_branches = draw(st.integers(1, 4))
-    ids = [TAGS.guideline]
-    for _ in range(num_branches):
-        ids += [*draw(gaps), TAGS.plan, *draw(texts), TAGS.plan_end]
-    ids += [*draw(gaps), TAGS.guideline_end]
-    for _ in range(num_branches):
-        ids += [*draw(gaps), TAGS.step, *draw(texts), TAGS.step_end]
-    return [*ids, *draw(gaps), TAGS.takeaway, *draw(texts), TAGS.takeaway_end, *draw(gaps)]
-
-
-@st.composite
-def responses(draw: st.DrawFn) -> list[int]:
-    return sum(draw(st.lists(blocks(), max_size=3)), draw(texts)) + draw(texts)
-
-
-prompts = st.lists(st.integers(0, 14), max_size=5)  # tags in a prompt mean nothing
-any_response = st.one_of(
-    responses(),
-    responses().flatmap(lambda ids: st.integers(0, len(ids)).map(lambda cut: ids[:cut])),
-    st.tuples(responses(), st.integers(0, 60), st.integers(0, 12)).map(
-        lambda drawn: [drawn[2] if i == drawn[1] else each for i, each in enumerate(drawn[0])]
-    ),
-    st.lists(st.integers(0, 12), max_size=30),
-)
+from npr_ext.testing import TAGS
+from tests.property.trees import Tree, any_response, prompts, trees
 
 
 def assert_equals_definition(
@@ -58,19 +26,20 @@ def assert_equals_definition(
     )
 
 
-@settings(max_examples=2000, deadline=None)
-@given(prompts, responses())
-def test_a_well_formed_response_with_gaps_is_laid_out_by_the_definition(
-    prompt: list[int], response: list[int]
-) -> None:
+@settings(max_examples=2000)
+@given(trees())
+def test_a_well_formed_response_with_gaps_is_laid_out_as_its_tree_says(tree: Tree) -> None:
     layout = branch_layout(
-        torch.tensor(prompt + response, dtype=torch.int32), tags=TAGS, prompt_lengths=len(prompt)
+        torch.tensor(tree.ids, dtype=torch.int32), tags=TAGS, prompt_lengths=tree.prompt_length
     )
     assert layout.violations() == ()
-    assert_equals_definition(layout, prompt, response, True)
+    assert torch.equal(layout.visible(), tree.may_attend())
+    assert layout.branch_ids.tolist() == tree.branches
+    assert layout.position_ids.tolist() == tree.positions()
+    assert layout.predecessor.tolist() == tree.predecessors()
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=1000)
 @given(prompts, any_response, st.booleans())
 def test_cut_or_malformed_text_is_laid_out_by_the_definition(
     prompt: list[int], response: list[int], branching: bool
@@ -80,7 +49,7 @@ def test_cut_or_malformed_text_is_laid_out_by_the_definition(
     assert_equals_definition(layout, prompt, response, branching)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.lists(st.tuples(prompts, st.lists(any_response, min_size=1, max_size=3)), min_size=1, max_size=3),
     st.integers(0, 3),
@@ -136,20 +105,40 @@ def test_a_shared_prompt_gives_every_response_its_unshared_layout(
     assert layout.predecessor[len(ids) - num_pads :].tolist() == [-1] * num_pads
 
 
-any_int = st.one_of(st.integers(-3, 12), st.integers(-(2**63), 2**63 - 1))
+any_int = st.one_of(st.integers(-3, 12), st.integers(-(2**31), 2**31 - 1), st.integers(-(2**63), 2**63 - 1))
 
 
-@settings(max_examples=500, deadline=None)
-@given(st.lists(any_int, max_size=20), st.lists(st.tuples(any_int, any_int, any_int), max_size=5), any_int)
+def integers(values: list[int], dtype: torch.dtype) -> torch.Tensor:
+    """The lowest 32 bits of each where the type has no more."""
+    return torch.tensor(values, dtype=torch.int64).to(dtype)
+
+
+@settings(max_examples=1000)
+@given(
+    st.lists(any_int, max_size=40),
+    st.lists(st.tuples(any_int, any_int, any_int), max_size=5),
+    any_int,
+    st.booleans(),
+    st.booleans(),
+    st.lists(st.sampled_from([torch.int32, torch.int64]), min_size=4, max_size=4),
+    st.integers(1, 50),
+)
 def test_any_integers_give_a_layout_in_bounds_and_a_status(
-    ids: list[int], segments: list[tuple[int, int, int]], first_bound: int
+    ids: list[int],
+    segments: list[tuple[int, int, int]],
+    first_bound: int,
+    has_parents: bool,
+    branching: bool,
+    dtypes: list[torch.dtype],
+    block: int,
 ) -> None:
     layout = branch_layout(
-        torch.tensor(ids, dtype=torch.int64),
+        integers(ids, dtypes[0]),
         tags=TAGS,
-        prompt_lengths=torch.tensor([s[1] for s in segments], dtype=torch.int64),
-        cu_seqlens=torch.tensor([first_bound, *(s[0] for s in segments)], dtype=torch.int64),
-        parents=torch.tensor([s[2] for s in segments], dtype=torch.int64),
+        prompt_lengths=integers([s[1] for s in segments], dtypes[1]),
+        cu_seqlens=integers([first_bound, *(s[0] for s in segments)], dtypes[2]),
+        parents=integers([s[2] for s in segments], dtypes[3]) if has_parents else None,
+        branching=branching,
     )
     tokens = torch.arange(len(ids))
     assert ((layout.sequence_end > tokens) & (layout.sequence_end <= len(ids))).all()
@@ -157,10 +146,40 @@ def test_any_integers_give_a_layout_in_bounds_and_a_status(
     assert ((layout.position_ids >= 0) & (layout.position_ids < len(ids))).all() or not ids
     assert layout.visible().diagonal().all()
     assert all(code in set(Violation) for code in layout.status.tolist())
-    torch.ops.npr.attention_plan(layout.as_tensor())
+    assert all(0 <= each.token_index <= len(ids) and each.message for each in layout.violations())
+    assert layout.plan.numel() > 0
+    assert layout.block_mask(block).kv_num_blocks.sum() <= (-(-len(ids) // block)) ** 2
 
 
-@settings(max_examples=200, deadline=None)
+def rows_of(num_tokens: int) -> st.SearchStrategy[list[int]]:
+    """What one array of a layout may hold: ends of the row, or anything."""
+    number = st.integers(-1, num_tokens + 1) | st.integers(-(2**31), 2**31 - 1)
+    return st.just([num_tokens] * num_tokens) | st.lists(number, min_size=num_tokens, max_size=num_tokens)
+
+
+@settings(max_examples=500)
+@given(st.integers(0, 12).flatmap(lambda n: st.tuples(*[rows_of(n)] * 5)), st.integers(1, 20))
+def test_any_integers_in_place_of_a_layout_are_refused_or_are_a_layout(
+    rows: tuple[list[int], ...], block: int
+) -> None:
+    layout = BranchLayout.from_tensor(torch.tensor(rows, dtype=torch.int32))
+    _, begins, ends, sequence_ends, _ = rows
+    if all(
+        key < end <= layout.num_tokens and (begin >= until or key < begin < until <= end)
+        for key, (begin, until, end) in enumerate(zip(begins, ends, sequence_ends, strict=True))
+    ):
+        mask = layout.block_mask(block)
+        listed = int(mask.kv_num_blocks.sum() + mask.full_kv_num_blocks.sum())
+        assert listed <= (-(-layout.num_tokens // block)) ** 2
+        assert layout.plan.numel() > 0
+    else:
+        with pytest.raises(ValueError, match="no layout"):
+            layout.block_mask(block)
+        with pytest.raises(ValueError, match="no layout"):
+            _ = layout.plan
+
+
+@settings(max_examples=200)
 @given(st.lists(st.integers(0, 12), max_size=40), st.integers(1, 40))
 def test_a_layout_tells_nothing_of_later_tokens(ids: list[int], cut: int) -> None:
     whole = branch_layout(torch.tensor(ids, dtype=torch.int64), tags=TAGS, prompt_lengths=0)

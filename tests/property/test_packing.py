@@ -43,7 +43,7 @@ def test_every_sample_stands_in_exactly_one_row_within_the_budget(
             assert len({samples[index].prompt_ids.tobytes() for index in group}) == 1
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(sample_lists(), st.booleans(), st.booleans())
 def test_a_packed_row_predicts_the_tokens_that_its_samples_train(
     samples: list[TrainSample], share: bool, branching: bool

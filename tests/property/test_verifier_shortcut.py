@@ -13,7 +13,7 @@ TUPLES = st.lists(st.integers(0, 3), min_size=2, max_size=4).map(
 SIGNED = st.integers(-3, 3).map(str)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(answer=NUMBERS | TUPLES | SIGNED, gold=NUMBERS | TUPLES | SIGNED)
 def test_comparing_digits_agrees_with_math_verify(answer: str, gold: str) -> None:
     with Verifier(1, timeout_seconds=0.0) as without_algebra:

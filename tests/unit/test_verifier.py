@@ -42,8 +42,9 @@ def test_many_claims_keep_their_order_and_are_decided_once_each(verifier: Verifi
 
 
 def test_an_answer_that_takes_too_long_is_wrong_and_counted_and_the_next_is_decided() -> None:
+    seconds_of_work = "+".join(f"x^{{{power}}}" for power in range(300))
     with Verifier(1, timeout_seconds=0.0) as verifier:
-        assert verifier.correct("x^2+2x+1", "(x+1)^2") is False
+        assert verifier.correct(seconds_of_work, f"1+{seconds_of_work}-1") is False
         assert verifier.num_timeouts == 1
     with Verifier(1) as verifier:
         assert verifier.correct("x^2+2x+1", "(x+1)^2") is True

@@ -87,7 +87,8 @@ inline Schedule make_schedule(const AttentionPlan& plan, int group) {
   const auto num_tiles = static_cast<int32_t>(schedule.tiles.size());
   first_tile_of_component.push_back(num_tiles);
   const int64_t total = cost_until.back();
-  const auto first_token = [&](int32_t tile) { return schedule.tiles[tile].begin; };
+  // The keys before the first query belong to the first component.
+  const auto first_token = [&](int32_t tile) { return tile == 0 ? 0 : schedule.tiles[tile].begin; };
   const auto end_token = [&](int32_t tile) { return schedule.tiles[tile - 1].end; };
   const auto tile_at_cost = [&](int64_t cost, int32_t low, int32_t high) {
     return static_cast<int32_t>(std::lower_bound(cost_until.begin() + low, cost_until.begin() + high, cost) -
@@ -135,11 +136,11 @@ template <typename T>
 struct BranchAttention {
   AttentionPlan plan;
   Schedule schedule;
-  HeadTensor<const T> q;  // [T, N, H]
+  HeadTensor<const T> q;  // [Q, N, H]: queries are the last Q of the T tokens
   HeadTensor<const T> k;  // [T, K, H]
   HeadTensor<const T> v;
-  HeadTensor<T> output;  // [T, N, H]
-  T* log_sums;           // [T, N]
+  HeadTensor<T> output;  // [Q, N, H]
+  T* log_sums;           // [Q, N]
   T* packed_keys;        // [K, blocks, H, kTileStride]: key blocks, transposed
   int64_t num_tokens;
   int group;
@@ -147,6 +148,7 @@ struct BranchAttention {
   int dim;
   T scale;
 
+  int num_heads() const { return group * num_kv_heads; }
   int64_t num_blocks() const { return (num_tokens + kTileKeys - 1) / kTileKeys; }
   std::ptrdiff_t packed_offset(int64_t block, int kv_head) const {
     return (kv_head * num_blocks() + block) * dim * kTileStride;
@@ -240,14 +242,20 @@ class BranchAttentionTask {
   }
 
  private:
-  void load_rows(const HeadTensor<const T>& from, const QueryTile& tile, int kv_head, int group, int dim, T factor,
-                 Tile<T>& to) {
+  void load_rows(const HeadTensor<const T>& from, const BranchAttention<T>& job, const QueryTile& tile, int kv_head,
+                 T factor, Tile<T>& to) {
+    for_each_row(job, tile, kv_head, [&](int r, int64_t query, int head) {
+      const T* row = from.row(query, head);
+      for (int i = 0; i < job.dim; ++i) to.row(r)[i] = row[i] * factor;
+    });
+  }
+
+  // Calls use(row of the tile, query, head); queries count from the first one.
+  template <typename Use>
+  static void for_each_row(const BranchAttention<T>& job, const QueryTile& tile, int kv_head, const Use& use) {
     int r = 0;
     for (int32_t t = tile.begin; t < tile.end; ++t) {
-      for (int g = 0; g < group; ++g, ++r) {
-        const T* row = from.row(t, kv_head * group + g);
-        for (int i = 0; i < dim; ++i) to.row(r)[i] = row[i] * factor;
-      }
+      for (int g = 0; g < job.group; ++g, ++r) use(r, t - job.plan.first_query, kv_head * job.group + g);
     }
   }
 
@@ -294,7 +302,7 @@ class BranchAttentionTask {
 
   void forward_tile(const BranchAttention<T>& job, const QueryTile& tile, int kv_head) {
     const int rows = (tile.end - tile.begin) * job.group;
-    load_rows(job.q, tile, kv_head, job.group, job.dim, job.scale, query_);
+    load_rows(job.q, job, tile, kv_head, job.scale, query_);
     output_.clear(rows, job.dim);
     softmax_.start(rows);
     for_each_piece(job.plan, tile, [&](const KeyPiece& piece) {
@@ -306,24 +314,19 @@ class BranchAttentionTask {
       add_weighted_keys(scores_, natural(job.v, kv_head, piece.begin), rows, keys, job.dim, job.group, piece.causal,
                         output_);
     });
-    int r = 0;
-    const int num_heads = job.group * job.num_kv_heads;
-    for (int32_t t = tile.begin; t < tile.end; ++t) {
-      for (int g = 0; g < job.group; ++g, ++r) {
-        const int head = kv_head * job.group + g;
-        T* to = job.output.row(t, head);
-        const T factor = T(1) / softmax_.total(r);
-        for (int i = 0; i < job.dim; ++i) to[i] = output_.row(r)[i] * factor;
-        job.log_sums[static_cast<int64_t>(t) * num_heads + head] = softmax_.log_sum(r);
-      }
-    }
+    for_each_row(job, tile, kv_head, [&](int r, int64_t query, int head) {
+      T* to = job.output.row(query, head);
+      const T factor = T(1) / softmax_.total(r);
+      for (int i = 0; i < job.dim; ++i) to[i] = output_.row(r)[i] * factor;
+      job.log_sums[query * job.num_heads() + head] = softmax_.log_sum(r);
+    });
   }
 
   void backward_tile(const BranchAttention<T>& job, const BranchAttentionGradient<T>& gradient, const QueryTile& tile,
                      int kv_head, const HeadTensor<T>& dk, const HeadTensor<T>& dv) {
     const int rows = (tile.end - tile.begin) * job.group;
-    load_rows(job.q, tile, kv_head, job.group, job.dim, T(1), query_);
-    load_rows(gradient.output, tile, kv_head, job.group, job.dim, T(1), gradient_);
+    load_rows(job.q, job, tile, kv_head, T(1), query_);
+    load_rows(gradient.output, job, tile, kv_head, T(1), gradient_);
     load_statistics(job, tile, kv_head);
     output_.clear(rows, job.dim);  // becomes the gradient of q
     for_each_piece(job.plan, tile, [&](const KeyPiece& piece) {
@@ -342,28 +345,20 @@ class BranchAttentionTask {
       add_weighted_rows(scores_, query_, rows, keys, job.dim, job.group, piece.causal, dk.row(piece.begin, kv_head),
                         dk.token_stride);
     });
-    int r = 0;
-    for (int32_t t = tile.begin; t < tile.end; ++t) {
-      for (int g = 0; g < job.group; ++g, ++r) {
-        std::copy_n(output_.row(r), job.dim, gradient.q.row(t, kv_head * job.group + g));
-      }
-    }
+    for_each_row(job, tile, kv_head, [&](int r, int64_t query, int head) {
+      std::copy_n(output_.row(r), job.dim, gradient.q.row(query, head));
+    });
   }
 
   // Log-sums of the rows, and the inner products of output and its gradient.
   void load_statistics(const BranchAttention<T>& job, const QueryTile& tile, int kv_head) {
-    int r = 0;
-    const int num_heads = job.group * job.num_kv_heads;
-    for (int32_t t = tile.begin; t < tile.end; ++t) {
-      for (int g = 0; g < job.group; ++g, ++r) {
-        const int head = kv_head * job.group + g;
-        const T* output = job.output.row(t, head);
-        Vec<T> sum{};
-        for (int i = 0; i < job.dim; i += kLanes<T>) sum += load(output + i) * load(gradient_.row(r) + i);
-        inner_[r] = sum_lanes<T>(sum);
-        log_sum_[r] = job.log_sums[static_cast<int64_t>(t) * num_heads + head];
-      }
-    }
+    for_each_row(job, tile, kv_head, [&](int r, int64_t query, int head) {
+      const T* output = job.output.row(query, head);
+      Vec<T> sum{};
+      for (int i = 0; i < job.dim; i += kLanes<T>) sum += load(output + i) * load(gradient_.row(r) + i);
+      inner_[r] = sum_lanes<T>(sum);
+      log_sum_[r] = job.log_sums[query * job.num_heads() + head];
+    });
   }
 
   // weights: scores -> softmax; scores: gradient of the softmax -> gradient of the scores. Zero from `limit` on.

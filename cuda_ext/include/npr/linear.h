@@ -87,6 +87,9 @@ template <typename Stored>
 class PanelLinear {
   using T = ComputeOf<Stored>;
   static constexpr int kMaxVectors = 3;
+  // Products that are summed in a row: the rounding error grows with them. Adding up the parts costs 1 to 2 % of the
+  // time; without it, the logits of a model with 1536 features inside have 2 to 10 times the error of a library's GEMM.
+  static constexpr int64_t kSummands = 64;
 
  public:
   static constexpr int kTileW = std::max(1, kLanes<T> / 2);
@@ -148,26 +151,31 @@ class PanelLinear {
   void tile(const T* x, int64_t t, int64_t d, int outputs) const {
     const Stored* w[kTileW];
     for (int j = 0; j < kTileW; ++j) w[j] = job_.weight + (d + std::min(j, outputs - 1)) * job_.in_features;
-    Vec<T> sums[kVectors][kTileW];
-#pragma GCC unroll 8
+    Vec<T> totals[kVectors][kTileW];
     for (int j = 0; j < kTileW; ++j) {
       const T bias = job_.bias == nullptr ? T{} : widen(job_.bias[d + std::min(j, outputs - 1)]);
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) sums[v][j] = broadcast(bias);
+      for (int v = 0; v < kVectors; ++v) totals[v][j] = broadcast(bias);
     }
-    for (int64_t c = 0; c < job_.in_features; ++c) {
-      Vec<T> xs[kVectors];
+    for (int64_t begin = 0; begin < job_.in_features; begin += kSummands) {
+      const int64_t end = std::min(begin + kSummands, job_.in_features);
+      Vec<T> sums[kVectors][kTileW] = {};
+      for (int64_t c = begin; c < end; ++c) {
+        Vec<T> xs[kVectors];
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) xs[v] = load(x + (c * kVectors + v) * kLanes<T>);
+        for (int v = 0; v < kVectors; ++v) xs[v] = load(x + (c * kVectors + v) * kLanes<T>);
 #pragma GCC unroll 8
-      for (int j = 0; j < kTileW; ++j) {
-        const Vec<T> ws = broadcast<T>(widen(w[j][c]));
+        for (int j = 0; j < kTileW; ++j) {
+          const Vec<T> ws = broadcast<T>(widen(w[j][c]));
 #pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) sums[v][j] += xs[v] * ws;
+          for (int v = 0; v < kVectors; ++v) sums[v][j] += xs[v] * ws;
+        }
+      }
+      for (int v = 0; v < kVectors; ++v) {
+        for (int j = 0; j < kTileW; ++j) totals[v][j] += sums[v][j];
       }
     }
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) write(sums[v], t + v * kLanes<T>, d, outputs);
+    for (int v = 0; v < kVectors; ++v) write(totals[v], t + v * kLanes<T>, d, outputs);
   }
 
   // sums[j] holds output d + j of a vector of rows.

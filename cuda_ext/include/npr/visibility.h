@@ -32,10 +32,14 @@ struct Unit {
   int32_t first_interval;
 };
 
+// Of the tokens of a row all are keys; queries are those from `first_query` on (a context-parallel shard of a row
+// fetches keys for whose queries others care).
 struct AttentionPlan {
+  int32_t num_tokens = 0;
+  int32_t first_query = 0;
   std::vector<Unit> units;
   std::vector<Interval> intervals;
-  std::vector<int32_t> components;  // first unit of each set of tokens that sees nothing of the others
+  std::vector<int32_t> components;  // first unit of each set of queries that shares no key with the others
 };
 
 // False if the arrays are no layout: every key must see itself, and its interval must lie inside its sequence.
@@ -108,14 +112,14 @@ class KeySet {
   std::vector<Interval> intervals_;
 };
 
-inline AttentionPlan make_attention_plan(const std::vector<KeyRun>& runs) {
+inline AttentionPlan make_attention_plan(const std::vector<KeyRun>& runs, int32_t num_tokens, int32_t first_query = 0) {
   struct Event {
     int32_t at;
     int32_t run;
     bool shows;
   };
-  AttentionPlan plan;
-  std::vector<int32_t> cuts;
+  AttentionPlan plan{num_tokens, first_query, {}, {}, {}};
+  std::vector<int32_t> cuts{first_query};
   std::vector<Event> events;
   for (int32_t i = 0; i < static_cast<int32_t>(runs.size()); ++i) {
     const KeyRun& run = runs[i];
@@ -133,34 +137,48 @@ inline AttentionPlan make_attention_plan(const std::vector<KeyRun>& runs) {
   std::sort(events.begin(), events.end(), [](const Event& a, const Event& b) { return a.at < b.at; });
 
   KeySet seen;
+  int num_hidden = 0;  // runs that some later unit sees again
   auto event = events.begin();
   for (std::size_t i = 0; i + 1 < cuts.size(); ++i) {
     const int32_t begin = cuts[i];
     for (; event != events.end() && event->at == begin; ++event) {
       const Interval keys{runs[event->run].begin, runs[event->run].end};
+      const bool returns = runs[event->run].hidden_until < runs[event->run].sequence_end;
       if (event->shows) {
         seen.insert(keys);
+        --num_hidden;
       } else {
         seen.remove(keys);
+        if (returns && event->at < runs[event->run].sequence_end) ++num_hidden;
       }
     }
-    if (seen.intervals().empty()) plan.components.push_back(static_cast<int32_t>(plan.units.size()));
-    plan.units.push_back({begin, cuts[i + 1], static_cast<int32_t>(plan.intervals.size())});
-    plan.intervals.insert(plan.intervals.end(), seen.intervals().begin(), seen.intervals().end());
+    if (begin >= first_query) {
+      if (plan.units.empty() || (seen.intervals().empty() && num_hidden == 0)) {
+        plan.components.push_back(static_cast<int32_t>(plan.units.size()));
+      }
+      plan.units.push_back({begin, cuts[i + 1], static_cast<int32_t>(plan.intervals.size())});
+      plan.intervals.insert(plan.intervals.end(), seen.intervals().begin(), seen.intervals().end());
+    }
     seen.insert({begin, cuts[i + 1]});
   }
   return plan;
 }
 
-// Visible pairs of every tile of `block` queries x `block` keys, [num_blocks, num_blocks] row by row.
-inline std::vector<int32_t> count_visible_pairs(const std::vector<KeyRun>& runs, int32_t num_tokens, int32_t block) {
+// Visible pairs of every tile of `block` queries from `first_query` on (a multiple of `block`) x `block` keys:
+// [query blocks, key blocks], row by row.
+inline std::vector<int32_t> count_visible_pairs(const std::vector<KeyRun>& runs, int32_t num_tokens, int32_t block,
+                                                int32_t first_query = 0) {
   const int32_t num_blocks = (num_tokens + block - 1) / block;
-  std::vector<int32_t> pairs(static_cast<std::size_t>(num_blocks) * num_blocks);
+  const int32_t first_block = first_query / block;
+  std::vector<int32_t> pairs(static_cast<std::size_t>(num_blocks - first_block) * num_blocks);
+  const auto tile = [&](int32_t q_block, int32_t k_block) -> int32_t& {
+    return pairs[static_cast<std::size_t>(q_block - first_block) * num_blocks + k_block];
+  };
   const auto add_rectangle = [&](int32_t q_begin, int32_t q_end, int32_t k_block, int32_t keys) {
-    for (int32_t q = q_begin; q < q_end;) {
+    for (int32_t q = std::max(q_begin, first_query); q < q_end;) {
       const int32_t q_block = q / block;
       const int32_t next = std::min(q_end, (q_block + 1) * block);
-      pairs[static_cast<std::size_t>(q_block) * num_blocks + k_block] += (next - q) * keys;
+      tile(q_block, k_block) += (next - q) * keys;
       q = next;
     }
   };
@@ -169,7 +187,7 @@ inline std::vector<int32_t> count_visible_pairs(const std::vector<KeyRun>& runs,
       const int32_t k_block = begin / block;
       const int32_t end = std::min(run.end, (k_block + 1) * block);
       const int32_t keys = end - begin;
-      pairs[static_cast<std::size_t>(k_block) * num_blocks + k_block] += keys * (keys + 1) / 2;
+      if (k_block >= first_block) tile(k_block, k_block) += keys * (keys + 1) / 2;
       add_rectangle(end, run.hidden_from, k_block, keys);
       add_rectangle(run.hidden_until, run.sequence_end, k_block, keys);
       begin = end;

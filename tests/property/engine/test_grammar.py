@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 from npr_engine.grammar import Defect, Response
 from npr_engine.testing import EOS, GRAMMAR, PIECES, VOCABULARY, answer, block, encode
 from npr_ext import branch_layout
+from npr_ext.testing import GAP_TOKEN as GAP
+from tests.property.trees import any_response
 
 WORDS = st.text("abcdefgh 0123", min_size=1, max_size=6).filter(str.strip)
 BLOCKS = st.lists(
@@ -34,7 +36,7 @@ def _tokens(moves: list[int]) -> list[int]:
 
 
 @given(BLOCKS, WORDS)
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_what_is_written_is_read_back(blocks: list[tuple[list[tuple[str, str]], str]], result: str) -> None:
     written = [block(*(f"{plan}|{step}" for plan, step in items), takeaway=end) for items, end in blocks]
     ids = encode("\n\n".join(written) + answer(result))
@@ -52,7 +54,7 @@ def test_what_is_written_is_read_back(blocks: list[tuple[list[tuple[str, str]], 
 
 
 @given(MOVES, st.booleans())
-@settings(deadline=None, max_examples=400)
+@settings(max_examples=400)
 def test_token_by_token_finds_what_a_list_finds(moves: list[int], eos: bool) -> None:
     ids = _tokens(moves) + [EOS] * eos
     parser = GRAMMAR.parser()
@@ -61,19 +63,29 @@ def test_token_by_token_finds_what_a_list_finds(moves: list[int], eos: bool) -> 
     assert parser.finish() == GRAMMAR.read(ids)
 
 
-@given(MOVES)
-@settings(deadline=None, max_examples=600)
-def test_the_tag_structure_is_that_of_the_layout(moves: list[int]) -> None:
-    ids = _tokens(moves)
-    layout = branch_layout(torch.tensor([0, *ids], dtype=torch.int32), tags=VOCABULARY.tags, prompt_lengths=1)
+# Without EOS, which is text to the layout and ends a response for the grammar.
+any_text = st.one_of(
+    MOVES.map(_tokens),
+    st.lists(st.integers(EOS + 1, len(PIECES) - 1), max_size=60),
+    any_response.map(lambda ids: [GAP if token == EOS else token for token in ids]),
+)
+
+
+@given(any_text, st.lists(st.integers(0, len(PIECES) + 3), max_size=4))
+@settings(max_examples=2000)
+def test_the_tag_structure_is_that_of_the_layout(ids: list[int], prompt: list[int]) -> None:
+    layout = branch_layout(
+        torch.tensor([*prompt, *ids], dtype=torch.int32), tags=VOCABULARY.tags, prompt_lengths=len(prompt)
+    )
     structural = GRAMMAR.read(ids).structural
-    assert int(layout.status[0]) == (structural.violation if structural else 0)
-    if structural is not None:
-        assert layout.violations()[0].token_index == structural.token_index + 1
+    found = [(each.violation, each.token_index) for each in layout.violations()]
+    expected = [] if structural is None else [(structural.violation, structural.token_index + len(prompt))]
+    assert found == expected
+    assert layout.status.tolist() == [structural.violation if structural else 0]
 
 
 @given(st.lists(st.integers(-3, len(PIECES) + 3), max_size=40))
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_any_integers_give_a_tree_or_a_defect_inside_the_text(ids: list[int]) -> None:
     found = GRAMMAR.parse(ids)
     assert isinstance(found, Response) or (isinstance(found, Defect) and 0 <= found.token_index <= len(ids))

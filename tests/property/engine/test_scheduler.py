@@ -161,7 +161,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.finished[ended.request.request_id] = ended
 
 
-SchedulerMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=20, deadline=None)
+SchedulerMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=20)
 TestTheSchedulerUnderAnyUse = SchedulerMachine.TestCase
 
 

@@ -1,0 +1,48 @@
+"""One process of a world that holds each model of a list: logits against transformers', weights gathered again.
+
+Started by `test_model_families.py` through torchrun: family_worker.py TP PP OUT FOLDER...
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from parity_worker import logits_difference
+from safetensors.torch import load_file
+
+from megatron_npr.huggingface import export_tensors, read_model_config
+from megatron_npr.parallel import World, world_of
+from megatron_npr.policy import build_policy, load_policy_weights
+from megatron_npr.reshard import EngineWeights
+
+
+def measure(world: World, folder: Path) -> dict[str, float]:
+    """Largest difference of a logit, and how many exported tensors are not the folder's bits."""
+    config = read_model_config(folder)
+    policy = build_policy(config, world).eval()
+    load_policy_weights(policy, folder)
+    largest = torch.tensor([logits_difference(policy, world, folder)])
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    ours = export_tensors(EngineWeights(policy, world).full(), config)
+    theirs = load_file(folder / "model.safetensors")
+    assert set(ours) == set(theirs)
+    other = sum(not torch.equal(weight, theirs[name]) for name, weight in ours.items())
+    return {"logits_difference": float(largest), "other_tensors": other}
+
+
+def main() -> None:
+    """Measure all folders in one world and write rank 0's figures."""
+    torch.set_num_threads(1)
+    with world_of(tensor=int(sys.argv[1]), pipeline=int(sys.argv[2])) as world:
+        figures = [measure(world, Path(folder)) for folder in sys.argv[4:]]
+        if world.is_main:
+            Path(sys.argv[3]).write_text(json.dumps(figures))
+        dist.barrier()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""Qwen3, Qwen2.5, Llama and the real SmolLM2: the logits of transformers, from engine and policy, and the same bits back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from megatron_npr.huggingface import export_model, load_tokenizer, read_model_config
+from megatron_npr.parallel import World, init_world
+from megatron_npr.policy import build_policy, load_policy_weights
+from megatron_npr.reshard import EngineWeights
+from megatron_npr.session import read_shards
+from npr_engine.engine import Engine, EngineConfig
+from npr_engine.grammar import Grammar
+from npr_engine.model import InferenceModel, KVCache, Step
+from npr_engine.sampling import SamplingParams
+from npr_engine.vocabulary import Vocabulary
+from npr_ext import TagIds, branch_layout
+from tests.families import FAMILIES, save_family
+
+TAGS = TagIds(*range(2, 10))
+PROMPT = "Write 3 numbers below 1024 and café names:\n\n1. "
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    """Left open: Megatron's groups are made once a process."""
+    return init_world()
+
+
+@pytest.fixture(scope="module", params=[*FAMILIES, "smollm2"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if request.param == "smollm2":
+        return request.getfixturevalue("smollm2")
+    return save_family(request.param, tmp_path_factory.mktemp("family"))
+
+
+@pytest.fixture(scope="module")
+def token_ids(folder: Path) -> Tensor:
+    if (folder / "tokenizer.json").exists():
+        return torch.tensor(load_tokenizer(folder).encode(PROMPT * 3))
+    return torch.from_numpy(np.random.default_rng(1).integers(0, 97, 40))
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path, token_ids: Tensor) -> Tensor:
+    """transformers' logits, float32."""
+    with torch.no_grad():
+        logits: Tensor = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(
+            token_ids[None]
+        ).logits[0]
+    return logits
+
+
+def step(token_ids: Tensor, start: int, length: int) -> Step:
+    """Tokens [start, start + length) of one sequence in slots of its own order, all sampled."""
+    places = torch.arange(start, start + length, dtype=torch.int32)
+    return Step(
+        token_ids=token_ids[start : start + length].int(),
+        positions=places,
+        slots=places,
+        rows=torch.zeros_like(places),
+        lengths=places + 1,
+        tables=torch.arange(len(token_ids), dtype=torch.int32)[None],
+        sample_index=torch.arange(length),
+    )
+
+
+def engine_logits(model: InferenceModel, token_ids: Tensor) -> Tensor:
+    """A prefill in two chunks, then the last tokens one by one."""
+    cache: KVCache = model.new_cache(len(token_ids))
+    chunks = [11, len(token_ids) - 11 - 5, 1, 1, 1, 1, 1]
+    starts = np.cumsum([0, *chunks[:-1]])
+    with torch.inference_mode():
+        return torch.cat(
+            [model.forward(step(token_ids, int(a), n), cache) for a, n in zip(starts, chunks, strict=True)]
+        )
+
+
+def test_the_engines_logits_are_transformers_own(
+    folder: Path, token_ids: Tensor, expected: Tensor, world: World
+) -> None:
+    config = read_model_config(folder)
+    model = InferenceModel(config, read_shards(folder, config, world, torch.float32))
+    assert float((engine_logits(model, token_ids) - expected).abs().max()) <= 1e-4
+
+
+def test_the_engine_in_float64_differs_from_transformers_only_by_rounding(
+    folder: Path, token_ids: Tensor, world: World
+) -> None:
+    config = read_model_config(folder)
+    model = InferenceModel(config, read_shards(folder, config, world, torch.float64))
+    with torch.no_grad():
+        exact = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)(token_ids[None]).logits[0]
+    # transformers computes the angles of RoPE and the norms in float32 whatever the model's type
+    assert float((engine_logits(model, token_ids) - exact).abs().max()) <= 1e-4
+
+
+def test_the_policys_logits_are_transformers_own_and_its_weights_come_back_bit_for_bit(
+    folder: Path, token_ids: Tensor, expected: Tensor, world: World, tmp_path: Path
+) -> None:
+    config = read_model_config(folder)
+    policy = build_policy(config, world).eval()
+    load_policy_weights(policy, folder)
+    layout = branch_layout(token_ids, tags=TAGS, prompt_lengths=4, branching=False).as_tensor()
+    with torch.no_grad():
+        logits = policy.logits(token_ids[None], layout)[0]
+    assert float((logits - expected).abs().max()) <= 1e-4
+    export_model(EngineWeights(policy, world).full(), config, folder, tmp_path / "again")
+    ours, theirs = (load_file(place / "model.safetensors") for place in (tmp_path / "again", folder))
+    assert set(ours) == set(theirs)
+    for name, weight in ours.items():
+        assert weight.dtype == theirs[name].dtype and torch.equal(weight, theirs[name]), name
+    assert read_model_config(tmp_path / "again") == config
+
+
+def test_smollm2_greedily_continues_as_transformers_does(smollm2: Path, world: World) -> None:
+    config = read_model_config(smollm2)
+    tokenizer = load_tokenizer(smollm2)
+    grammar = Grammar(Vocabulary.from_tokenizer(tokenizer))
+    model = InferenceModel(config, read_shards(smollm2, config, world, torch.float32))
+    engine = Engine(model, grammar, EngineConfig(num_kv_slots=1024))
+    prompts = [tokenizer.encode(text) for text in (PROMPT, "The capital of France is", "2 + 2 =")]
+    sampling = SamplingParams(max_tokens=16, temperature=0.0, branching=False, ignore_eos=True)
+    theirs = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    for prompt, rollout in zip(prompts, engine.generate(prompts, sampling), strict=True):
+        sequence = torch.tensor([*prompt, *rollout.token_ids.tolist()])
+        with torch.no_grad():
+            logits = theirs(sequence[None]).logits[0, len(prompt) - 1 : -1]
+        assert logits.argmax(-1).tolist() == rollout.token_ids.tolist()

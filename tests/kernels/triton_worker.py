@@ -1,0 +1,116 @@
+"""One case of test_triton_kernels.py: triton_worker.py CASE."""
+
+import itertools
+import sys
+
+import torch
+from torch import Tensor
+
+import npr_ext
+from npr_ext import triton_kernels
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+TYPES = (torch.float32, torch.bfloat16)
+# The interpreter multiplies bfloat16 matrices as if they were integers.
+DOT_TYPES = (torch.float32, torch.bfloat16 if DEVICE == "cuda" else torch.float16)
+
+
+def randn(generator: torch.Generator, dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=generator).to(dtype)
+
+
+def close(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> None:
+    difference = float((ours.cpu().double() - theirs.double()).abs().max()) if theirs.numel() else 0.0
+    assert ours.shape == theirs.shape and ours.dtype == theirs.dtype, (ours.shape, theirs.shape)
+    largest = float(theirs.abs().max()) if theirs.numel() else 0.0
+    assert difference <= TOLERANCE[dtype] * max(1.0, largest), difference
+
+
+def attention() -> None:
+    """Decoding rows, prefill chunks in runs, and tokens without keys; few programs (split keys) and many."""
+    chunks = ([(1, 300)], [(1, 1), (1, 65), (1, 0)], [(40, 90), (1, 17), (5, 5)])
+    shapes = ((4, 2, 32), (9, 3, 64), (4, 4, 20))
+    for (seed, spans), (heads, kv_heads, dim), dtype in itertools.product(
+        enumerate(chunks), shapes, DOT_TYPES
+    ):
+        generator = torch.Generator().manual_seed(seed)
+        width = max(keys for _, keys in spans) + 3
+        tables = torch.stack([torch.randperm(width + 5, generator=generator)[:width] for _ in spans]).int()
+        rows = torch.tensor([row for row, (tokens, _) in enumerate(spans) for _ in range(tokens)]).int()
+        lengths = torch.tensor(
+            [keys - tokens + 1 + i if keys else 0 for tokens, keys in spans for i in range(tokens)]
+        )
+        q = randn(generator, dtype, len(rows), heads, dim) * 2
+        k, v = (randn(generator, dtype, width + 5, kv_heads, dim) for _ in range(2))
+        inputs = (q, k, v, tables, rows, lengths.int())
+        exact = (tensor.float() if tensor.is_floating_point() else tensor for tensor in inputs)
+        expected = npr_ext.paged_attention(*exact).to(dtype)
+        on_device = [tensor.to(DEVICE) for tensor in inputs]
+        runs, first = [], 0
+        for tokens, _ in spans:
+            runs += [(first + i, min(16, tokens - i)) for i in range(0, tokens, 16)]
+            first += tokens
+        for form in (None, torch.tensor(runs, dtype=torch.int32, device=DEVICE)):
+            for programs in (1, 512):
+                triton_kernels.PROGRAMS_WANTED = programs
+                close(triton_kernels.paged_attention(*on_device, dim**-0.5, form), expected, dtype)
+
+
+def split_heads() -> None:
+    """With and without norms; a padding token leaves the caches alone."""
+    for (group, kv_heads, dim), dtype, normed in itertools.product(
+        ((1, 1, 16), (3, 2, 32)), TYPES, (True, False)
+    ):
+        generator = torch.Generator().manual_seed(0)
+        qkv = randn(generator, dtype, 5, kv_heads * (group + 2) * dim)
+        norms = [randn(generator, dtype, dim) if normed else None for _ in range(2)]
+        cos, sin = (randn(generator, dtype, 50, dim // 2) for _ in range(2))
+        positions, slots = torch.tensor([3, 49, 0, 7, 7]).int(), torch.tensor([4, 0, 9, 1, 2]).int()
+        caches = [randn(generator, dtype, 10, kv_heads, dim) for _ in range(2)]
+        ours = [cache.clone().to(DEVICE) for cache in caches]
+        before = ours[0][slots[-1]].clone()
+        expected = npr_ext.split_heads(qkv[:4], *norms, cos, sin, positions[:4], slots[:4], *caches, 1e-6)
+        slots[-1] = -1
+        inputs = [
+            tensor.to(DEVICE) if tensor is not None else None
+            for tensor in (qkv, *norms, cos, sin, positions, slots)
+        ]
+        queries = triton_kernels.split_heads(*inputs, *ours, 1e-6)
+        close(queries[:4], expected, dtype)
+        for mine, theirs in zip(ours, caches, strict=True):
+            close(mine, theirs, dtype)
+        assert torch.equal(ours[0][2], before)
+
+
+def rows() -> None:
+    """rms_norm and silu_mul."""
+    for (tokens, width), dtype in itertools.product(((0, 8), (1, 576), (3, 1500)), TYPES):
+        generator = torch.Generator().manual_seed(tokens)
+        x, weight = randn(generator, dtype, tokens, width), randn(generator, dtype, width)
+        close(
+            triton_kernels.rms_norm(x.to(DEVICE), weight.to(DEVICE), 1e-6),
+            npr_ext.rms_norm(x, weight, 1e-6),
+            dtype,
+        )
+        close(triton_kernels.silu_mul(x.to(DEVICE)), npr_ext.silu_mul(x), dtype)
+
+
+def categorical() -> None:
+    """The same draws, with truncated distributions and at both ends of the uniform numbers."""
+    generator = torch.Generator().manual_seed(0)
+    logits = randn(generator, torch.float32, 200, 57) * 4
+    logits[::3, ::2] = -torch.inf
+    uniforms = torch.rand(200, generator=generator, dtype=torch.float64)
+    uniforms[0], uniforms[1] = 0.0, 1.0 - 2**-53
+    indices, logprobs = npr_ext.categorical(logits, uniforms)
+    ours, our_logprobs = triton_kernels.categorical(logits.to(DEVICE), uniforms.to(DEVICE))
+    assert torch.equal(ours.cpu(), indices)
+    close(our_logprobs, logprobs, torch.float32)
+
+
+if __name__ == "__main__":
+    {"attention": attention, "split_heads": split_heads, "rows": rows, "categorical": categorical}[
+        sys.argv[1]
+    ]()
+    print("equal")
