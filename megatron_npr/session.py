@@ -25,7 +25,9 @@ from megatron_npr.config import (
 )
 from megatron_npr.huggingface import HuggingFaceWeights, load_tokenizer, read_model_config
 from megatron_npr.parallel import World, init_world
+from megatron_npr.sglang_backend import SGLangBackend
 from megatron_npr.weights import partition_of, shard, weight_names
+from npr_engine.backend import Backend
 from npr_engine.engine import Engine, EngineConfig
 from npr_engine.grammar import Grammar
 from npr_engine.model import InferenceModel, ModelConfig
@@ -86,6 +88,15 @@ def refuse_planned_layouts(parallel: ParallelSettings) -> None:
             )
 
 
+def refuse_planned_engine(rollout: RolloutSettings, parallel: ParallelSettings) -> None:
+    """UserError for engine layouts that `npr plan` knows and the engine does not run yet."""
+    for name, value, own in (("tp", rollout.tp, parallel.tp), ("ep", rollout.ep, parallel.ep)):
+        if value not in (None, own):
+            raise UserError(
+                f"rollout.{name} = {value} differs from parallel.{name} = {own}, which is not implemented yet: leave it out"
+            )
+
+
 def _set_threads(threads: int) -> None:
     """CPU threads of this process: as asked, or the cores shared among the processes of this machine."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -112,20 +123,11 @@ def read_shards(folder: Path, config: ModelConfig, world: World, dtype: torch.dt
         }
 
 
-def build_engine(session: Session, weights: Mapping[str, Tensor], settings: RolloutSettings) -> Engine:
-    """An engine replica over these weights (shared, not copied)."""
-    if settings.backend != "native":
-        raise UserError(
-            f"rollout.backend = {settings.backend!r} is not built into this release: use rollout.backend = 'native'"
-        )
-    for name, value, own in (
-        ("tp", settings.tp, session.parallel.tp),
-        ("ep", settings.ep, session.parallel.ep),
-    ):
-        if value not in (None, own):
-            raise UserError(
-                f"rollout.{name} = {value} differs from parallel.{name} = {own}, which is not implemented yet: leave it out"
-            )
+def build_engine(session: Session, weights: Mapping[str, Tensor], settings: RolloutSettings) -> Backend:
+    """Who decodes on this rank: an engine replica over these weights (shared, not copied), or SGLang beside them."""
+    if settings.backend == "sglang":
+        return _sglang_backend(session, settings)
+    refuse_planned_engine(settings, session.parallel)
     world = session.world
     model = InferenceModel(
         session.model_config, weights, world.tensor_group if world.tensor_size > 1 else None
@@ -139,4 +141,25 @@ def build_engine(session: Session, weights: Mapping[str, Tensor], settings: Roll
             max_running=settings.max_running,
             max_batch_tokens=settings.max_batch_tokens,
         ),
+    )
+
+
+def _sglang_backend(session: Session, settings: RolloutSettings) -> Backend:
+    """SGLang over the model's folder; the first update brings it the weights of the learner."""
+    if settings.branching:
+        raise UserError(
+            "rollout.backend = 'sglang' decodes plain sequences: set rollout.branching = false or use"
+            " rollout.backend = 'native'"
+        )
+    if session.world.tensor_size > 1:
+        raise UserError(
+            f"rollout.backend = 'sglang' takes whole weights: it needs parallel.tp = 1, not {session.world.tensor_size}"
+        )
+    return SGLangBackend(
+        session.model.path,
+        session.model_config,
+        settings,
+        eos_id=session.vocabulary.eos_id,
+        dtype={"fp32": "float32", "bf16": "bfloat16"}[session.model.dtype],
+        gpu=session.world.device.index or 0,
     )
