@@ -53,6 +53,7 @@ def hand_made(**steps: list[int]) -> Rollout:
         finish_reason="eos",
         branching=True,
         weights_version=0,
+        constrained=False,
     )
 
 
