@@ -170,17 +170,18 @@ def _report_arguments(parser: argparse.ArgumentParser) -> None:
 def _run_trace(arguments: argparse.Namespace) -> int:
     traces = importlib.import_module("megatron_npr.traces")
     _check_run_folder(arguments.out.parent)
-    verdict = traces.check_and_write(arguments.rollouts, arguments.out, limit=arguments.limit)
-    print(verdict)
+    verdict = traces.check_and_write(arguments.run, arguments.out, limit=arguments.limit)
+    print(json.dumps(verdict.record()) if arguments.json else verdict)
     return 1 if verdict.faults else 0
 
 
 def _trace_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("rollouts", type=Path, help="rollouts.jsonl of `npr eval`")
+    parser.add_argument("run", type=Path, help="folder of `npr eval` or `npr demo`, or a rollouts.jsonl")
     parser.add_argument(
         "--out", type=Path, default=Path("trace.json"), help="for Perfetto or chrome://tracing"
     )
     parser.add_argument("--limit", type=int, default=32, help="rollouts drawn; all are checked (default 32)")
+    parser.add_argument("--json", action="store_true", help="the verdict as one line of JSON")
 
 
 def _run_bench(arguments: argparse.Namespace) -> int:
@@ -197,6 +198,15 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", choices=BENCHES, help="what to measure")
     parser.add_argument("--json", action="store_true", help="one line of JSON instead of indented text")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: all cores)")
+
+
+def _run_plan(arguments: argparse.Namespace) -> int:
+    planned: int = importlib.import_module("megatron_npr.planning.command").run(arguments)
+    return planned
+
+
+def _plan_arguments(parser: argparse.ArgumentParser) -> None:
+    importlib.import_module("megatron_npr.planning.command").add_arguments(parser)
 
 
 def _run_draw(arguments: argparse.Namespace) -> int:
@@ -237,14 +247,19 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="replace a model that stands there")
 
 
-BENCHES = ("layout", "attention")
+BENCHES = ("layout", "attention", "reshard", "plan")
 TOOLS = {
     "demo": Tool("all stages on the small model, with a report", _run_demo, _demo_arguments),
     "base": Tool("make the demo's base model from nothing", _run_base, _base_arguments),
     "report": Tool(
         "build report.html and report.json of a finished demo again", _run_report, _report_arguments
     ),
-    "bench": Tool("measure layouts or attention; prints JSON", _run_bench, _bench_arguments),
+    "bench": Tool(
+        "measure layouts, attention, resharding or the memory model; prints JSON",
+        _run_bench,
+        _bench_arguments,
+    ),
+    "plan": Tool("a layout, memory and time for a model on a cluster", _run_plan, _plan_arguments),
     "draw": Tool("draw a small response's layout: mask, tiles, timeline", _run_draw, _draw_arguments),
     "convert": Tool(
         "a GGUF model as a Hugging Face folder whose tokenizer holds the tags",

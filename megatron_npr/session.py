@@ -65,6 +65,7 @@ def open_session(
     config: Section, run: RunSettings, model: ModelSettings, parallel: ParallelSettings
 ) -> Session:
     """Join the world, read tokenizer and architecture, write the resolved configuration into the run folder."""
+    refuse_planned_layouts(parallel)
     tokenizer = load_tokenizer(model.path)
     vocabulary = Vocabulary.from_tokenizer(tokenizer)
     model_config = read_model_config(model.path)
@@ -74,6 +75,26 @@ def open_session(
         run.dir.mkdir(parents=True, exist_ok=True)
         (run.dir / "config.toml").write_text(to_toml(config))
     return Session(run, model, parallel, world, tokenizer, vocabulary, Grammar(vocabulary), model_config)
+
+
+def refuse_planned_layouts(parallel: ParallelSettings) -> None:
+    """UserError for axes that `npr plan` knows and the trainer does not run yet."""
+    usual = ParallelSettings()
+    for name in ("vpp", "ep", "first_layers", "last_layers"):
+        value = parallel.model_dump()[name]
+        if value != usual.model_dump()[name]:
+            raise UserError(
+                f"parallel.{name} = {value} can be planned (npr plan) but is not implemented in training yet: leave it out"
+            )
+
+
+def refuse_planned_engine(rollout: RolloutSettings, parallel: ParallelSettings) -> None:
+    """UserError for engine layouts that `npr plan` knows and the engine does not run yet."""
+    for name, value, own in (("tp", rollout.tp, parallel.tp), ("ep", rollout.ep, parallel.ep)):
+        if value not in (None, own):
+            raise UserError(
+                f"rollout.{name} = {value} differs from parallel.{name} = {own}, which is not implemented yet: leave it out"
+            )
 
 
 def _set_threads(threads: int) -> None:
@@ -106,6 +127,7 @@ def build_engine(session: Session, weights: Mapping[str, Tensor], settings: Roll
     """Who decodes on this rank: an engine replica over these weights (shared, not copied), or SGLang beside them."""
     if settings.backend == "sglang":
         return _sglang_backend(session, settings)
+    refuse_planned_engine(settings, session.parallel)
     world = session.world
     model = InferenceModel(
         session.model_config,

@@ -35,7 +35,8 @@ class Execution:
     """What the trace of one rollout shows.
 
     Attributes:
-        faults: violations of fork and join order, in words; empty if it is sound.
+        faults: violations of fork and join order, and siblings that never decoded beside another, in words;
+        empty if it is sound.
         parallel_blocks: blocks of >= 2 branches that have a step in which all of them decoded.
         blocks: all blocks.
         ideal_steps: sampled tokens on the longest path.
@@ -68,7 +69,7 @@ def examine(rollout: Rollout) -> Execution:
     inside = [len(branch) for block in steps for branch in block]
     sampled = rollout.decode_steps[~rollout.forced]
     return Execution(
-        faults=tuple(_faults(rollout, segments)),
+        faults=(*_faults(rollout, segments), *_lonely_siblings(blocks, steps)),
         parallel_blocks=sum(len(block) > 1 and _all_at_once(block) for block in steps),
         blocks=len(blocks),
         ideal_steps=len(sampled) - sum(inside) + sum(max(map(len, block)) for block in steps),
@@ -174,6 +175,25 @@ def _faults(rollout: Rollout, segments: Sequence[Segment]) -> Iterator[str]:
                 yield from _ordered(rollout, fork, segment.start, "fork")
             ends.append(segment.end - 1)
         yield from _ordered_inside(rollout, segment)
+
+
+def _lonely_siblings(
+    blocks: Sequence[Sequence[Segment]], steps: Sequence[Sequence[NDArray[np.int32]]]
+) -> Iterator[str]:
+    """Branches that share no step with any sibling: decoded one after the other. A branch without a sampled
+    token (the response ended as it opened) proves nothing and is left out."""
+    for block, taken in zip(blocks, steps, strict=True):
+        sampled = [
+            (segment, set(branch.tolist()))
+            for segment, branch in zip(block, taken, strict=True)
+            if len(branch)
+        ]
+        for segment, own in sampled:
+            if len(sampled) > 1 and not any(own & other for sibling, other in sampled if sibling != segment):
+                yield (
+                    f"siblings at token {segment.start}: branch {segment.branch} of {len(block)} decoded in steps"
+                    f" {min(own)}..{max(own)}, none of them together with a sibling"
+                )
 
 
 def _ordered(rollout: Rollout, earlier: int, later: int, what: str) -> Iterator[str]:

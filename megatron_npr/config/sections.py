@@ -45,6 +45,14 @@ class ParallelSettings(Section):
     tp: PositiveInt = Field(1, description="tensor-parallel ranks")
     pp: PositiveInt = Field(1, description="pipeline stages")
     cp: PositiveInt = Field(1, description="context-parallel ranks")
+    vpp: PositiveInt = Field(1, description="chunks of layers on each pipeline stage (interleaved schedule)")
+    ep: PositiveInt = Field(1, description="expert-parallel ranks (mixture-of-experts models)")
+    first_layers: PositiveInt | None = Field(
+        None, description="layers of the first pipeline stage; none = all stages hold equally many"
+    )
+    last_layers: PositiveInt | None = Field(
+        None, description="layers of the last pipeline stage; none = all stages hold equally many"
+    )
     sequence_parallel: bool = Field(
         False, description="shard activations along the sequence between TP regions"
     )
@@ -53,6 +61,14 @@ class ParallelSettings(Section):
     def _sequence_parallel_needs_tensor_parallel(self) -> "ParallelSettings":
         if self.sequence_parallel and self.tp == 1:
             raise ValueError("parallel.sequence_parallel needs parallel.tp >= 2")
+        return self
+
+    @model_validator(mode="after")
+    def _stages_need_a_pipeline(self) -> "ParallelSettings":
+        if self.pp == 1 and self.vpp > 1:
+            raise ValueError(f"parallel.vpp {self.vpp} needs parallel.pp >= 2")
+        if self.pp == 1 and (self.first_layers or self.last_layers):
+            raise ValueError("parallel.first_layers and parallel.last_layers need parallel.pp >= 2")
         return self
 
 
@@ -85,6 +101,12 @@ class RolloutSettings(Section):
     max_blocks: PositiveInt = Field(16, description="blocks of one response")
     branching: bool = Field(True, description="fork at </guideline> and join after the last </step>")
     backend: Literal["native", "sglang"] = Field("native", description="who decodes")
+    tp: PositiveInt | None = Field(
+        None, description="tensor-parallel ranks of one engine; none = parallel.tp"
+    )
+    ep: PositiveInt | None = Field(
+        None, description="expert-parallel ranks of one engine; none = parallel.ep"
+    )
     kv_slots: PositiveInt = Field(524_288, description="token slots of the KV cache of one engine")
     block_size: PositiveInt = Field(16, description="token slots of one KV block")
     max_running: PositiveInt = Field(256, description="branches decoded at the same time")

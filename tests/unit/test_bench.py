@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from megatron_npr import cli
-from megatron_npr.bench import attention, gpu, layout
+from megatron_npr.architecture import KNOWN
+from megatron_npr.bench import attention, gpu, layout, reshard
 from megatron_npr.bench.timing import peak_bytes
 from npr_ext.testing import random_layout
 
@@ -35,6 +36,12 @@ def test_sharing_a_prompt_saves_the_pairs_that_it_should() -> None:
     assert shared.num_tokens == 512 + 16 * 256
     assert unshared.num_tokens == 16 * 768
     assert unshared.visible_pairs() / shared.visible_pairs() == pytest.approx(1.76, abs=0.02)
+
+
+def test_the_reshard_bench_counts_zero_bytes_where_layouts_agree() -> None:
+    found = reshard.zero_copy()
+    assert found["transfers"] == found["bytes_sent"] == 0
+    assert found["bytes_read_in_place"] >= 4 * 2 * KNOWN["Qwen3-4B"].num_parameters
 
 
 def test_an_unknown_bench_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -30,7 +30,7 @@ def test_a_shipped_file_loads(path: Path) -> None:
 
 
 def test_the_paper_files_keep_the_papers_values() -> None:
-    """Among what they change is only where things lie, the layout, and the published repetition penalty."""
+    """Among what they change is only where things lie, layout and memory, and the published repetition penalty."""
     npr = load_config(Stage3Config, CONFIGS / "stage3.toml")
     assert npr.rollout.repetition_penalty == 1.02
     assert (npr.rollout.prompts_per_step, npr.rollout.samples_per_prompt, npr.optimizer.lr) == (16, 16, 1e-7)

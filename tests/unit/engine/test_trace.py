@@ -54,7 +54,9 @@ def test_sequential_decoding_is_not_parallel(rollout: Rollout, new_engine: Calla
     assert not ran_in_parallel(new_engine().generate(PROMPTS[:1], params)[0])
     one_after_another = with_steps(rollout, np.arange(rollout.num_tokens), np.arange(rollout.num_tokens))
     execution = examine(one_after_another)
-    assert execution.faults == () and execution.parallel_blocks == 0
+    assert execution.parallel_blocks == 0
+    assert len(execution.faults) == 5  # three branches, then two
+    assert all("none of them together with a sibling" in fault for fault in execution.faults)
     assert not ran_in_parallel(one_after_another)
 
 

@@ -1,0 +1,96 @@
+"""What a job asks of its machines: the layout of processes and the work of a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_npr.architecture import Architecture
+from megatron_npr.resharding import EngineLayout, TrainerLayout, split_layers
+from npr_ext.errors import UserError
+
+Recompute = Literal["none", "selective", "full"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes along each axis, and the engine's.
+
+    first_layers, last_layers: decoder layers of the outer pipeline stages where the split is uneven; None: even.
+    """
+
+    tp: int = 1
+    pp: int = 1
+    vpp: int = 1
+    cp: int = 1
+    ep: int = 1
+    dp: int = 1
+    sequence_parallel: bool = False
+    first_layers: int | None = None
+    last_layers: int | None = None
+    engine_tp: int = 1
+    engine_ep: int = 1
+
+    @property
+    def world_size(self) -> int:
+        return self.tp * self.pp * self.cp * self.dp
+
+    @property
+    def engine(self) -> EngineLayout:
+        return EngineLayout(self.engine_tp, self.engine_ep, 1)
+
+    def trainer(self, architecture: Architecture) -> TrainerLayout:
+        """The grid; UserError where layers or experts do not fit it."""
+        layers = split_layers(
+            architecture.num_layers, pp=self.pp, vpp=self.vpp, first=self.first_layers, last=self.last_layers
+        )
+        return TrainerLayout(layers, tp=self.tp, pp=self.pp, data=self.cp * self.dp, ep=self.ep)
+
+    def __str__(self) -> str:
+        uneven = ""
+        if self.first_layers is not None or self.last_layers is not None:
+            uneven = f" (first {self.first_layers}, last {self.last_layers} layers)"
+        engine = f"engine TP{self.engine_tp}" + (f" x EP{self.engine_ep}" if self.engine_ep > 1 else "")
+        sequence = " + SP" if self.sequence_parallel else ""
+        return (
+            f"TP{self.tp}{sequence} x PP{self.pp}{uneven} x VPP{self.vpp} x CP{self.cp} x EP{self.ep} x DP{self.dp}, "
+            f"{engine}"
+        )
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One step of a stage.
+
+    Attributes:
+        bytes_per_weight: 2 for bf16, 4 for fp32.
+        row_tokens: tokens of a micro-batch.
+        responses: of one step (SFT: samples); response_tokens: their mean length.
+        speedup: tokens of a response over its critical path.
+        kv_slots: token slots of an engine's KV cache; 0 where nothing is decoded.
+        max_running, batch_tokens: branches decoded at once, tokens of one engine step.
+    """
+
+    bytes_per_weight: int = 2
+    recompute: Recompute = "none"
+    row_tokens: int = 32_768
+    responses: int = 256
+    response_tokens: int = 8192
+    speedup: float = 1.5
+    kv_slots: int = 524_288
+    max_running: int = 256
+    batch_tokens: int = 16_384
+
+
+def check_job(architecture: Architecture, layout: Layout, world_size: int) -> None:
+    """UserError with one line where the layout fits neither the world nor the model."""
+    if layout.world_size != world_size:
+        raise UserError(
+            f"tp {layout.tp} x pp {layout.pp} x cp {layout.cp} does not divide a world of {world_size} GPUs"
+        )
+    if layout.vpp > 1 and layout.pp == 1:
+        raise UserError(f"vpp {layout.vpp} needs pp >= 2")
+    if architecture.num_experts and layout.tp > 1 and not layout.sequence_parallel:
+        raise UserError(
+            "experts under tp > 1 need sequence_parallel = true: Megatron dispatches sharded tokens"
+        )

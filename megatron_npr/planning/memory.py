@@ -1,0 +1,193 @@
+"""Bytes per GPU by part, of the fullest pipeline stage.
+
+What stays: weights, gradients (fp32 buffers), optimizer state (sharded over the ranks that hold the same weights), the KV
+cache, the engine's own copies of weights. What comes and goes: activations with the workspace of the loss, or the
+workspace of decoding; the larger counts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from megatron_npr.architecture import Architecture
+from megatron_npr.planning.job import Layout, Workload
+from megatron_npr.resharding.catalog import Kind, Place, engine_cut, kinds
+from megatron_npr.resharding.cuts import local_size
+
+GRADIENT_BYTES = 4  # Megatron's buffers accumulate in fp32
+LOSS_CHUNK = 4096  # rows of logits at a time; megatron_npr.logprobs
+RUNTIME_BYTES = 2.0e9  # CUDA context, NCCL's buffers, library workspaces
+USABLE = 0.94  # of a GPU's memory: the allocator's fragments take the rest
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU; `stage` is the pipeline stage that they are of."""
+
+    stage: int
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    kv: float
+    engine_weights: float
+    workspace: float
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts().values())
+
+    def parts(self) -> dict[str, float]:
+        """By name, in bytes."""
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.name != "stage"}
+
+    @property
+    def largest(self) -> str:
+        """Name of the largest part."""
+        parts = self.parts()
+        return max(parts, key=parts.__getitem__)
+
+
+def memory_of(architecture: Architecture, layout: Layout, work: Workload) -> Memory:
+    """Of the fullest stage; in every layout that is the first or the last, or one with more layers than these."""
+    stages = [_stage_memory(architecture, layout, work, stage) for stage in range(layout.pp)]
+    return max(stages, key=lambda memory: memory.total)
+
+
+def parameters_of(architecture: Architecture, layout: Layout, stage: int) -> tuple[int, int]:
+    """(dense, expert) elements on a rank of a pipeline stage; padding and a tied copy on the last stage included."""
+    trainer = layout.trainer(architecture)
+    num_layers = trainer.stage_of_layers().count(stage)
+    dense = expert = 0
+    for kind in kinds(architecture):
+        copies = _copies(kind, architecture, layout, stage, num_layers)
+        if kind.place is Place.EXPERT:
+            expert += copies * local_size(kind.matrix, kind.cut, trainer.etp)
+        else:
+            dense += copies * local_size(kind.matrix, kind.cut, layout.tp)
+    return dense, expert
+
+
+def engine_parameters(architecture: Architecture, layout: Layout) -> int:
+    """Elements on a rank of an engine replica, all layers."""
+    total = 0
+    for kind in kinds(architecture):
+        if kind.place is Place.EXPERT:
+            held = architecture.num_layers * architecture.num_experts // layout.engine_ep
+            total += held * kind.matrix.rows * kind.matrix.columns
+        else:
+            held = architecture.num_layers if kind.place is Place.LAYER else 1
+            total += held * local_size(kind.matrix, engine_cut(kind, layout.engine_tp), layout.engine_tp)
+    return total
+
+
+def kv_bytes_per_token(architecture: Architecture, engine_tp: int, bytes_per_element: int) -> int:
+    """Keys and values of one token on one rank, all layers; fewer KV heads than ranks are held several times."""
+    heads = -(-architecture.num_kv_heads // engine_tp)
+    return 2 * architecture.num_layers * heads * architecture.head_dim * bytes_per_element
+
+
+def activation_bytes_per_token(
+    architecture: Architecture, layout: Layout, work: Workload
+) -> tuple[float, float]:
+    """(kept until backward, of the layer whose backward pass runs) per token of a row and layer on one rank.
+
+    As our own modules keep them (counted with torch's saved-tensor hooks): a norm its input, the normalised rows and its
+    output; fused QKV; queries and keys normalised and rotated, queries once more, attention's output and log-sum-exp;
+    the angles; gate and up together, both again apart, and their product. A backward pass through SwiGLU holds gradients
+    of four times its width besides.
+    """
+    size, tp = work.bytes_per_weight, layout.tp
+    hidden = architecture.hidden_size / (tp if layout.sequence_parallel else 1)
+    queries = architecture.num_heads * architecture.head_dim
+    keys = architecture.num_kv_heads * architecture.head_dim
+    normed = (queries + keys) if architecture.qk_norm else 0
+    attention = architecture.qkv_rows + normed + 3 * queries + keys
+    kept_attention = size * (3 * hidden + attention / tp + 4 * architecture.head_dim)
+    kept_attention += 4 * architecture.num_heads / tp
+    width = architecture.ffn_hidden_size / tp
+    if architecture.num_experts:
+        chosen = architecture.experts_per_token
+        kept_mlp = size * (2 * hidden + chosen * (2 * architecture.hidden_size / tp + 5 * width))
+        kept_mlp += 8 * architecture.num_experts / tp
+        width *= chosen
+    else:
+        kept_mlp = size * (2 * hidden + 5 * width)
+    residual, gradients = size * hidden, size * 4 * width
+    everything = kept_attention + residual + kept_mlp
+    if work.recompute == "full":
+        return residual, everything + gradients
+    if work.recompute == "selective":
+        return kept_attention + residual, kept_mlp + gradients
+    return everything, gradients
+
+
+def _copies(kind: Kind, architecture: Architecture, layout: Layout, stage: int, num_layers: int) -> int:
+    """How many weights of a kind a rank of a stage holds."""
+    last = stage == layout.pp - 1
+    if kind.place is Place.EMBEDDING:
+        return int(stage == 0 or (last and architecture.tied_embeddings))
+    if kind.place is Place.LAST:
+        return int(last)
+    return num_layers * (architecture.num_experts // layout.ep if kind.place is Place.EXPERT else 1)
+
+
+def _stage_memory(architecture: Architecture, layout: Layout, work: Workload, stage: int) -> Memory:
+    size = work.bytes_per_weight
+    dense, expert = parameters_of(architecture, layout, stage)
+    dense_copies = layout.dp * layout.cp
+    expert_copies = layout.tp * dense_copies // layout.ep
+    state = 12 if size == 2 else 8  # both moments in fp32, and a master copy where the weights are bf16
+    keep, busy = activation_bytes_per_token(architecture, layout, work)
+    trainer = layout.trainer(architecture)
+    num_layers = trainer.stage_of_layers().count(stage)
+    tokens = work.row_tokens / layout.cp
+    activations = tokens * keep * num_layers * _rows_in_flight(layout, stage)
+    # the loss has run its backward pass before the layers run theirs
+    training = activations + max(tokens * busy, _loss_workspace(architecture, layout, work, stage))
+    decoding = _decoding_workspace(architecture, layout, work) if work.kv_slots else 0.0
+    return Memory(
+        stage=stage,
+        weights=size * (dense + expert),
+        gradients=GRADIENT_BYTES * (dense + expert),
+        optimizer=state * (dense / dense_copies + expert / expert_copies),
+        activations=activations,
+        kv=work.kv_slots * kv_bytes_per_token(architecture, layout.engine_tp, size),
+        engine_weights=_engine_copy(architecture, layout, work),
+        workspace=RUNTIME_BYTES + max(training, decoding) - activations,
+    )
+
+
+def _rows_in_flight(layout: Layout, stage: int) -> float:
+    """Micro-batches whose activations a stage holds at most: 1F1B; interleaving adds a part of a round."""
+    if layout.pp == 1:
+        return 1.0
+    if layout.vpp == 1:
+        return float(layout.pp - stage)
+    return layout.pp * (1 + (layout.pp - 1) / (layout.pp * layout.vpp))
+
+
+def _engine_copy(architecture: Architecture, layout: Layout, work: Workload) -> float:
+    """Bytes of weights that the engine holds besides the trainer's: all or, where the layouts agree, none."""
+    if not work.kv_slots or (layout.engine_tp, layout.engine_ep, 1) == (layout.tp, layout.ep, layout.pp):
+        return 0.0
+    return float(work.bytes_per_weight * engine_parameters(architecture, layout))
+
+
+def _loss_workspace(architecture: Architecture, layout: Layout, work: Workload, stage: int) -> float:
+    """The last stage's: gathered hidden states with their gradient, three copies in fp32 of a chunk of logits (megatron_npr.
+    logprobs), the vocabulary matrix's gradient in fp32. Other stages: the rows that travel."""
+    size, tokens, hidden = work.bytes_per_weight, work.row_tokens / layout.cp, architecture.hidden_size
+    if stage != layout.pp - 1:
+        return 2 * size * tokens * hidden
+    vocabulary = -(-architecture.vocab_size // layout.tp)
+    chunk = min(LOSS_CHUNK, tokens) * vocabulary * 12
+    return 3 * size * tokens * hidden + chunk + (4 + size) * vocabulary * hidden
+
+
+def _decoding_workspace(architecture: Architecture, layout: Layout, work: Workload) -> float:
+    """One layer's activations of the largest engine step, and logits with their probabilities of all branches."""
+    tp, chosen = layout.engine_tp, architecture.experts_per_token if architecture.num_experts else 1
+    widest = architecture.qkv_rows / tp + 3 * chosen * architecture.ffn_hidden_size / tp
+    tokens = work.batch_tokens * work.bytes_per_weight * (3 * architecture.hidden_size + widest)
+    return tokens + work.max_running * architecture.vocab_size * 12

@@ -1,0 +1,160 @@
+"""One rank of a world that walks through layouts, updates the engine's weights twice and is disturbed on purpose.
+
+Started by `test_weight_exchange.py`: exchange_worker.py RANK WORLD FOLDER; writes walkRANK.json and lostRANK.json there.
+"""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_npr.architecture import Architecture
+from megatron_npr.resharding import EngineLayout, TrainerLayout, plan
+from megatron_npr.resharding.exchange import WeightExchange, WeightUpdateError
+from tests.resharding_model import DENSE, MOE, PADDING, Model, engine_shards, trainer_shards
+
+CASES: dict[str, tuple[Architecture, TrainerLayout, EngineLayout]] = {
+    "tp4 to tp2": (DENSE, TrainerLayout((4,), tp=4), EngineLayout(2)),
+    "tp2 x pp2 with two chunks to tp4": (DENSE, TrainerLayout((1, 1, 1, 1), tp=2, pp=2), EngineLayout(4)),
+    "dp4 to tp4": (DENSE, TrainerLayout((4,), data=4), EngineLayout(4)),
+    "uneven pp4 to tp1": (DENSE, TrainerLayout((0, 2, 1, 1), pp=4), EngineLayout(1)),
+    "zero copy": (DENSE, TrainerLayout((4,), tp=2, data=2), EngineLayout(2)),
+    "experts over four to two": (MOE, TrainerLayout((5,), data=4, ep=4), EngineLayout(1, 2)),
+    "experts under tp2 x pp2 to ep4": (MOE, TrainerLayout((3, 2), tp=2, pp=2, ep=2), EngineLayout(4, 4)),
+}
+
+
+def matrix() -> dict[str, tuple[Architecture, TrainerLayout, EngineLayout]]:
+    """Eight processes: every {TP 1, 2, 4} x {PP 1, 2} x {VPP 1, 2} x {EP 1, 2} into engine TP {1, 2, 4}."""
+    cases = {}
+    pipelines = [(1, 1), (2, 1), (2, 2)]
+    for architecture, experts in ((DENSE, (1,)), (MOE, (1, 2))):
+        for tp, (pp, vpp), ep, engine_tp in itertools.product((1, 2, 4), pipelines, experts, (1, 2, 4)):
+            outer = architecture.num_layers - (pp * vpp - 1)
+            trainer = TrainerLayout((outer, *[1] * (pp * vpp - 1)), tp=tp, pp=pp, data=8 // (tp * pp), ep=ep)
+            name = f"{'moe' if architecture is MOE else 'dense'} tp{tp} pp{pp} vpp{vpp} ep{ep}"
+            cases[f"{name} to tp{engine_tp}"] = (architecture, trainer, EngineLayout(engine_tp))
+    return cases
+
+
+WORLDS = {4: CASES, 8: matrix()}
+"""Cases by the number of processes."""
+
+
+class DeadlySources(Mapping[str, Tensor]):
+    """Shards whose owner dies when `fatal` is read, once `armed`."""
+
+    def __init__(self, shards: Mapping[str, Tensor], fatal: str) -> None:
+        self._shards, self._fatal, self.armed = shards, fatal, False
+
+    def __getitem__(self, name: str) -> Tensor:
+        if self.armed and name == self._fatal:
+            os._exit(17)
+        return self._shards[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shards)
+
+    def __len__(self) -> int:
+        return len(self._shards)
+
+
+def shards_of(architecture: Architecture, trainer: TrainerLayout, rank: int) -> dict[str, Tensor]:
+    held = trainer_shards(Model(architecture), trainer)[rank]
+    return {name: torch.from_numpy(labels).float().clone() for name, labels in held.items()}
+
+
+def difference(
+    exchange: WeightExchange, architecture: Architecture, engine: EngineLayout, rank: int, added: float
+) -> float:
+    """Largest error against the numbers that this rank of the engine has to hold, padding aside."""
+    wanted = engine_shards(Model(architecture), engine)[rank % engine.size]
+    assert set(exchange.tensors) == set(wanted)
+    worst = 0.0
+    for name, labels in wanted.items():
+        expected = torch.from_numpy(labels).float()
+        real = expected != PADDING
+        worst = max(worst, float((exchange.tensors[name].view(-1) - expected - added)[real].abs().max()))
+    return worst
+
+
+def walk(rank: int, world: int) -> dict[str, Any]:
+    """Every case: two updates, then a stale one and a torn one, which change nothing."""
+    figures = {}
+    for case, (architecture, trainer, engine) in WORLDS[world].items():
+        shards = shards_of(architecture, trainer, rank)
+        exchange = WeightExchange(plan(architecture, trainer, engine), shards, bucket_bytes=512)
+        first = exchange.update(1)
+        errors = [difference(exchange, architecture, engine, rank, 0.0)]
+        for shard in shards.values():
+            shard += 4096.0
+        exchange.update(5)
+        errors.append(difference(exchange, architecture, engine, rank, 4096.0))
+        refused = []
+        for version in (5, 6 + rank):
+            try:
+                exchange.update(version)
+            except WeightUpdateError as error:
+                refused.append(str(error))
+        errors.append(difference(exchange, architecture, engine, rank, 4096.0))
+        figures[case] = {
+            "errors": errors,
+            "refused": refused,
+            "version": exchange.version,
+            "moved": [first.sent, first.received, first.copied, first.in_place],
+        }
+    return figures
+
+
+def lose_a_sender(rank: int) -> dict[str, Any]:
+    """Rank 1 dies in the midst of the second update."""
+    architecture, trainer, engine = CASES["tp4 to tp2"]
+    shards = shards_of(architecture, trainer, rank)
+    sources = DeadlySources(shards, "decoder.layers.3.mlp.linear_fc2.weight")
+    exchange = WeightExchange(plan(architecture, trainer, engine), sources, bucket_bytes=512)
+    exchange.update(1)
+    for shard in shards.values():
+        shard += 4096.0
+    sources.armed = rank == 1
+    try:
+        exchange.update(2)
+    except WeightUpdateError as error:
+        return {
+            "error": str(error),
+            "version": exchange.version,
+            "difference": difference(exchange, architecture, engine, rank, 0.0),
+        }
+    raise AssertionError("the update went through without a sender")
+
+
+def main() -> None:
+    rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder / 'store'}",
+        rank=rank,
+        world_size=world,
+        timeout=datetime.timedelta(seconds=30),
+    )
+    (folder / f"walk{rank}.json").write_text(json.dumps(walk(rank, world)))
+    dist.barrier()
+    if world != 4:
+        dist.destroy_process_group()
+        return
+    (folder / f"lost{rank}.json").write_text(json.dumps(lose_a_sender(rank)))
+    os._exit(0)  # the group is broken; nothing of it can be taken down in order
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""Four gloo processes reshard small numbered models; what a rank of the engine holds afterwards is known exactly."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_npr.resharding import for_replica, plan
+from megatron_npr.resharding.exchange import checksum
+from tests.distributed.exchange_worker import CASES, WORLDS
+
+WORKER = Path(__file__).with_name("exchange_worker.py")
+ROOT = Path(__file__).parents[2]
+WORLD = 4
+
+
+@dataclass(frozen=True)
+class World:
+    """What four processes did: exit codes, figures of the walk through the cases, figures after rank 1 was lost."""
+
+    codes: list[int]
+    walked: dict[int, Any]
+    lost: dict[int, Any]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return run_world(WORLD, tmp_path_factory.mktemp("world"))
+
+
+def run_world(size: int, folder: Path) -> World:
+    paths = [str(ROOT), str(ROOT / "engine"), str(ROOT / "cuda_ext")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(WORKER), str(rank), str(size), str(folder)],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(size)
+    ]
+    messages = [process.communicate(timeout=240)[1] for process in processes]
+
+    def read(name: str) -> dict[int, Any]:
+        paths = {rank: folder / f"{name}{rank}.json" for rank in range(size)}
+        return {rank: json.loads(path.read_text()) for rank, path in paths.items() if path.exists()}
+
+    walked = read("walk")
+    assert len(walked) == size, messages[0][-3000:]
+    return World([process.returncode for process in processes], walked, read("lost"))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_rank_of_the_engine_holds_the_trainers_numbers_after_each_update(
+    case: str, world: World
+) -> None:
+    for rank in range(WORLD):
+        assert world.walked[rank][case]["errors"] == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_bytes_moved_are_those_of_the_plan(case: str, world: World) -> None:
+    planned = plan(*CASES[case])
+    replicas = [for_replica(planned, replica) for replica in range(planned.num_replicas)]
+    sent, received, copied, in_place = (
+        sum(column)
+        for column in zip(*(world.walked[rank][case]["moved"] for rank in range(WORLD)), strict=True)
+    )
+    assert sent == received == 4 * sum(each.elements_sent for each in replicas)
+    everything = 4 * sum(each.elements_copied + each.elements_aliased for each in replicas)
+    assert copied + in_place == everything
+    assert (sent + copied == 0) == (in_place > 0) == (case == "zero copy")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_stale_and_torn_versions_are_refused(case: str, world: World) -> None:
+    for rank in range(WORLD):
+        stale, torn = world.walked[rank][case]["refused"]
+        assert stale == "weights of version 5 are stale: the engine has version 5"
+        assert torn == "torn update: ranks bring versions 6 to 9 to engines at 5 to 5"
+        assert world.walked[rank][case]["version"] == 5
+
+
+def test_a_sender_that_dies_in_an_update_leaves_the_engine_on_the_old_version(world: World) -> None:
+    assert world.codes == [0, 17, 0, 0] and set(world.lost) == {0, 2, 3}
+    for found in world.lost.values():
+        assert found["version"] == 1 and found["difference"] == 0.0
+        assert "update 2 broke off, version 1 stays" in found["error"]
+
+
+@pytest.mark.slow
+def test_eight_processes_walk_through_every_combination_of_layouts(tmp_path: Path) -> None:
+    world = run_world(8, tmp_path)
+    assert world.codes == [0] * 8 and len(WORLDS[8]) == 81
+    for rank in range(8):
+        assert {case: found["errors"] for case, found in world.walked[rank].items()} == {
+            case: [0.0, 0.0, 0.0] for case in WORLDS[8]
+        }
+
+
+@given(st.binary(min_size=1, max_size=64), st.data())
+def test_a_checksum_sees_every_flipped_bit_and_every_swap(data: bytes, draw: st.DataObject) -> None:
+    flat = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    bit = draw.draw(st.integers(0, 8 * len(data) - 1))
+    flipped = flat.clone()
+    flipped[bit // 8] ^= 1 << (bit % 8)
+    assert checksum(flipped) != checksum(flat)
+    words = torch.tensor([5, -7, 0], dtype=torch.int32)
+    assert checksum(words) != checksum(words.flip(0))
