@@ -1,4 +1,4 @@
-"""The engine on a GPU gives the CPU's responses: eager steps with chunks, captured decode steps, forks and joins between them."""
+"""The engine on a GPU gives the CPU's responses: eager steps with chunks, captured decode steps, forks and joins."""
 
 import pytest
 import torch
