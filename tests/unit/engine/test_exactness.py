@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from npr_engine.engine import Engine
+from npr_engine.engine import Engine, EngineConfig
 from npr_engine.grammar import Response
+from npr_engine.model import InferenceModel
 from npr_engine.rollout import Rollout
 from npr_engine.sampling import SamplingParams
 from npr_engine.testing import GRAMMAR, VOCABULARY
 from npr_ext import branch_layout
-from tests.unit.engine.conftest import PROMPTS, Plain
+from tests.unit.engine.conftest import CONFIG, PROMPTS, Plain, fused
 
 GREEDY = SamplingParams(max_tokens=300, temperature=0.0)
 TIGHT = {"num_kv_slots": 336, "block_size": 4, "max_batch_tokens": 24}
@@ -57,6 +58,27 @@ def test_greedy_output_does_not_depend_on_the_engines_sizes(
         same(one, other)
     engine.check_integrity()
     assert (engine.stats().preemptions > 0) == (size == "too little memory")
+
+
+@pytest.mark.parametrize("size", ["roomy", *SIZES])
+def test_float32_differs_only_where_two_tokens_are_as_good(size: str, plain: Plain) -> None:
+    """Against the float64 reference: the greedy token, but where the two best logits lie within 1e-4 (counted), and
+    log-probs within 1e-4."""
+    weights = {name: weight.float() for name, weight in fused(plain.model, CONFIG).items()}
+    config = EngineConfig(**{"num_kv_slots": 4096, **SIZES.get(size, {})})
+    engine = Engine(InferenceModel(CONFIG, weights), GRAMMAR, config)
+    undecided = sampled = 0
+    for rollout in engine.generate(PROMPTS, GREEDY):
+        with torch.no_grad():
+            logits, _ = plain.logits(rollout.prompt_ids.tolist(), rollout.token_ids.tolist())
+        best, second = logits.topk(2).values.T.numpy()
+        close = best - second < 1e-4
+        mine = ~rollout.forced
+        assert (logits.argmax(-1).numpy() == rollout.token_ids)[mine & ~close].all()
+        np.testing.assert_allclose(rollout.logprobs[mine], plain.logprobs(rollout)[mine], atol=1e-4)
+        undecided, sampled = undecided + int((mine & close).sum()), sampled + int(mine.sum())
+    assert sampled > 200
+    assert undecided <= sampled // 100
 
 
 @pytest.mark.parametrize("sizes", [{}, TIGHT], ids=["roomy", "too little memory"])
