@@ -7,18 +7,20 @@
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${NPR_PYTHON:-$root/.venv/bin/python}
+read -ra wrap <<<"${NPR_WRAP:-}" # a profiler in front of every process, see profile.sh
 [[ -x $python ]] || { echo "no $python: run 'make setup' in $root, or set NPR_PYTHON" >&2; exit 2; }
 
 if [[ -n ${NPR_SLURM_TASK:-} ]]; then # one of the processes that srun started below
     export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
     export LOCAL_WORLD_SIZE=$((SLURM_NTASKS / SLURM_JOB_NUM_NODES))
-    exec "$python" -m megatron_npr "$@"
+    exec "${wrap[@]}" "$python" -m megatron_npr "$@"
 elif [[ -n ${SLURM_JOB_ID:-} ]]; then # the batch script: the first node is where all processes meet
     MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
     export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000)) NPR_SLURM_TASK=1
     exec srun --kill-on-bad-exit=1 "$root/launch/local.sh" "$@"
 elif [[ ${NPROC:-1} -gt 1 ]]; then
-    exec "$python" -m torch.distributed.run --standalone --nproc-per-node "$NPROC" -m megatron_npr "$@"
+    exec "$python" -m torch.distributed.run --standalone --nproc-per-node "$NPROC" \
+        --no-python "${wrap[@]}" "$python" -m megatron_npr "$@"
 else
-    exec "$python" -m megatron_npr "$@"
+    exec "${wrap[@]}" "$python" -m megatron_npr "$@"
 fi

@@ -41,8 +41,27 @@ def test_several_processes_come_from_torchrun(tmp_path: Path) -> None:
     python = executable(tmp_path / "python", '#!/usr/bin/env bash\necho "$*"\n')
     done = run([str(ROOT / "launch/stage1.sh"), "x.toml"], NPR_PYTHON=str(python), NPROC="2")
     assert done.stdout == (
-        "-m torch.distributed.run --standalone --nproc-per-node 2 -m megatron_npr stage1 x.toml\n"
+        "-m torch.distributed.run --standalone --nproc-per-node 2"
+        f" --no-python {python} -m megatron_npr stage1 x.toml\n"
     )
+
+
+def test_the_profiler_stands_before_every_process(tmp_path: Path) -> None:
+    python = executable(tmp_path / "python", '#!/usr/bin/env bash\necho "$*"\n')
+    nsys = executable(tmp_path / "nsys", '#!/usr/bin/env bash\necho "nsys $*"\n')
+    given = {"NPR_PYTHON": str(python), "NPR_NSYS": str(nsys), "NPR_PROFILE_DIR": str(tmp_path / "out")}
+    alone = run([str(ROOT / "launch/profile.sh"), "stage3", "x.toml"], **given).stdout
+    assert alone.startswith("nsys profile --trace=cuda,nvtx")
+    assert alone.endswith(f"--output={tmp_path}/out/%h-%p {python} -m megatron_npr stage3 x.toml\n")
+    several = run([str(ROOT / "launch/profile.sh"), "stage3", "x.toml"], NPROC="2", **given).stdout
+    assert f"--no-python {nsys} profile" in several
+    assert several.endswith(f"{python} -m megatron_npr stage3 x.toml\n")
+
+
+def test_a_missing_profiler_is_one_clear_line() -> None:
+    done = run([str(ROOT / "launch/profile.sh"), "stage3"], NPR_NSYS="no-such-nsys")
+    assert done.returncode == 2
+    assert done.stderr == "no no-such-nsys: install Nsight Systems, or set NPR_NSYS\n"
 
 
 def test_a_slurm_job_starts_one_process_a_task_that_meet_on_the_first_node(tmp_path: Path) -> None:
