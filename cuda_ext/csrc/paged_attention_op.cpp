@@ -75,10 +75,11 @@ std::vector<TokenRun> make_runs(const at::Tensor& tables, const at::Tensor& row_
   return runs;
 }
 
-template <typename Stored>
+template <typename Products>
 void attend(const at::Tensor& q, const at::Tensor& k_cache, const at::Tensor& v_cache, const at::Tensor& tables,
             const at::Tensor& rows, const at::Tensor& lengths, const std::vector<TokenRun>& runs, double scale,
             at::Tensor& output) {
+  using Stored = typename Products::Stored;
   const int num_kv_heads = static_cast<int>(k_cache.size(1));
   const PagedAttention<Stored> job{static_cast<const Stored*>(q.const_data_ptr()),
                                    static_cast<const Stored*>(k_cache.const_data_ptr()),
@@ -91,9 +92,9 @@ void attend(const at::Tensor& q, const at::Tensor& k_cache, const at::Tensor& v_
                                    static_cast<int>(q.size(1)),
                                    num_kv_heads,
                                    static_cast<int>(q.size(2)),
-                                   static_cast<ComputeOf<Stored>>(scale)};
+                                   static_cast<typename Products::Sum>(scale)};
   run_tasks(static_cast<int64_t>(runs.size()) * num_kv_heads, [&] {
-    return [&job, &runs, num_kv_heads, task = std::make_unique<PagedAttentionTask<Stored>>()](int64_t index) {
+    return [&job, &runs, num_kv_heads, task = std::make_unique<PagedAttentionTask<Products>>()](int64_t index) {
       task->run(job, runs[index / num_kv_heads], static_cast<int>(index % num_kv_heads));
     };
   });
@@ -101,7 +102,7 @@ void attend(const at::Tensor& q, const at::Tensor& k_cache, const at::Tensor& v_
 
 at::Tensor paged_attention(const at::Tensor& q, const at::Tensor& k_cache, const at::Tensor& v_cache,
                            const at::Tensor& tables, const at::Tensor& row_of_token, const at::Tensor& lengths,
-                           double scale) {
+                           double scale, bool single_products) {
   TORCH_CHECK_VALUE(q.dim() == 3 && k_cache.dim() == 3 && v_cache.sizes() == k_cache.sizes() &&
                         q.size(2) == k_cache.size(2) && k_cache.size(1) > 0 && q.size(1) % k_cache.size(1) == 0,
                     "q [T, N, H] and caches [S, K, H] do not fit: ", q.sizes(), ", ", k_cache.sizes(), ", ",
@@ -124,7 +125,12 @@ at::Tensor paged_attention(const at::Tensor& q, const at::Tensor& k_cache, const
   at::Tensor output = at::empty_like(queries);
   const std::vector<TokenRun> runs = make_runs(table, row, length, k_cache.size(0), std::max(1, kTileRows / group));
   with_storage_type(q.scalar_type(), "paged_attention", [&]<typename Stored>(Stored) {
-    attend<Stored>(queries, k_cache, v_cache, table, row, length, runs, scale, output);
+    if (single_products) {
+      attend<SingleProducts<Stored>>(queries, k_cache, v_cache, table, row, length, runs, scale, output);
+    } else {
+      attend<typename FastestProducts<Stored>::Type>(queries, k_cache, v_cache, table, row, length, runs, scale,
+                                                     output);
+    }
   });
   return output;
 }
@@ -134,7 +140,7 @@ at::Tensor paged_attention(const at::Tensor& q, const at::Tensor& k_cache, const
 TORCH_LIBRARY_FRAGMENT(npr, library) {
   library.def(
       "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor tables, Tensor row_of_token, Tensor lengths, "
-      "float scale) -> Tensor");
+      "float scale, bool single_products=False) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(npr, CPU, library) { library.impl("paged_attention", &paged_attention); }

@@ -31,10 +31,14 @@ def categorical(logits_SV: Tensor, uniforms_S: Tensor) -> tuple[Tensor, Tensor]:
     return indices, logprobs
 
 
-def linear(x_TC: Tensor, weight_DC: Tensor, bias_D: Tensor | None = None) -> Tensor:
+def linear(
+    x_TC: Tensor, weight_DC: Tensor, bias_D: Tensor | None = None, *, single_products: bool = False
+) -> Tensor:
     """x @ weight.T + bias, [T, D]; right for any T, meant for the 1 to some hundred rows of a decode step or a
-    prefill chunk: the weight is read from where it lies, never packed."""
-    product: Tensor = torch.ops.npr.linear(x_TC, weight_DC, bias_D)
+    prefill chunk: the weight is read from where it lies, never packed. bfloat16 is summed in float32, by the
+    processor's own products of bfloat16 pairs where it has them (subnormal numbers then count as zero).
+    single_products: as on a processor without them."""
+    product: Tensor = torch.ops.npr.linear(x_TC, weight_DC, bias_D, single_products)
     return product
 
 

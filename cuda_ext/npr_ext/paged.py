@@ -18,6 +18,7 @@ def paged_attention(
     *,
     scale: float | None = None,
     runs: Tensor | None = None,
+    single_products: bool = False,
 ) -> Tensor:
     """Token t attends to the slots ``tables[row_of_token[t], :lengths[t]]``; a token without keys gives zeros. [T, N, H].
 
@@ -31,6 +32,7 @@ def paged_attention(
         scale: factor of the scores; 1 / sqrt(H) if None.
         runs: int32 [R, 2], (first token, tokens <= 16) of neighbours in one row, which a GPU computes together; the CPU finds
             them itself. Each token alone if None.
+        single_products: on the CPU, as on a processor without products of bfloat16 pairs.
 
     Raises:
         ValueError: a shape, type, row, length or slot that does not fit (on the CPU; a GPU's memory is not read to check).
@@ -43,6 +45,6 @@ def paged_attention(
             q_TNH, k_cache_SKH, v_cache_SKH, tables, row_of_token, lengths, factor, runs
         )
     output: Tensor = torch.ops.npr.paged_attention(
-        q_TNH, k_cache_SKH, v_cache_SKH, tables, row_of_token, lengths, factor
+        q_TNH, k_cache_SKH, v_cache_SKH, tables, row_of_token, lengths, factor, single_products
     )
     return output

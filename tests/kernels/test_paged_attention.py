@@ -35,19 +35,25 @@ def random_job(
     return q, randn(num_slots, kv_heads, dim), randn(num_slots, kv_heads, dim), tables, rows, lengths
 
 
-@settings(max_examples=40)
+@settings(max_examples=120)
 @given(
     st.integers(0, 10**6),
     st.lists(st.tuples(st.integers(1, 40), st.integers(1, 300)), min_size=1, max_size=3),
-    st.sampled_from([(1, 1), (4, 2), (9, 3), (8, 1)]),
-    st.sampled_from([8, 20, 32, 64, 128]),
+    st.sampled_from([(1, 1), (4, 2), (9, 3), (4, 1), (8, 1)]),
+    st.sampled_from([8, 20, 32, 33, 64, 80, 128]),
     st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+    st.booleans(),
 )
 def test_every_token_attends_to_exactly_its_slots(
-    seed: int, runs: list[tuple[int, int]], heads: tuple[int, int], dim: int, dtype: torch.dtype
+    seed: int,
+    runs: list[tuple[int, int]],
+    heads: tuple[int, int],
+    dim: int,
+    dtype: torch.dtype,
+    single_products: bool,
 ) -> None:
     q, k, v, tables, rows, lengths = random_job(seed, runs, *heads, dim, dtype)
-    actual = paged_attention(q, k, v, tables, rows, lengths)
+    actual = paged_attention(q, k, v, tables, rows, lengths, single_products=single_products)
     seen = lengths > 0
     expected = reference_paged_attention(
         q[seen].double(), k.double(), v.double(), tables, rows[seen], lengths[seen], 1 / math.sqrt(dim)

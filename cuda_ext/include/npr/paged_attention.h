@@ -2,12 +2,14 @@
 //
 // A task is a run of tokens and one key head. The tokens of a run stand in one table row (a prefill chunk), or in rows
 // that begin with the same slots (branches of one fork, samples of one prompt): the keys that they share are read once
-// for all of them, then each goes on alone. A vector of keys at a time is transposed in registers and scored against
-// every query row.
+// for all of them, then each goes on alone. For many query rows a vector of keys at a time is transposed in registers
+// and scored against each; for few rows the transposition would cost more than the products, and they take dot products
+// that are reduced a vector of keys at a time.
 #pragma once
 
 #include <cstdint>
 
+#include "npr/products.h"
 #include "npr/tile.h"
 
 namespace npr {
@@ -36,11 +38,15 @@ struct TokenRun {
   bool one_row;       // all tokens stand in one table row: every key is read together
 };
 
-template <typename Stored>
+template <typename Products>
 class PagedAttentionTask {
  public:
-  using T = ComputeOf<Stored>;
+  using Stored = typename Products::Stored;
+  using T = typename Products::Sum;
   static constexpr int kKeysAhead = 32;
+  // Up to this many heads of one token dot products are faster: 45 steps of reduction a head against 256 of
+  // transposition for a vector of keys (16 of them, of 64 dimensions).
+  static constexpr int kMostDotRows = 4;
 
   PagedAttentionTask() : query_(kTileRows), scores_(kTileRows), output_(kTileRows) {}
 
@@ -72,7 +78,16 @@ class PagedAttentionTask {
       find_keys(job, table_row, begin, keys);
       const OffsetRows<Stored> key_rows{job.k_cache + head, offsets_};
       const OffsetRows<Stored> value_rows{job.v_cache + head, offsets_};
-      score(key_rows, value_rows, row_begin, row_end, keys, job.dim);
+      const int num_rows = row_end - row_begin;
+      if (num_rows == group && group <= kMostDotRows) {
+        const Stored* query = job.q + first_head(job, tokens.first + row_begin / group, kv_head, group);
+        if (group == 1) score_dots<1>(job, query, key_rows, value_rows, row_begin, keys);
+        if (group == 2) score_dots<2>(job, query, key_rows, value_rows, row_begin, keys);
+        if (group == 3) score_dots<3>(job, query, key_rows, value_rows, row_begin, keys);
+        if (group == 4) score_dots<4>(job, query, key_rows, value_rows, row_begin, keys);
+      } else {
+        score(key_rows, value_rows, row_begin, row_end, keys, job.dim);
+      }
       for (int r = row_begin, token = row_begin / group; r < row_end; ++token) {
         const int limit = std::clamp(job.lengths[tokens.first + token] - begin, 0, keys);
         for (int n = 0; n < group; ++n, ++r) limits_[r] = limit;
@@ -147,6 +162,49 @@ class PagedAttentionTask {
           T* to = scores_.row(r) + j;
           store<T>(to, i == 0 ? sum : load(to) + sum);
         }
+      }
+    }
+  }
+
+  // The scores of the kRows heads of one token, whose queries lie one after the other.
+  template <int kRows>
+  void score_dots(const PagedAttention<Stored>& job, const Stored* query, OffsetRows<Stored> key_rows,
+                  OffsetRows<Stored> value_rows, int row_begin, int keys) {
+    constexpr int kStep = kLanes<T> * Products::kPerLane;
+    constexpr int kCacheLine = 64 / static_cast<int>(sizeof(Stored));
+    const int whole = job.dim / kStep * kStep;
+    for (int j = 0; j < keys; j += kLanes<T>) {
+      Vec<T> sums[kRows][kLanes<T>];
+#pragma GCC unroll 2
+      for (int lane = 0; lane < kLanes<T>; ++lane) {
+        const Stored* key = key_rows(j + lane);
+        // Slots lie anywhere: memory is asked for these values, and for the keys after next, before they are needed.
+        for (int i = 0; i < job.dim; i += kCacheLine) {
+          __builtin_prefetch(value_rows(j + lane) + i);
+          __builtin_prefetch(key_rows(j + lane + kKeysAhead) + i);
+        }
+        Vec<T> row_sums[kRows] = {};
+        for (int i = 0; i < whole; i += kStep) {
+          const Vec<T> ks = Products::load(key + i);
+#pragma GCC unroll 4
+          for (int r = 0; r < kRows; ++r) {
+            row_sums[r] = Products::add(row_sums[r], ks, Products::load(query + r * job.dim + i));
+          }
+        }
+        if (whole < job.dim) {
+          const Vec<T> ks = Products::load_part(key + whole, job.dim - whole);
+#pragma GCC unroll 4
+          for (int r = 0; r < kRows; ++r) {
+            row_sums[r] =
+                Products::add(row_sums[r], ks, Products::load_part(query + r * job.dim + whole, job.dim - whole));
+          }
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) sums[r][lane] = row_sums[r];
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) {
+        store<T>(scores_.row(row_begin + r) + j, reduce_rows<T>(sums[r], Add{}) * job.scale);
       }
     }
   }

@@ -98,6 +98,21 @@ inline Stored narrow(ComputeOf<Stored> value) {
   }
 }
 
+// Rounds to the storage type, as `narrow` does.
+template <typename T>
+inline void store_narrow(T* to, Vec<T> value) {
+  store<T>(to, value);
+}
+inline void store_narrow(BFloat16* to, Vec<float> value) {
+  typedef uint16_t Narrow __attribute__((vector_size(kVectorBytes / 2)));
+  typedef uint32_t Wide __attribute__((vector_size(kVectorBytes)));
+  const Wide bits = reinterpret_cast<Wide>(value);
+  const Wide rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+  const Wide not_a_number = Wide{} + 0x7FC0;
+  const Narrow result = __builtin_convertvector(value == value ? rounded : not_a_number, Narrow);
+  std::memcpy(to, &result, sizeof(result));
+}
+
 struct Add {
   template <typename V>
   V operator()(V a, V b) const {
