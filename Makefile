@@ -9,12 +9,13 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 SOURCES := setup.py $(shell find cuda_ext/csrc cuda_ext/include -type f 2>/dev/null)
 OPTIONS = $(if $(RESUME),--resume) $(if $(SEED),--seed $(SEED))
 
-.PHONY: help setup demo test test-all gpu cuda-check fuzz base lint format clean
+.PHONY: help setup demo test test-all soak gpu cuda-check fuzz base lint format clean
 
 help:
 	@echo "make demo       train the small model through all stages and write runs/demo/report.html (RESUME=1, SEED=n)"
 	@echo "make test       lint and the tests that need no GPU and less than ten seconds each"
 	@echo "make test-all   every test that this machine can run"
+	@echo "make soak       the engine under load with too little memory for 200,000 steps (STEPS=n, SEED=n)"
 	@echo "make setup      install and build into .venv, nothing else"
 	@echo "make gpu        on a machine with a GPU, with its own Python and torch: build, check, time (tests/bench/results)"
 	@echo "make cuda-check compile all CUDA sources with nvcc, list registers and spills"
@@ -51,6 +52,9 @@ test: setup lint
 
 test-all: setup lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+soak: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.bench.engine_soak $(if $(STEPS),--steps $(STEPS)) $(if $(SEED),--seed $(SEED))
 
 base: setup
 	$(BIN)/npr base $(if $(SEED),--seed $(SEED))

@@ -30,7 +30,7 @@ from megatron_npr.scoring import score
 from megatron_npr.session import Session, build_engine, open_session, read_shards
 from megatron_npr.statistics import mean_pass_at_k, mean_with_interval
 from megatron_npr.verifier import Verifier
-from npr_engine.engine import Engine
+from npr_engine.backend import Backend
 from npr_engine.rollout import Rollout
 from npr_engine.trace import ran_in_parallel
 
@@ -54,7 +54,7 @@ class Evaluation:
 
 def evaluate(
     session: Session,
-    engine: Engine,
+    engine: Backend,
     verifier: Verifier,
     prompts: Sequence[EncodedProblem],
     settings: RolloutSettings,

@@ -20,7 +20,7 @@ from megatron_npr.policy import build_policy, load_policy_weights
 from megatron_npr.reshard import EngineWeights, UpdateReport
 from megatron_npr.session import Session, build_engine
 from megatron_npr.trainer import Trainer
-from npr_engine.engine import Engine
+from npr_engine.backend import Backend
 
 
 class Learner:
@@ -58,14 +58,17 @@ class Learner:
         # After the optimizer was built: Megatron's DDP moves the parameters into its own contiguous buffer.
         self.weights = EngineWeights(policy, session.world)
 
-    def build_engine(self, settings: RolloutSettings) -> Engine:
+    def build_engine(self, settings: RolloutSettings) -> Backend:
         """The colocated engine over this learner's weights."""
-        return build_engine(self.session, self.weights.tensors, settings)
+        engine = build_engine(self.session, self.weights.tensors, settings)
+        if settings.backend != "native" and self.first_step:
+            self.update_engine(engine)  # it has read the folder, not the checkpoint
+        return engine
 
-    def update_engine(self, engine: Engine) -> UpdateReport:
-        """After an optimizer step: the next rollout uses the new weights."""
+    def update_engine(self, engine: Backend) -> UpdateReport:
+        """After an optimizer step: the next rollout uses the new weights. Our engine reads the very tensors."""
         report = self.weights.update()
-        engine.weights_updated(report.version)
+        engine.update_weights(self.weights.tensors, report.version)
         return report
 
     def steps(self, total: int) -> Iterator[int]:

@@ -21,7 +21,7 @@ ARRAYS = {
     "decode_steps": np.int32,
     "positions": np.int32,
 }
-SCALARS = ("request_id", "finish_reason", "branching", "weights_version")
+SCALARS = ("request_id", "finish_reason", "branching", "constrained", "weights_version")
 
 
 def to_record(rollout: Rollout) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Rollouts of one round over all engine replicas.
 
-    problems x samples ──► this replica's share ──► Engine.generate ──► gathered in the order asked for, on every rank
+    problems x samples ──► this replica's share ──► Backend.generate ──► gathered in the order asked for, on every rank
 
 Seeds come from (run seed, round, problem, sample), so the responses do not depend on the number of replicas.
 """
@@ -18,7 +18,8 @@ from megatron_npr.packing import TrainSample
 from megatron_npr.parallel import World
 from megatron_npr.prompts import EncodedProblem
 from megatron_npr.seeds import derive_seed
-from npr_engine.engine import Engine
+from npr_engine.backend import Backend
+from npr_engine.branching import is_error
 from npr_engine.rollout import Rollout
 from npr_engine.sampling import SamplingParams
 
@@ -40,7 +41,7 @@ def sampling_params(settings: RolloutSettings, seed: int) -> SamplingParams:
 
 
 def collect(
-    engine: Engine,
+    engine: Backend,
     world: World,
     prompts: Sequence[EncodedProblem],
     settings: RolloutSettings,
@@ -48,7 +49,11 @@ def collect(
     identity: tuple[int | str, ...],
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[list[Rollout]]:
-    """`settings.samples_per_prompt` rollouts for each prompt, [prompt][sample], the same list on every rank."""
+    """`settings.samples_per_prompt` rollouts for each prompt, [prompt][sample], the same list on every rank.
+
+    Raises:
+        FloatingPointError: a response that ended with an error; on every rank alike.
+    """
     mine = range(world.engine_rank, len(prompts), world.engine_size)
     requests = [(index, sample) for index in mine for sample in range(settings.samples_per_prompt)]
     generated = engine.generate(
@@ -65,6 +70,11 @@ def collect(
         gathered: list[Any] = [None] * world.size
         dist.all_gather_object(gathered, share if world.tensor_rank == 0 else [])
         share = [item for part in gathered for item in part]
+    failed = [rollout for _, rollout in share if is_error(rollout.finish_reason)]
+    if failed:  # nobody should train on, or report, what such weights say
+        raise FloatingPointError(
+            f"{len(failed)} of {len(share)} responses failed: {failed[0].request_id} with {failed[0].finish_reason}"
+        )
     found = dict(share)
     return [
         [found[index, sample] for sample in range(settings.samples_per_prompt)]

@@ -25,7 +25,9 @@ from megatron_npr.config import (
 )
 from megatron_npr.huggingface import HuggingFaceWeights, load_tokenizer, read_model_config
 from megatron_npr.parallel import World, init_world
+from megatron_npr.sglang_backend import SGLangBackend
 from megatron_npr.weights import partition_of, shard, weight_names
+from npr_engine.backend import Backend
 from npr_engine.engine import Engine, EngineConfig
 from npr_engine.grammar import Grammar
 from npr_engine.model import InferenceModel, ModelConfig
@@ -100,12 +102,10 @@ def read_shards(folder: Path, config: ModelConfig, world: World, dtype: torch.dt
         }
 
 
-def build_engine(session: Session, weights: Mapping[str, Tensor], settings: RolloutSettings) -> Engine:
-    """An engine replica over these weights (shared, not copied)."""
-    if settings.backend != "native":
-        raise UserError(
-            f"rollout.backend = {settings.backend!r} is not built into this release: use rollout.backend = 'native'"
-        )
+def build_engine(session: Session, weights: Mapping[str, Tensor], settings: RolloutSettings) -> Backend:
+    """Who decodes on this rank: an engine replica over these weights (shared, not copied), or SGLang beside them."""
+    if settings.backend == "sglang":
+        return _sglang_backend(session, settings)
     world = session.world
     model = InferenceModel(
         session.model_config, weights, world.tensor_group if world.tensor_size > 1 else None
@@ -119,4 +119,25 @@ def build_engine(session: Session, weights: Mapping[str, Tensor], settings: Roll
             max_running=settings.max_running,
             max_batch_tokens=settings.max_batch_tokens,
         ),
+    )
+
+
+def _sglang_backend(session: Session, settings: RolloutSettings) -> Backend:
+    """SGLang over the model's folder; the first update brings it the weights of the learner."""
+    if settings.branching:
+        raise UserError(
+            "rollout.backend = 'sglang' decodes plain sequences: set rollout.branching = false or use"
+            " rollout.backend = 'native'"
+        )
+    if session.world.tensor_size > 1:
+        raise UserError(
+            f"rollout.backend = 'sglang' takes whole weights: it needs parallel.tp = 1, not {session.world.tensor_size}"
+        )
+    return SGLangBackend(
+        session.model.path,
+        session.model_config,
+        settings,
+        eos_id=session.vocabulary.eos_id,
+        dtype={"fp32": "float32", "bf16": "bfloat16"}[session.model.dtype],
+        gpu=session.world.device.index or 0,
     )

@@ -48,6 +48,7 @@ class SampleInputs:
         temperature, top_p, top_k, min_p, penalty: [S].
         penalised: int32 [S, L], tokens that the penalty applies to, padded with -1; L = 0 where no row has
         one.
+        masks: int32 [S], rows of Constraint.forbidden: what may not be sampled; 0 where anything may.
     """
 
     uniforms: NDArray[np.float64]
@@ -57,12 +58,15 @@ class SampleInputs:
     min_p: NDArray[np.float32]
     penalty: NDArray[np.float32]
     penalised: NDArray[np.int32]
+    masks: NDArray[np.int32]
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """The outcome of a step, [S]: token ids, their log-probs under the policy and under the sampler."""
+    """The outcome of a step, [S]: token ids, their log-probs under the policy and under the sampler, and whether
+    the row's logits are no distribution (NaN or infinite): its token then means nothing."""
 
     token_ids: NDArray[np.int32]
     logprobs: NDArray[np.float32]
     sampler_logprobs: NDArray[np.float32]
+    invalid: NDArray[np.bool_]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from npr_engine.constraint import Phase
 from npr_engine.grammar import Grammar
 from npr_engine.parser import State
 from npr_engine.response_state import (
@@ -46,6 +47,24 @@ class Branching:
         assert parser.structural is not None
         return malformed(parser.structural)
 
+    def number_plan(self, response: ResponseState, step: int) -> str | None:
+        """A constrained response opened a plan: the engine writes its `N:`."""
+        self._parse_trunk(response)
+        row = response.trunk.row
+        forced = self._vocabulary.forced_plan(response.parser.num_plans + 1)
+        return self._force(response, forced, int(self._rows.position[row]) + 1, step)
+
+    def has_answer(self, response: ResponseState) -> bool:
+        """Whether the text after the trunk's last tag holds a \\boxed answer that is not empty."""
+        self._parse_trunk(response)
+        return bool(response.parser.answer)
+
+    def _parse_trunk(self, response: ResponseState) -> None:
+        row = response.trunk.row
+        known = int(self._rows.known[row])
+        response.parser.extend(self._rows.tokens[row, response.parsed : known])
+        response.parsed = known
+
     def _in_plain_text(self, response: ResponseState, branch: Branch, token: TokenClass) -> str | None:
         if token is TokenClass.EOS and not response.request.params.ignore_eos:
             return "eos"
@@ -56,10 +75,8 @@ class Branching:
         return None
 
     def _in_trunk(self, response: ResponseState, token: TokenClass, step: int) -> str | None:
-        row, parser = response.trunk.row, response.parser
-        known = int(self._rows.known[row])
-        parser.extend(self._rows.tokens[row, response.parsed : known])
-        response.parsed = known
+        parser = response.parser
+        self._parse_trunk(response)
         if parser.structural is not None:
             return malformed(parser.structural)
         if token is TokenClass.EOS:
@@ -113,19 +130,25 @@ class Branching:
 
     def _close_block(self, response: ResponseState, fork: Fork, step: int) -> str | None:
         """All branches have closed: the trunk goes on with the forced opening of the takeaway."""
-        rows, seat, trunk = self._rows, response.seat, response.trunk
+        rows, trunk = self._rows, response.trunk
         taken = [rows.tokens[branch.row, : rows.known[branch.row]] for branch in fork.branches]
         response.parser.join(taken)
-        forced = self._vocabulary.forced_takeaway
         position = int(rows.positions[fork.branches[0].row, 0]) + max(map(len, taken))
-        if self._seats.tokens_left[seat] <= len(forced) or self._seats.last_position[seat] < position + len(
-            forced
-        ):
+        response.work.append(Join(fork))
+        rows.state[trunk.row], rows.phase[trunk.row] = State.TAKEAWAY, Phase.EMPTY
+        return self._force(response, self._vocabulary.forced_takeaway, position, step)
+
+    def _force(
+        self, response: ResponseState, forced: tuple[int, ...], position: int, step: int
+    ) -> str | None:
+        """The engine goes on writing the trunk from `position` on, if the budgets allow one token more than that."""
+        seat, trunk = response.seat, response.trunk
+        after = position + len(forced)
+        if self._seats.tokens_left[seat] <= len(forced) or self._seats.last_position[seat] < after:
             return "budget"
         self._seats.tokens_left[seat] -= len(forced)
-        Record.given(forced, position, step + 1).append_to(rows, trunk.row)
-        rows.state[trunk.row] = State.TAKEAWAY
-        response.work.append(Join(fork))
+        Record.given(forced, position, step + 1).append_to(self._rows, trunk.row)
+        self._rows.decoding[trunk.row] = False
         response.work.append(Resume((trunk,)))
         return None
 
@@ -133,6 +156,15 @@ class Branching:
 def malformed(defect: Defect) -> str:
     """The finish reason of a response that broke the language."""
     return f"malformed({defect.violation.name})"
+
+
+def error(cause: str) -> str:
+    """The finish reason of a response that could not be decoded further."""
+    return f"error({cause})"
+
+
+def is_error(reason: str) -> bool:
+    return reason.startswith("error(")
 
 
 def is_malformed(reason: str) -> bool:

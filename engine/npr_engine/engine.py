@@ -4,17 +4,20 @@ generate ─► Scheduler.submit
               └► plan ─► Runner.run (model, sampler) ─► commit ─┐
                   ▲                                             │ until nothing is left
                   └─────────────────────────────────────────────┘ ─► Rollout of each request, in order
+
+submit, step, step, ... is the same loop turned by the caller: AsyncEngine turns it in a thread.
 """
 
 from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import numpy as np
+from torch import Tensor
 
 from npr_engine.grammar import Grammar
 from npr_engine.model import InferenceModel
@@ -23,6 +26,7 @@ from npr_engine.rollout import Rollout
 from npr_engine.runner import Runner
 from npr_engine.sampling import SamplingParams
 from npr_engine.scheduler import Finished, Limits, Scheduler
+from npr_engine.streaming import TokenEvent
 from npr_engine.token_ids import TokenIds
 from npr_ext.errors import UserError
 
@@ -56,7 +60,8 @@ class EngineStats:
     """Totals since the engine was made.
 
     `model_seconds` are spent in forward and sampler, `seconds` in all steps; `overhead_us_per_step` is the
-    rest of a step. `forced_tokens` count when their response ends.
+    rest of a step. `forced_tokens` count when their response ends. `kv_utilisation` is the share of KV slots that
+    held a token which some branch sees when memory ran out for the first time; None as long as it has not.
     """
 
     steps: int
@@ -68,6 +73,7 @@ class EngineStats:
     forks: int
     joins: int
     peak_blocks: int
+    kv_utilisation: float | None
     num_blocks: int
     free_blocks: int
     seconds: float
@@ -76,6 +82,14 @@ class EngineStats:
     @property
     def overhead_us_per_step(self) -> float:
         return 1e6 * (self.seconds - self.model_seconds) / max(self.steps, 1)
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What a step has brought: tokens, in an order in which each follows what it sees, and responses that ended."""
+
+    events: list[TokenEvent]
+    rollouts: list[Rollout]
 
 
 class Engine:
@@ -88,7 +102,7 @@ class Engine:
         num_blocks = config.num_kv_slots // config.block_size
         limits = Limits(num_blocks, config.block_size, config.max_batch_tokens, config.max_running)
         self._scheduler = Scheduler(grammar, limits, model.config.vocab_size)
-        self._runner = Runner(model, num_blocks * config.block_size)
+        self._runner = Runner(model, num_blocks * config.block_size, self._scheduler.constraint)
         self._weights_version = 0
         self._seconds = self._model_seconds = 0.0
 
@@ -107,14 +121,14 @@ class Engine:
             request_ids: different ones; "0", "1", ... by default. With the seed they fix every draw.
             on_progress: called with (finished, total) when responses end; it may call `abort`.
         """
-        if not self._runner.has_memory:
-            raise UserError("the engine's memory is released: call resume_memory() before generate()")
+        self._need_memory()
         requests = self._requests(prompts, sampling, request_ids)
         place = {request.request_id: index for index, request in enumerate(requests)}
         rollouts: list[Rollout | None] = [None] * len(requests)
-        self._submit(requests)
+        for request in requests:
+            self._scheduler.submit(request)
         try:
-            with _old_objects_left_alone():
+            with old_objects_left_alone():
                 while self._scheduler.num_unfinished:
                     self._step()
                     finished = self._scheduler.take_finished()
@@ -130,6 +144,53 @@ class Engine:
         assert all(rollout is not None for rollout in rollouts)
         return [rollout for rollout in rollouts if rollout is not None]
 
+    @property
+    def has_memory(self) -> bool:
+        return self._runner.has_memory
+
+    @property
+    def weights_version(self) -> int:
+        return self._weights_version
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests that wait or run."""
+        return self._scheduler.num_unfinished
+
+    def request(self, prompt: TokenIds, sampling: SamplingParams, request_id: str) -> Request:
+        """A request as `submit` takes it; UserError where it is malformed or can never fit. Any thread may call
+        this."""
+        request = Request(request_id, np.ascontiguousarray(prompt, dtype=np.int32), sampling)
+        size = self.model.config.vocab_size
+        ids = request.prompt_ids
+        if ids.ndim != 1 or (ids < 0).any() or (ids >= size).any():
+            raise UserError(f"request {request_id}: the prompt must be token ids in [0, {size})")
+        outside = [token for token in sampling.stop_token_ids if not 0 <= token < size]
+        if outside:
+            raise UserError(f"request {request_id}: stop_token_ids {outside} are no token ids in [0, {size})")
+        self._scheduler.check(request)
+        return request
+
+    def submit(self, request: Request) -> None:
+        """Queues a request for `step`; its id must not be that of another one that has not ended."""
+        self._scheduler.submit(request)
+
+    def step(self) -> StepOutput:
+        """One step of everything that was submitted. An exception of the model passes through; `fail_all` then
+        makes the engine usable again."""
+        self._need_memory()
+        self._step(stream=True)
+        return self.take_output()
+
+    def take_output(self) -> StepOutput:
+        """What has come to be since the last step (an abort leaves a rollout without one)."""
+        events = self._scheduler.take_events()
+        return StepOutput(events, [self._rollout(ended) for ended in self._scheduler.take_finished()])
+
+    def fail_all(self, reason: str) -> None:
+        """After a step that raised: ends every request with this reason and what it had before; no KV is trusted."""
+        self._scheduler.fail_all(reason)
+
     def abort(self, request_id: str) -> bool:
         """Ends a request with what it has decoded, reason "aborted"; False where no such request runs or
         waits."""
@@ -139,6 +200,25 @@ class Engine:
         """The weights are others now: all KV is void, rollouts from here on carry `version`."""
         self._scheduler.restart_all()
         self._weights_version = version
+
+    def update_weights(self, weights: Mapping[str, Tensor], version: int) -> None:
+        """Copies weights into the model's own tensors, in place; those that are these tensors already cost nothing.
+
+        All KV is void then; what runs starts over from its tokens. All or nothing:
+
+        Args:
+            weights: any of the model's weights, by its names, of this rank's shapes.
+            version: greater than the current one; rollouts carry it.
+
+        Raises:
+            UserError: a name that the model has not, another shape or type, an old version. Nothing has changed.
+        """
+        if version <= self._weights_version:
+            raise UserError(
+                f"update_weights: version {version} is not newer than {self._weights_version}, which is loaded"
+            )
+        self.model.load(weights)
+        self.weights_updated(version)
 
     def release_memory(self) -> None:
         """Frees the KV cache (the trainer needs the room)."""
@@ -162,7 +242,11 @@ class Engine:
         """Asserts that no KV block, slot, table row or seat is lost or has two owners."""
         self._scheduler.check_integrity()
 
-    def _step(self) -> None:
+    def _need_memory(self) -> None:
+        if not self._runner.has_memory:
+            raise UserError("the engine's memory is released: call resume_memory() before it generates")
+
+    def _step(self, *, stream: bool = False) -> None:
         start = time.perf_counter()
         batch = self._scheduler.plan()
         if batch is None:
@@ -171,7 +255,7 @@ class Engine:
         before = time.perf_counter()
         sampled = self._runner.run(batch, inputs)
         after = time.perf_counter()
-        self._scheduler.commit(batch, sampled)
+        self._scheduler.commit(batch, sampled, stream=stream)
         self._model_seconds += after - before
         self._seconds += time.perf_counter() - start
 
@@ -190,21 +274,7 @@ class Engine:
         if len(set(ids)) != len(ids):
             repeated = next(request_id for request_id in ids if ids.count(request_id) > 1)
             raise UserError(f"request id {repeated!r} is given twice: ids name requests and fix their draws")
-        arrays = [np.ascontiguousarray(prompt, dtype=np.int32) for prompt in prompts]
-        size = self.model.config.vocab_size
-        for request_id, array in zip(ids, arrays, strict=True):
-            if array.ndim != 1 or (array < 0).any() or (array >= size).any():
-                raise UserError(f"request {request_id}: the prompt must be token ids in [0, {size})")
-        return [Request(*fields) for fields in zip(ids, arrays, params, strict=True)]
-
-    def _submit(self, requests: list[Request]) -> None:
-        """All of them or, where one can never fit, none."""
-        try:
-            for request in requests:
-                self._scheduler.submit(request)
-        except UserError:
-            self._abandon(requests)
-            raise
+        return [self.request(*fields) for fields in zip(prompts, params, ids, strict=True)]
 
     def _abandon(self, requests: list[Request]) -> None:
         """After an error: no request is left, no KV is trusted, the engine is as new."""
@@ -226,12 +296,13 @@ class Engine:
             positions=ended.record.positions,
             finish_reason=ended.reason,
             branching=ended.request.params.branching,
+            constrained=ended.request.params.constrain,
             weights_version=self._weights_version,
         )
 
 
 @contextmanager
-def _old_objects_left_alone() -> Iterator[None]:
+def old_objects_left_alone() -> Iterator[None]:
     """Spares full garbage collections the objects that exist already (modules, graphs: hundreds of
     thousands); they cost as much as the scheduler itself otherwise."""
     gc.freeze()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from npr_engine.constraint import Phase
 from npr_engine.kv_pool import BlockPool
 from npr_engine.parser import State
 from npr_engine.prompt_cache import PromptCache
@@ -101,6 +102,7 @@ class Memory:
             branch.record = Record.take(self.rows, branch.row)
             branch.step_start = int(self.rows.step_start[branch.row])
             branch.state = State(self.rows.state[branch.row])
+            branch.phase = Phase(self.rows.phase[branch.row])
             self.rows.release([branch.row])
             branch.row = -1
         self.pool.release(response.blocks)
@@ -121,7 +123,7 @@ class Memory:
         branch.row = self.rows.allocate(response.seat, branch.key, int(branch.record.positions[0]))
         branch.record.append_to(self.rows, branch.row)
         self.rows.step_start[branch.row] = branch.step_start
-        self.rows.state[branch.row] = branch.state
+        self.rows.state[branch.row], self.rows.phase[branch.row] = branch.state, branch.phase
         self.branch_at[branch.row] = branch
         return branch.row
 
@@ -146,6 +148,14 @@ class Memory:
         for branch in response.branches_on_rows():
             if branch.row != row:
                 self._spare_tail(response, branch.row, keep=int(self.rows.promised[branch.row]))
+
+    def utilisation(self) -> float:
+        """Slots that hold a token which some row sees / all slots, counted from the tables."""
+        rows = self.rows
+        live = np.zeros(self.pool.num_blocks * self.pool.block_size, np.bool_)
+        for row in rows.in_use().tolist():
+            live[rows.table[row, : rows.length[row]]] = True
+        return float(live.mean())
 
     def check_integrity(self, running: list[ResponseState]) -> None:
         """Every block has one owner or is free; every slot of a response is seen from one place; no row is

@@ -100,12 +100,30 @@ class InferenceModel:
             )
         self._num_groups = config.num_kv_heads // self._tp_size
         reader = _Reader(weights)
+        self._weights = reader.taken
         self._embedding_VD = reader["embedding.word_embeddings.weight"]
         self._layers = [_layer_weights(reader, config, layer) for layer in range(config.num_layers)]
         self._final_norm_D = reader["decoder.final_layernorm.weight"]
         self._output_VD = self._embedding_VD if config.tied_embeddings else reader["output_layer.weight"]
         self._check_shapes()
         self._rotary = Rotary(config.head_dim, config.rope_theta, self.dtype, self.device)
+
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        """Copies values into the model's own tensors; UserError, and nothing changed, where a name, a shape or a
+        type is not the model's."""
+        for name, new in weights.items():
+            if name not in self._weights:
+                raise UserError(f"update_weights: the model has no weight {name!r}")
+            own = self._weights[name]
+            if (new.shape, new.dtype) != (own.shape, own.dtype):
+                raise UserError(
+                    f"update_weights: {name} is {new.dtype} {tuple(new.shape)}, the model's is {own.dtype}"
+                    f" {tuple(own.shape)}"
+                )
+        for name, new in weights.items():
+            own = self._weights[name]
+            if new.data_ptr() != own.data_ptr():
+                own.copy_(new.detach())
 
     @property
     def dtype(self) -> torch.dtype:
@@ -210,15 +228,17 @@ class InferenceModel:
 
 
 class _Reader:
-    """Looks weights up by name."""
+    """Looks weights up by name; `taken` are those that were asked for."""
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
         self._weights = weights
+        self.taken: dict[str, Tensor] = {}
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._weights:
             raise UserError(f"the weights lack {name!r}: the checkpoint is of another architecture")
-        return self._weights[name].detach()
+        self.taken[name] = self._weights[name].detach()
+        return self.taken[name]
 
 
 def _layer_weights(reader: _Reader, config: ModelConfig, layer: int) -> LayerWeights:

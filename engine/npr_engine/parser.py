@@ -112,6 +112,11 @@ class Parser:
         """The structural violation, else the first defect of a text, else None."""
         return self.structural or next(iter(self.defects), None)
 
+    @property
+    def answer(self) -> str | None:
+        """What the last \\boxed{...} after the last tag holds; None without one."""
+        return last_boxed(self._vocabulary.text(self._ids[self._text_start :]))
+
     def feed(self, token_id: int) -> None:
         """Takes one token."""
         self.extend((token_id,))

@@ -84,6 +84,13 @@ class PromptCache:
                 return True
         return False
 
+    def forget(self, token_ids: NDArray[np.int32], step: int) -> None:
+        """Drops a prompt whose KV is not to be trusted, where nobody else uses it."""
+        key = token_ids.tobytes()
+        entry = self._entries.get(key)
+        if entry is not None and _evictable(entry, step + 1):
+            self._pool.release(self._entries.pop(key).blocks)
+
     def clear(self) -> None:
         """Forgets everything (the weights are others now); nothing may be in use."""
         for entry in self._entries.values():

@@ -11,6 +11,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from npr_engine.constraint import Phase
 from npr_engine.parser import Parser, State
 from npr_engine.prompt_cache import PromptKV
 from npr_engine.rows import Rows
@@ -67,16 +68,16 @@ class Record:
         )
 
     @classmethod
-    def take(cls, rows: Rows, row: int) -> Record:
-        """A copy of what row `row` knows."""
+    def take(cls, rows: Rows, row: int, start: int = 0) -> Record:
+        """A copy of what row `row` knows, from its token `start` on."""
         known = int(rows.known[row])
         return cls(
-            rows.tokens[row, :known].copy(),
-            rows.logprobs[row, :known].copy(),
-            rows.sampler_logprobs[row, :known].copy(),
-            rows.steps[row, :known].copy(),
-            rows.positions[row, :known].copy(),
-            rows.forced[row, :known].copy(),
+            rows.tokens[row, start:known].copy(),
+            rows.logprobs[row, start:known].copy(),
+            rows.sampler_logprobs[row, start:known].copy(),
+            rows.steps[row, start:known].copy(),
+            rows.positions[row, start:known].copy(),
+            rows.forced[row, start:known].copy(),
         )
 
     def append_to(self, rows: Rows, row: int) -> None:
@@ -105,7 +106,8 @@ class Record:
 
 @dataclass(eq=False)
 class Branch:
-    """The trunk (number 0) or branch `number` of a block. On a row while it runs, else in a record."""
+    """The trunk (number 0) or branch `number` of a block. On a row while it runs, else in a record. `told` of its
+    tokens have been streamed."""
 
     number: int
     key: int
@@ -114,6 +116,8 @@ class Branch:
     closed: bool = False
     step_start: int = -1
     state: State = State.TRUNK
+    phase: Phase = Phase.EMPTY
+    told: int = 0
 
 
 @dataclass(eq=False)

@@ -21,8 +21,9 @@ class Rollout:
         branch_ids: int32 [R], 0 for trunk, i for branch i of its block.
         decode_steps: int32 [R], the engine step in which the token came to be.
         positions: int32 [R], the position the engine fed the token at.
-        finish_reason: "eos", "length", "budget", "malformed(<VIOLATION>)" or "aborted".
+        finish_reason: "eos", "stopped", "length", "budget", "malformed(<VIOLATION>)", "aborted" or "error(<cause>)".
         branching: whether tags could fork.
+        constrained: whether illegal tokens were masked; both log-probs are then of the masked distribution.
         weights_version: of the weights that sampled it.
     """
 
@@ -37,6 +38,7 @@ class Rollout:
     positions: NDArray[np.int32]
     finish_reason: str
     branching: bool
+    constrained: bool
     weights_version: int
 
     @property

@@ -34,6 +34,7 @@ class Rows:
         seat: the response's index in Seats.
         key: uint64, names the branch to the sampler.
         state: the parser's State after the row's last token.
+        phase: of the text since the row's last tag (see Constraint); kept for constrained responses only.
         step_start: own tokens from there on are inside a <step>; -1 outside.
     """
 
@@ -55,6 +56,7 @@ class Rows:
         self.seat: NDArray[np.int32] = np.full(FIRST_ROWS, -1, np.int32)
         self.key: NDArray[np.uint64] = np.zeros(FIRST_ROWS, np.uint64)
         self.state: NDArray[np.int8] = np.zeros(FIRST_ROWS, np.int8)
+        self.phase: NDArray[np.int8] = np.zeros(FIRST_ROWS, np.int8)
         self.step_start: NDArray[np.int32] = np.full(FIRST_ROWS, -1, np.int32)
         self._free = list(range(FIRST_ROWS - 1, -1, -1))
 
@@ -71,7 +73,15 @@ class Rows:
         if not self._free:
             self._grow_rows()
         row = self._free.pop()
-        for array in (self.known, self.fed, self.length, self.reserved, self.promised, self.state):
+        for array in (
+            self.known,
+            self.fed,
+            self.length,
+            self.reserved,
+            self.promised,
+            self.state,
+            self.phase,
+        ):
             array[row] = 0
         self.position[row], self.seat[row], self.key[row], self.step_start[row] = position, seat, key, -1
         return row
@@ -80,6 +90,10 @@ class Rows:
         self.decoding[rows] = False
         self.seat[rows] = -1
         self._free.extend(rows)
+
+    def in_use(self) -> NDArray[np.int64]:
+        """All rows that are allocated."""
+        return np.setdiff1d(np.arange(len(self.known)), self._free)
 
     def need_width(self, width: int) -> None:
         """Makes table and tokens wide enough for rows of `width` tokens; a no-op when they are."""
@@ -126,7 +140,8 @@ def _widen(array: NDArray[Element], columns: int) -> NDArray[Element]:
 class Seats:
     """What the running responses' budgets leave and how they sample, as arrays over seats.
 
-    `tokens_left` of max_tokens; `last_position`, the last one that a token may have.
+    `tokens_left` of max_tokens; `last_position`, the last one that a token may have; `stop_ids` int32
+    [seats, most], padded with -1; `num_constrained` of the seats taken are constrained.
     """
 
     def __init__(self, num_seats: int) -> None:
@@ -137,6 +152,9 @@ class Seats:
         self.top_k: NDArray[np.int32] = np.zeros(num_seats, np.int32)
         self.min_p: NDArray[np.float32] = np.zeros(num_seats, np.float32)
         self.penalty: NDArray[np.float32] = np.ones(num_seats, np.float32)
+        self.constrained: NDArray[np.bool_] = np.zeros(num_seats, np.bool_)
+        self.num_constrained = 0
+        self.stop_ids: NDArray[np.int32] = np.empty((num_seats, 0), np.int32)
         self._free = list(range(num_seats - 1, -1, -1))
 
     @property
@@ -152,8 +170,19 @@ class Seats:
             params.top_k,
         )
         self.min_p[seat], self.penalty[seat] = params.min_p, params.repetition_penalty
+        self.constrained[seat] = params.constrain
+        self.num_constrained += params.constrain
+        stops = len(params.stop_token_ids)
+        if stops > self.stop_ids.shape[1]:
+            wider = np.full((len(self.stop_ids), stops), -1, np.int32)
+            wider[:, : self.stop_ids.shape[1]] = self.stop_ids
+            self.stop_ids = wider
+        self.stop_ids[seat, :stops] = params.stop_token_ids
         return seat
 
     def leave(self, seat: int) -> None:
         assert seat not in self._free, f"seat {seat} left twice"
+        self.stop_ids[seat] = -1
+        self.num_constrained -= int(self.constrained[seat])
+        self.constrained[seat] = False
         self._free.append(seat)

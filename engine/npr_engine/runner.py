@@ -8,15 +8,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from npr_engine.batch import Batch, Sampled, SampleInputs
+from npr_engine.constraint import Constraint
 from npr_engine.model import InferenceModel, KVCache, Step
 from npr_engine.sampler import sample
 
 
 class Runner:
-    """A model and its KV cache."""
+    """A model, its KV cache, and the masks of constrained sampling."""
 
-    def __init__(self, model: InferenceModel, num_slots: int) -> None:
+    def __init__(self, model: InferenceModel, num_slots: int, constraint: Constraint) -> None:
         self._model = model
+        self._constraint = constraint
+        self._forbidden: Tensor | None = None
         self._num_slots = num_slots
         self._cache: KVCache | None = model.new_cache(num_slots)
 
@@ -45,7 +48,13 @@ class Runner:
             sample_index=self._tensor(batch.sample_index),
         )
         logits = self._model.forward(step, self._cache)
-        return sample(logits, inputs)
+        return sample(logits, inputs, self._masks() if inputs.masks.any() else None)
+
+    def _masks(self) -> Tensor:
+        """The forbidden tokens of each mask, bool [K, V], on the model's device."""
+        if self._forbidden is None:
+            self._forbidden = torch.from_numpy(self._constraint.forbidden).to(self._model.device)
+        return self._forbidden
 
     def _tensor(self, array: NDArray[np.int32] | NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(array).to(self._model.device)

@@ -10,14 +10,17 @@ from npr_engine.batch import Sampled, SampleInputs
 from npr_ext import categorical
 
 
-def sample(logits_SV: Tensor, inputs: SampleInputs) -> Sampled:
+def sample(logits_SV: Tensor, inputs: SampleInputs, forbidden_KV: Tensor | None = None) -> Sampled:
     """One token per row by inverse CDF of its uniform number; greedy where the temperature is 0.
 
-    Raises:
-        FloatingPointError: logits that are NaN.
+    `forbidden_KV` (bool) are the masks that `inputs.masks` names; masked tokens have no probability under the
+    policy either. Rows whose logits are NaN or +inf are flagged and do not touch the others.
     """
     if logits_SV.dtype not in (torch.float32, torch.float64):
         logits_SV = logits_SV.float()
+    if forbidden_KV is not None:
+        masks_S = torch.from_numpy(inputs.masks).to(logits_SV.device)
+        logits_SV = logits_SV.masked_fill(forbidden_KV[masks_S], -torch.inf)
     greedy_S = inputs.temperature == 0.0
     scores_SV = _truncate(_scores(logits_SV, inputs, greedy_S), inputs)
     tokens_S, sampler_S = categorical(scores_SV, torch.from_numpy(inputs.uniforms).to(logits_SV.device))
@@ -29,9 +32,8 @@ def sample(logits_SV: Tensor, inputs: SampleInputs) -> Sampled:
     if scores_SV is not logits_SV or greedy_S.any():
         policy_S = torch.log_softmax(logits_SV, -1).gather(1, tokens_S[:, None])[:, 0]
     logprobs = policy_S.float().cpu().numpy()
-    if np.isnan(logprobs).any():
-        raise FloatingPointError(f"{int(np.isnan(logprobs).sum())} of {len(logprobs)} rows have NaN logits")
-    return Sampled(tokens_S.to(torch.int32).cpu().numpy(), logprobs, sampler_S.float().cpu().numpy())
+    invalid = np.isnan(logprobs)
+    return Sampled(tokens_S.to(torch.int32).cpu().numpy(), logprobs, sampler_S.float().cpu().numpy(), invalid)
 
 
 def _scores(logits_SV: Tensor, inputs: SampleInputs, greedy_S: np.ndarray) -> Tensor:

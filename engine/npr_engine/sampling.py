@@ -21,6 +21,9 @@ class SamplingParams:
         max_branches, max_blocks: a fork beyond them ends the response with reason "budget".
         branching: False decodes one plain sequence; tags then mean nothing.
         ignore_eos: decode exactly max_tokens tokens (needs branching=False).
+        constrain: mask every token that would make the response malformed (needs branching). A response that ends
+        with reason "eos" is then strictly valid; log-probs are those of the masked distribution.
+        stop_token_ids: sampling one of them, in the trunk or a branch, ends the response with reason "stopped".
         seed: with the request id, the branch and the position it fixes every draw.
     """
 
@@ -35,6 +38,8 @@ class SamplingParams:
     max_blocks: int = 16
     branching: bool = True
     ignore_eos: bool = False
+    constrain: bool = False
+    stop_token_ids: tuple[int, ...] = ()
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -53,6 +58,8 @@ class SamplingParams:
         _check("max_blocks", self.max_blocks, self.max_blocks >= 0, ">= 0")
         if self.ignore_eos and self.branching:
             raise UserError("ignore_eos=True decodes past the end of a response: it needs branching=False")
+        if self.constrain and not self.branching:
+            raise UserError("constrain=True follows the tags as they fork and join: it needs branching=True")
 
 
 def _check(name: str, value: float | None, good: bool, rule: str) -> None:

@@ -20,7 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from npr_engine.batch import Batch, Sampled, SampleInputs
-from npr_engine.branching import Branching
+from npr_engine.branching import Branching, error
+from npr_engine.constraint import Constraint, Phase
 from npr_engine.grammar import Grammar
 from npr_engine.kv_pool import BlockPool
 from npr_engine.memory import Memory
@@ -29,9 +30,12 @@ from npr_engine.prompt_cache import PromptKV
 from npr_engine.response_state import Branch, Feed, Join, Open, Record, Request, ResponseState, Resume
 from npr_engine.rows import Rows, Seats
 from npr_engine.step_plan import StepPlan
+from npr_engine.streaming import TokenEvent, last_events, new_events
 from npr_engine.uniforms import uniforms
 from npr_engine.vocabulary import TokenClass
 from npr_ext.errors import UserError
+
+NO_DISTRIBUTION = error("the model's logits are NaN or infinite")
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,8 @@ class Finished:
 
 @dataclass
 class Counters:
-    """What has happened so far."""
+    """What has happened so far. `kv_utilisation`: slots with a live token / all slots, counted from the tables when
+    memory ran out for the first time; None before."""
 
     steps: int = 0
     sampled_tokens: int = 0
@@ -68,6 +73,7 @@ class Counters:
     forks: int = 0
     joins: int = 0
     peak_blocks: int = 0
+    kv_utilisation: float | None = None
 
 
 class Scheduler:
@@ -79,6 +85,7 @@ class Scheduler:
         self.step = 0
         self._grammar = grammar
         self._classes = grammar.vocabulary.padded_classes(num_token_ids)
+        self.constraint = Constraint(grammar.vocabulary, num_token_ids)
         self._rows = Rows(width=64, capacity=64)
         self._seats = Seats(limits.max_running)
         self._memory = Memory(BlockPool(limits.num_blocks, limits.block_size), self._rows)
@@ -88,6 +95,8 @@ class Scheduler:
         self._filling: list[PromptKV] = []
         self._at_seat: list[ResponseState | None] = [None] * limits.max_running
         self._finished: list[Finished] = []
+        self._sampled: list[tuple[ResponseState, Branch]] = []
+        self._events: list[TokenEvent] = []
         self._arrivals = 0
 
     @property
@@ -98,8 +107,8 @@ class Scheduler:
     def num_free_blocks(self) -> int:
         return self._memory.pool.num_free
 
-    def submit(self, request: Request) -> None:
-        """Queues a request; UserError where it could never fit."""
+    def check(self, request: Request) -> None:
+        """UserError where the request could never fit. Reads sizes alone, so any thread may ask."""
         params, prompt = request.params, request.prompt_ids
         if len(prompt) == 0:
             raise UserError(f"request {request.request_id}: the prompt is empty; give it at least one token")
@@ -116,9 +125,14 @@ class Scheduler:
                 f" {need * pool.block_size} KV slots, the engine has {pool.num_blocks * pool.block_size}:"
                 " raise num_kv_slots or lower max_tokens"
             )
+
+    def submit(self, request: Request) -> None:
+        """Queues a request; UserError where it could never fit."""
+        self.check(request)
+        params, prompt = request.params, request.prompt_ids
         self._rows.need_width(len(prompt) + params.max_tokens + 1)
         record = Record.given(prompt[-1:].tolist(), len(prompt) - 1, -1)
-        trunk = Branch(0, request.key, record=record)
+        trunk = Branch(0, request.key, record=record, told=1)
         state = ResponseState(request, self._arrivals, self._grammar.parser(), trunk, params.max_tokens)
         self._arrivals += 1
         self._waiting.append(state)
@@ -128,8 +142,22 @@ class Scheduler:
         for response in (*self._running, *self._waiting):
             if response.request.request_id == request_id:
                 self._finish(response, "aborted")
+                self._events += last_events(self._rows, response)
                 return True
         return False
+
+    def fail_all(self, reason: str) -> None:
+        """After a step that failed: everything ends with what it has, no KV is trusted."""
+        self.restart_all()
+        for response in list(self._waiting):
+            self._finish(response, reason)
+            self._events += last_events(self._rows, response)
+
+    def take_events(self) -> list[TokenEvent]:
+        """The tokens of the last commit, and those that the ends since then have left untold."""
+        events = [*self._events, *new_events(self._rows, self._sampled)]
+        self._events, self._sampled = [], []
+        return events
 
     def take_finished(self) -> list[Finished]:
         """What has ended since the last call."""
@@ -140,12 +168,8 @@ class Scheduler:
         """The next step, or None when nothing is left to do."""
         self._admit()
         self._reserve_decoding()
-        decoding = np.flatnonzero(self._rows.decoding)
-        plan = StepPlan(self._rows, max(self.limits.max_batch_tokens - len(decoding), 1))
-        self._fill_prompts(plan)
-        for response in list(self._running):
-            if response.work and response.seat >= 0:
-                self._do_work(response, plan)
+        plan = StepPlan(self._rows, 0)
+        self._do_all_work(plan)
         room = self.limits.max_batch_tokens - plan.num_chunk_tokens
         decoding = self._first_come(np.flatnonzero(self._rows.decoding), room)
         if len(decoding) + plan.num_chunk_tokens == 0:
@@ -169,19 +193,27 @@ class Scheduler:
             min_p=seats.min_p[seat],
             penalty=penalty,
             penalised=self._penalised(sampled, penalty),
+            masks=self._masks(sampled, seat),
         )
 
-    def commit(self, batch: Batch, sampled: Sampled) -> None:
-        """Takes what the planned step has sampled: new tokens, forks, joins, ends."""
+    def commit(self, batch: Batch, sampled: Sampled, *, stream: bool = False) -> None:
+        """Takes what the planned step has sampled: new tokens, forks, joins, ends. `stream` keeps in mind which
+        branches have grown, for take_events()."""
         self._memory.release_retired()
         rows, seats = self._rows, self._seats
         row, token = batch.sample_rows, sampled.token_ids
+        logprobs, sampler_logprobs = sampled.logprobs, sampled.sampler_logprobs
         rows.decoding[row] = True
+        if stream:
+            self._sampled = [self._who(place) for place in row.tolist()]
+        if sampled.invalid.any():
+            valid = self._end_invalid(row, sampled.invalid)
+            row, token, logprobs = row[valid], token[valid], logprobs[valid]
+            sampler_logprobs = sampler_logprobs[valid]
         seat = rows.seat[row]
         counts = np.bincount(seat, minlength=self.limits.max_running)
         seats.tokens_left -= counts
         accepted = self._within_budget(row, seat, counts)
-        logprobs, sampler_logprobs = sampled.logprobs, sampled.sampler_logprobs
         if accepted is not None:
             row, seat, token = row[accepted], seat[accepted], token[accepted]
             logprobs, sampler_logprobs = logprobs[accepted], sampler_logprobs[accepted]
@@ -193,6 +225,8 @@ class Scheduler:
         rows.steps[row, known], rows.positions[row, known] = self.step, position
         rows.known[row] = known + 1
         self.counters.sampled_tokens += len(row)
+        self._advance_phases(row, seat, token)
+        self._end_stopped(seat, token)
         self._structural_tokens(row, seat, token)
         self._end_by_length(row, seat, position, counts)
         self.step += 1
@@ -251,18 +285,37 @@ class Scheduler:
         rows.table[prompt.row, :length], rows.reserved[prompt.row] = prompt.slots, length
         self._filling.append(prompt)
 
-    def _fill_prompts(self, plan: StepPlan) -> None:
-        """Chunks of prompts whose KV is not complete, in order of arrival."""
-        while self._filling and plan.room:
-            prompt = self._filling[0]
-            count = min(len(prompt.token_ids) - prompt.fed, plan.room)
-            plan.add(prompt.row, count)
-            prompt.fed += count
-            prompt.planned_step = self.step
-            if prompt.ready:
-                self._memory.retired.append(prompt.row)
-                prompt.row = -1
-                self._filling.pop(0)
+    def _do_all_work(self, plan: StepPlan) -> None:
+        """Chunks of prompts, of recomputation and of forced text, oldest response first. What it plans leaves room for
+        the decoding of older responses only: the oldest always gets on, and where all do not fit, the youngest wait.
+        """
+        limit, running = self.limits.max_batch_tokens, list(self._running)
+        seats = self._rows.seat[np.flatnonzero(self._rows.decoding)]
+        if any([response.work for response in running]):  # noqa: C419 (a generator takes twice as long)
+            decoding = np.bincount(seats, minlength=self.limits.max_running)
+            taken = np.cumsum(decoding[[response.seat for response in running]]).tolist()
+            for response, older in zip(running, taken, strict=True):
+                plan.room = limit - older - plan.num_chunk_tokens
+                if response.work and response.seat >= 0 and plan.room > 0:
+                    assert response.prompt is not None
+                    self._fill(response.prompt, plan)
+                    self._do_work(response, plan)
+        plan.room = limit - len(seats) - plan.num_chunk_tokens
+        for prompt in list(self._filling):  # those whose users are gone
+            self._fill(prompt, plan)
+
+    def _fill(self, prompt: PromptKV, plan: StepPlan) -> None:
+        """The next chunk of a prompt whose KV is not complete."""
+        count = min(len(prompt.token_ids) - prompt.fed, plan.room)
+        if prompt.ready or count <= 0:
+            return
+        plan.add(prompt.row, count)
+        prompt.fed += count
+        prompt.planned_step = self.step
+        if prompt.ready:
+            self._memory.retired.append(prompt.row)
+            prompt.row = -1
+            self._filling.remove(prompt)
 
     def _reserve_decoding(self) -> None:
         """A slot for the next token of every branch; the youngest response gives way where there is none."""
@@ -276,7 +329,7 @@ class Scheduler:
             response = self._at_seat[rows.seat[row]]
             assert response is not None
             if not self._reserve(response, row, 1):
-                self._preempt(response)
+                self._make_way(response)
 
     def _do_work(self, response: ResponseState, plan: StepPlan) -> None:
         """As much of the response's work as fits into this step, in order."""
@@ -332,8 +385,14 @@ class Scheduler:
             youngest = self._running[-1]
             if youngest is response:
                 return False
-            self._preempt(youngest)
+            self._make_way(youngest)
         return True
+
+    def _make_way(self, response: ResponseState) -> None:
+        """Memory has run out."""
+        if self.counters.kv_utilisation is None:
+            self.counters.kv_utilisation = self._memory.utilisation()
+        self._preempt(response)
 
     def _preempt(self, response: ResponseState) -> None:
         """Back to the queue, before all that came later; its tokens stay, its KV is recomputed."""
@@ -379,6 +438,46 @@ class Scheduler:
             left[place] = 0
         return accepted
 
+    def _who(self, row: int) -> tuple[ResponseState, Branch]:
+        response = self._at_seat[self._rows.seat[row]]
+        assert response is not None
+        return response, self._memory.branch_at[row]
+
+    def _end_invalid(self, row: NDArray[np.int32], invalid: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Ends the responses of rows without a distribution; which rows are left. Nobody else has seen their KV but
+        the users of their prompt: the last of them takes it along."""
+        for place in np.unique(self._rows.seat[row[invalid]]).tolist():
+            response = self._at_seat[place]
+            assert response is not None
+            self._finish(response, NO_DISTRIBUTION)
+            self._memory.prompts.forget(response.prefix_ids, self.step)
+        left: NDArray[np.bool_] = self._rows.seat[row] >= 0
+        return left
+
+    def _advance_phases(
+        self, row: NDArray[np.int32], seat: NDArray[np.int32], token: NDArray[np.int32]
+    ) -> None:
+        """What the tokens of constrained responses mean for the next mask."""
+        if self._seats.num_constrained == 0:
+            return
+        constrained = self._seats.constrained[seat]
+        row, token = row[constrained], token[constrained]
+        rows, states = self._rows, self._rows.state[row]
+        rows.phase[row] = self.constraint.following(states, rows.phase[row], token)
+        for place in row[self.constraint.may_answer(states, token)].tolist():
+            response, _ = self._who(place)
+            rows.phase[place] = Phase.CLOSABLE if self._branching.has_answer(response) else Phase.BEGUN
+
+    def _end_stopped(self, seat: NDArray[np.int32], token: NDArray[np.int32]) -> None:
+        """Ends responses by their stop tokens."""
+        if self._seats.stop_ids.shape[1] == 0:
+            return
+        stopped = (self._seats.stop_ids[seat] == token[:, None]).any(1)
+        for place in np.unique(seat[stopped]).tolist():
+            response = self._at_seat[place]
+            assert response is not None
+            self._finish(response, "stopped")
+
     def _structural_tokens(
         self, row: NDArray[np.int32], seat: NDArray[np.int32], token: NDArray[np.int32]
     ) -> None:
@@ -388,12 +487,16 @@ class Scheduler:
         following = QUIET_TAGS[self._rows.state[row[structural]], classes[structural]]
         quiet = following >= 0
         self._rows.state[row[structural[quiet]]] = following[quiet]
-        for index in structural[~quiet].tolist():
+        numbered = (classes[structural] == TokenClass.PLAN) & self._seats.constrained[seat[structural]]
+        for index in structural[~quiet | numbered].tolist():
             response = self._at_seat[seat[index]]
             if response is None:
-                continue  # another of its branches has just ended it
-            branch = self._memory.branch_at[int(row[index])]
-            reason = self._branching.structural(response, branch, TokenClass(classes[index]), self.step)
+                continue  # another of its branches, or a stop token, has just ended it
+            if self._seats.constrained[seat[index]] and classes[index] == TokenClass.PLAN:
+                reason = self._branching.number_plan(response, self.step)
+            else:
+                branch = self._memory.branch_at[int(row[index])]
+                reason = self._branching.structural(response, branch, TokenClass(classes[index]), self.step)
             if reason is not None:
                 self._finish(response, reason)
 
@@ -411,6 +514,13 @@ class Scheduler:
             response = self._at_seat[place]
             if response is not None:
                 self._finish(response, "length")
+
+    def _masks(self, sampled: NDArray[np.int32], seat: NDArray[np.int32]) -> NDArray[np.int32]:
+        """What each sampled row may not draw, as rows of `constraint.forbidden`; 0 where it is not constrained."""
+        if self._seats.num_constrained == 0:
+            return np.zeros(len(sampled), np.int32)
+        masks = self.constraint.masks(self._rows.state[sampled], self._rows.phase[sampled])
+        return np.where(self._seats.constrained[seat], masks, np.int32(0))
 
     def _penalised(self, sampled: NDArray[np.int32], penalty: NDArray[np.float32]) -> NDArray[np.int32]:
         """Tokens of the open step of each sampled row, int32 [S, L], padded with -1."""

@@ -133,9 +133,13 @@ class Vocabulary:
     def forced_step(self, number: int) -> tuple[int, ...]:
         """Token ids of `\\n<step>\\nN:`, the opening of branch N that the engine forces and SFT encodes."""
         if number not in self._forced_steps:
-            digits, colon = self.encode_piece(str(number)), self.encode_piece(":")
-            self._forced_steps[number] = (*self.newline, self.tags.step, *self.newline, *digits, *colon)
+            opening = (*self.newline, self.tags.step, *self.newline)
+            self._forced_steps[number] = (*opening, *self.forced_plan(number))
         return self._forced_steps[number]
+
+    def forced_plan(self, number: int) -> tuple[int, ...]:
+        """Token ids of `N:`, which the engine writes after the `<plan>` of a constrained response."""
+        return (*self.encode_piece(str(number)), *self.encode_piece(":"))
 
     @cached_property
     def forced_takeaway(self) -> tuple[int, ...]:

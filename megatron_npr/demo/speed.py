@@ -14,7 +14,7 @@ from megatron_npr.config import RolloutSettings
 from megatron_npr.prompts import EncodedProblem
 from megatron_npr.rollouts import sampling_params
 from megatron_npr.seeds import derive_seed
-from npr_engine.engine import Engine
+from npr_engine.backend import Backend
 from npr_engine.rollout import Rollout
 from npr_engine.sampling import SamplingParams
 
@@ -31,7 +31,7 @@ class Speedup:
 
 
 def measure(
-    engine: Engine,
+    engine: Backend,
     prompts: Sequence[EncodedProblem],
     settings: RolloutSettings,
     *,
@@ -74,6 +74,6 @@ def _plain(num_tokens: int, seed: int) -> SamplingParams:
 
 
 def _decode(
-    engine: Engine, prompts: Sequence[EncodedProblem], sampling: list[SamplingParams]
+    engine: Backend, prompts: Sequence[EncodedProblem], sampling: list[SamplingParams]
 ) -> list[Rollout]:
     return engine.generate([prompt.prompt_ids for prompt in prompts], sampling)

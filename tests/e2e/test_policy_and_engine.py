@@ -20,7 +20,7 @@ from megatron_npr.parallel import check_sizes, close_world
 from megatron_npr.problems import training_prompts
 from megatron_npr.rollouts import collect, train_sample
 from megatron_npr.session import open_session
-from npr_engine.engine import Engine
+from npr_engine.backend import Backend
 from npr_engine.rollout import Rollout
 from npr_ext import branch_layout
 from npr_ext.errors import UserError
@@ -43,7 +43,7 @@ def config(tmp_path: Path) -> Iterator[Stage3Config]:
     close_world()
 
 
-def learner_and_engine(config: Stage3Config) -> tuple[Learner, Engine]:
+def learner_and_engine(config: Stage3Config) -> tuple[Learner, Backend]:
     session = open_session(config, config.run, config.model, config.parallel)
     learner = Learner(
         session, optimizer=config.optimizer, batch=config.batch, checkpoint=config.checkpoint, num_updates=4
@@ -51,7 +51,7 @@ def learner_and_engine(config: Stage3Config) -> tuple[Learner, Engine]:
     return learner, learner.build_engine(config.rollout)
 
 
-def rollouts_of(learner: Learner, engine: Engine, config: Stage3Config) -> list[Rollout]:
+def rollouts_of(learner: Learner, engine: Backend, config: Stage3Config) -> list[Rollout]:
     prompts = training_prompts(learner.session, config.data)[: config.rollout.prompts_per_step]
     groups = collect(engine, learner.session.world, prompts, config.rollout, identity=("test",))
     return [rollout for group in groups for rollout in group]
@@ -102,6 +102,17 @@ def test_the_engine_reads_the_trainers_own_tensors_and_sees_an_update(config: St
         len(a.token_ids) != len(b.token_ids) or (a.token_ids != b.token_ids).any()
         for a, b in zip(before, after)
     )
+
+
+def test_weights_that_are_nan_stop_the_run_and_leave_the_engine_usable(config: Stage3Config) -> None:
+    learner, engine = learner_and_engine(config)
+    norm = learner.weights.tensors["decoder.final_layernorm.weight"]
+    kept = norm.detach().clone()
+    norm.data.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match=r"64 of 64 responses failed: .* NaN or infinite"):
+        rollouts_of(learner, engine, config)
+    norm.data.copy_(kept)
+    assert any(rollout.finish_reason == "eos" for rollout in rollouts_of(learner, engine, config))
 
 
 def test_another_text_in_one_branch_moves_no_logit_of_its_siblings(config: Stage3Config) -> None:

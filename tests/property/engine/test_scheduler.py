@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import random
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 
 import numpy as np
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from numpy.typing import NDArray
 
 from npr_engine.batch import Batch, Sampled
 from npr_engine.response_state import Request
@@ -48,24 +49,32 @@ def next_token(seen: list[int], draw: random.Random) -> int:
 
 
 class ContextModel:
-    """A model whose KV of a token is the token and its position."""
+    """A model whose KV of a token is the token and its position. It obeys the masks of constrained sampling, and has
+    no distribution after some contexts."""
 
     def __init__(self, num_slots: int) -> None:
         self.kv = np.full((num_slots, 2), -1, np.int64)
 
-    def run(self, batch: Batch) -> Sampled:
+    def step(self, scheduler: Scheduler, batch: Batch) -> None:
+        """Runs the planned batch and commits it."""
+        inputs = scheduler.sample_inputs(batch)
+        scheduler.commit(batch, self.run(batch, scheduler.constraint.forbidden[inputs.masks]), stream=True)
+
+    def run(self, batch: Batch, forbidden: NDArray[np.bool_]) -> Sampled:
         assert len(set(batch.slots.tolist())) == batch.num_tokens, "two tokens write one slot"
         self.kv[batch.slots] = np.stack((batch.token_ids, batch.positions), 1)
-        drawn = []
-        for index in batch.sample_index.tolist():
+        drawn, invalid = [], []
+        for index, barred in zip(batch.sample_index.tolist(), forbidden, strict=True):
             slots = batch.tables[batch.rows[index], : batch.lengths[index]]
             assert slots[-1] == batch.slots[index]
             context = self.kv[slots]
             assert (context >= 0).all(), "a token sees a slot that nobody has written"
             draw = random.Random(zlib.crc32(context.tobytes()))
-            drawn.append(next_token(context[:, 0].tolist(), draw))
+            token = next_token(context[:, 0].tolist(), draw)
+            drawn.append(draw.choice(np.flatnonzero(~barred).tolist()) if barred[token] else token)
+            invalid.append(draw.random() < 0.002)
         zeros = np.zeros(len(drawn), np.float32)
-        return Sampled(np.array(drawn, np.int32), zeros, zeros)
+        return Sampled(np.array(drawn, np.int32), zeros, zeros, np.array(invalid, np.bool_))
 
 
 def decode_alone(request: Request) -> Finished:
@@ -74,13 +83,14 @@ def decode_alone(request: Request) -> Finished:
     model = ContextModel(4096)
     scheduler.submit(request)
     while (batch := scheduler.plan()) is not None:
-        scheduler.commit(batch, model.run(batch))
+        model.step(scheduler, batch)
     (finished,) = scheduler.take_finished()
     return finished
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    """Submit, step, abort, new weights and failing steps in any order, with memory for a few responses."""
+    """Submit, step (with forks and joins), abort, preempt, evict, new weights and failing steps in any order, with
+    memory for a few responses."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -90,19 +100,32 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.num_submitted = 0
         self.submitted: dict[str, Request] = {}
         self.finished: dict[str, Finished] = {}
+        self.told: defaultdict[str, list[int]] = defaultdict(list)
 
     @rule(
         prompt=st.sampled_from(PROMPTS),
         max_tokens=st.integers(1, 150),
         path=st.one_of(st.none(), st.integers(1, 100)),
         max_branches=st.integers(1, 8),
-        branching=st.sampled_from([True, True, True, False]),
+        kind=st.sampled_from(["free", "free", "constrained", "plain"]),
+        stops=st.sampled_from([(), (), (STEP_END,), tuple(encode("gh"))]),
     )
     def submit(
-        self, prompt: list[int], max_tokens: int, path: int | None, max_branches: int, branching: bool
+        self,
+        prompt: list[int],
+        max_tokens: int,
+        path: int | None,
+        max_branches: int,
+        kind: str,
+        stops: tuple[int, ...],
     ) -> None:
         params = SamplingParams(
-            max_tokens=max_tokens, max_critical_path=path, max_branches=max_branches, branching=branching
+            max_tokens=max_tokens,
+            max_critical_path=path,
+            max_branches=max_branches,
+            branching=kind != "plain",
+            constrain=kind == "constrained",
+            stop_token_ids=stops,
         )
         request = Request(str(self.num_submitted), np.array(prompt, np.int32), params)
         self.num_submitted += 1
@@ -116,13 +139,26 @@ class SchedulerMachine(RuleBasedStateMachine):
             if batch is None:
                 return
             assert batch.num_tokens <= self.limits.max_batch_tokens
-            self.scheduler.commit(batch, self.model.run(batch))
+            self.model.step(self.scheduler, batch)
             self.scheduler.check_integrity()
+            self._hear()
 
     @rule()
     def fail_in_a_step(self) -> None:
         self.scheduler.plan()
         self.scheduler.restart_all()
+
+    @rule(count=st.integers(1, 3))
+    def preempt(self, count: int) -> None:
+        """The youngest give way, as if an older one had asked for memory."""
+        for response in reversed(self.scheduler._running[-count:]):
+            self.scheduler._make_way(response)
+
+    @rule(count=st.integers(1, 3))
+    def evict(self, count: int) -> None:
+        """Prompts that nobody uses are forgotten, as if somebody had asked for memory."""
+        for _ in range(count):
+            self.scheduler._memory.prompts.evict(self.scheduler.step)
 
     @rule()
     def new_weights(self) -> None:
@@ -153,9 +189,18 @@ class SchedulerMachine(RuleBasedStateMachine):
             for name in ("tokens", "positions", "forced"):
                 assert getattr(ended.record, name).tolist() == getattr(alone.record, name).tolist()
             assert len(ended.record) <= request.params.max_tokens
+            assert sorted(self.told[request_id]) == sorted(ended.record.tokens.tolist())
+            if request.params.constrain:
+                assert not ended.reason.startswith("malformed")
+                assert ended.reason != "eos" or GRAMMAR.read(ended.record.tokens).defect is None
             assert (np.diff(ended.record.steps[ended.branch_ids == 0]) >= 0).all()
 
+    def _hear(self) -> None:
+        for event in self.scheduler.take_events():
+            self.told[event.request_id] += event.token_ids.tolist()
+
     def _collect(self) -> None:
+        self._hear()
         for ended in self.scheduler.take_finished():
             assert ended.request.request_id not in self.finished
             self.finished[ended.request.request_id] = ended
@@ -168,9 +213,12 @@ TestTheSchedulerUnderAnyUse = SchedulerMachine.TestCase
 def test_the_stand_in_reaches_every_part_of_the_language() -> None:
     reasons: Counter[str] = Counter()
     forks = 0
-    for index in range(60):
+    for index in range(90):
         prompt = np.array([*PROMPTS[3], 10 + index % 20, 10 + index // 20], np.int32)
-        ended = decode_alone(Request(str(index), prompt, SamplingParams(max_tokens=130)))
+        stops = tuple(encode("9")) if index % 3 == 0 else ()
+        params = SamplingParams(max_tokens=130, constrain=index >= 60, stop_token_ids=stops)
+        ended = decode_alone(Request(str(index), prompt, params))
         reasons[ended.reason.partition("(")[0]] += 1
         forks += bool(ended.branch_ids.max(initial=0) > 1)
     assert min(reasons["eos"], reasons["length"], reasons["malformed"], forks) >= 2, (reasons, forks)
+    assert reasons["error"] >= 2, reasons

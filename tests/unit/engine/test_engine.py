@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-import torch
 
 from npr_engine.engine import Engine, EngineConfig
 from npr_engine.model import InferenceModel
@@ -101,19 +100,6 @@ def test_a_failing_step_leaves_the_engine_as_new(
     engine.check_integrity()
     again = engine.generate(PROMPTS, GREEDY)
     assert [r.token_ids.tolist() for r in again] == [r.token_ids.tolist() for r in expected]
-
-
-def test_nan_weights_are_an_error_and_leave_the_engine_usable(plain: Plain) -> None:
-    weights = {name: tensor.clone() for name, tensor in fused(plain.model, CONFIG).items()}
-    engine = Engine(InferenceModel(CONFIG, weights), GRAMMAR, EngineConfig(num_kv_slots=1024))
-    norm = weights["decoder.final_layernorm.weight"]
-    kept = norm.clone()
-    norm.fill_(torch.nan)
-    with pytest.raises(FloatingPointError, match="NaN logits"):
-        engine.generate(PROMPTS, GREEDY)
-    engine.check_integrity()
-    norm.copy_(kept)
-    assert engine.generate(PROMPTS[:1], GREEDY)[0].finish_reason == "eos"
 
 
 def test_memory_can_be_released_and_resumed(new_engine: Callable[..., Engine]) -> None:

@@ -27,6 +27,7 @@ def inputs(rows: int, penalised: list[int] | None = None, **changes: float) -> S
         "min_p": np.full(rows, changes.get("min_p", 0.0), np.float32),
         "penalty": np.full(rows, changes.get("penalty", 1.0), np.float32),
         "penalised": np.tile(np.array(penalised or [], np.int32), (rows, 1)),
+        "masks": np.zeros(rows, np.int32),
     }
     return SampleInputs(uniforms=(np.arange(rows) + 0.5) / rows, **fields)
 
@@ -74,6 +75,36 @@ def test_the_penalty_lowers_tokens_of_the_step_and_leaves_the_policys_log_probs(
     shares, drawn = draw(penalised=[4, 3, 4, -1], penalty=1.5)
     np.testing.assert_allclose(shares, lowered.softmax(0).numpy(), atol=2 / DRAWS)
     np.testing.assert_allclose(np.exp(drawn.logprobs), PROBS[drawn.token_ids], rtol=1e-6)
+
+
+def test_masked_tokens_have_no_probability_under_sampler_or_policy() -> None:
+    forbidden = torch.tensor([[False] * 7, [False, True, False, False, True, False, True]])
+    masked = inputs(DRAWS)
+    masked.masks[:] = 1
+    drawn = sample(LOGITS.expand(DRAWS, -1), masked, forbidden)
+    expected = restricted(PROBS, [0, 2, 3])
+    shares = np.bincount(drawn.token_ids, minlength=7) / DRAWS
+    np.testing.assert_allclose(shares, expected, atol=2 / DRAWS)
+    for logprobs in (drawn.logprobs, drawn.sampler_logprobs):
+        np.testing.assert_allclose(np.exp(logprobs), expected[drawn.token_ids], rtol=1e-6)
+    masked.masks[0] = 0
+    unmasked = sample(LOGITS.expand(DRAWS, -1), masked, forbidden)
+    np.testing.assert_allclose(np.exp(unmasked.logprobs[0]), PROBS[unmasked.token_ids[0]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("changes", [{}, {"temperature": 0.0}, {"top_p": 0.9}, {"top_k": 2, "min_p": 0.1}])
+def test_a_row_without_a_distribution_is_flagged_and_leaves_the_others(
+    value: float, changes: dict[str, float]
+) -> None:
+    logits = LOGITS.repeat(4, 1)
+    sound = sample(logits, inputs(4, **changes))
+    logits[2, 3] = value
+    logits[1] = -torch.inf
+    drawn = sample(logits, inputs(4, **changes))
+    assert not sound.invalid.any() and drawn.invalid.tolist() == [False, True, True, False]
+    assert drawn.token_ids[[0, 3]].tolist() == sound.token_ids[[0, 3]].tolist()
+    assert drawn.logprobs[[0, 3]].tolist() == sound.logprobs[[0, 3]].tolist()
 
 
 def test_rows_keep_their_own_parameters() -> None:

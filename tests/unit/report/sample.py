@@ -64,6 +64,7 @@ def rollout() -> tuple[Rollout, tuple[str, ...]]:
         positions=np.array([row[3] for row in rows], np.int32),
         finish_reason="eos",
         branching=True,
+        constrained=False,
         weights_version=7,
     )
     return made, tuple(row[0] for row in rows)
