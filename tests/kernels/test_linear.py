@@ -49,7 +49,7 @@ def test_sums_are_in_float32_and_rounded_once(
 
 @pytest.mark.parametrize("single_products", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rows", [1, 2, 4, 5, 16, 32, 33, 64])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8, 16, 32, 33, 64])
 @pytest.mark.parametrize("inside", [575, 576, 1536])
 def test_the_error_is_at_most_twice_that_of_pytorch(
     inside: int, rows: int, dtype: torch.dtype, single_products: bool

@@ -52,13 +52,14 @@ template <typename Products>
 class DotLinear {
   using Stored = typename Products::Stored;
   using T = typename Products::Sum;
-  static constexpr int kMostX = 4;
+  static constexpr int kMostX = 5;
   static constexpr int kStep = kLanes<T> * Products::kPerLane;
   static constexpr int kStepBytes = kStep * static_cast<int>(sizeof(Stored));
-  // Outputs of a tile of `num_x` rows.
+  // Outputs of a tile of `num_x` rows: as the registers allow, but few rows of W at a time are read fastest (measured).
   static constexpr int tile_outputs(int num_x) {
     constexpr unsigned kSums = kVectorRegisters == 32 ? 24 : 8;
-    return static_cast<int>(std::bit_floor(std::min(kSums / static_cast<unsigned>(num_x), 16U)));
+    constexpr unsigned kMostW = 8 / Products::kPerLane;
+    return static_cast<int>(std::bit_floor(std::min(kSums / static_cast<unsigned>(num_x), kMostW)));
   }
 
  public:
@@ -73,6 +74,7 @@ class DotLinear {
     if (widest == 2) run_tiles<tile_outputs(2)>(blocks, begin, end);
     if (widest == 3) run_tiles<tile_outputs(3)>(blocks, begin, end);
     if (widest == 4) run_tiles<tile_outputs(4)>(blocks, begin, end);
+    if (widest == 5) run_tiles<tile_outputs(5)>(blocks, begin, end);
   }
 
  private:
@@ -88,6 +90,7 @@ class DotLinear {
         if (rows == 2) tile<2, kW>(t, d, outputs);
         if (rows == 3) tile<3, kW>(t, d, outputs);
         if (rows == 4) tile<4, kW>(t, d, outputs);
+        if (rows == 5) tile<5, kW>(t, d, outputs);
       }
     }
   }
@@ -107,12 +110,12 @@ class DotLinear {
     for (; c + kStep <= size; c += kStep) {
       ahead.template advance<kW * kStepBytes>();
       Vec<T> xs[kX];
-#pragma GCC unroll 4
-      for (int i = 0; i < kX; ++i) xs[i] = Products::load(x + i * size + c);
-#pragma GCC unroll 16
+#pragma GCC unroll 8
+      for (int i = 0; i < kX; ++i) xs[i] = in_register(Products::load(x + i * size + c));
+#pragma GCC unroll 8
       for (int j = 0; j < kW; ++j) {
-        const Vec<T> ws = Products::load(w[j] + c);
-#pragma GCC unroll 4
+        const Vec<T> ws = in_register(Products::load(w[j] + c));
+#pragma GCC unroll 8
         for (int i = 0; i < kX; ++i) sums[i * kW + j] = Products::add(sums[i * kW + j], xs[i], ws);
       }
     }
@@ -122,7 +125,7 @@ class DotLinear {
       for (int i = 0; i < kX; ++i) xs[i] = Products::load_part(x + i * size + c, left);
       for (int j = 0; j < kW; ++j) {
         const Vec<T> ws = Products::load_part(w[j] + c, left);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int i = 0; i < kX; ++i) sums[i * kW + j] = Products::add(sums[i * kW + j], xs[i], ws);
       }
     }

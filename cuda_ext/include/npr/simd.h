@@ -42,6 +42,18 @@ inline Vec<T> broadcast(T value) {
   return value - Vec<T>{};
 }
 
+// Loads a value now and once: GCC else reads it from memory again at each use, which in a tile of products keeps the
+// loads busy instead of the multipliers (4 rows x 4 outputs in float32: half the speed).
+template <typename V>
+inline V in_register(V value) {
+#if defined(__AVX512F__)
+  __asm__("" : "+v"(value));
+#elif defined(__x86_64__)
+  __asm__("" : "+x"(value));
+#endif
+  return value;
+}
+
 // Storage types: float and double are computed with as they are, bfloat16 is widened to float.
 struct BFloat16 {
   uint16_t bits;
