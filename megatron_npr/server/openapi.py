@@ -64,11 +64,14 @@ def openapi() -> dict[str, Any]:
 
 
 def _generation(request: type[BaseModel], reply: type[BaseModel]) -> dict[str, Any]:
-    answer = {**_json(reply), "text/event-stream": {"schema": {"type": "string"}}}
+    answer = {**_json(reply), "text/event-stream": {}}
     return {
         "summary": request.__doc__,
         "requestBody": {"required": True, "content": _json(request)},
-        "responses": {"200": {"description": "decoded", "content": answer}, **_errors(*_ERRORS)},
+        "responses": {
+            "200": {"description": "decoded: one reply, or events of chunks and [DONE]", "content": answer},
+            **_errors(*_ERRORS),
+        },
     }
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 TokenId: TypeAlias = Annotated[int, Field(ge=0, lt=1 << 31)]
+Text: TypeAlias = Annotated[str, Field(min_length=1)]
 StopString: TypeAlias = Annotated[str, Field(min_length=1, max_length=256)]
 SHAPES = {
     "prompt": "a text, a list of token ids, or a list of up to 64 of either",
@@ -83,9 +84,9 @@ class CompletionRequest(GenerationRequest):
     """POST /v1/completions."""
 
     prompt: (
-        str
+        Text
         | Annotated[list[TokenId], Field(min_length=1)]
-        | Annotated[list[str], Field(min_length=1, max_length=64)]
+        | Annotated[list[Text], Field(min_length=1, max_length=64)]
         | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=64)]
     )
     logprobs: Literal[0] | None = Field(
