@@ -236,7 +236,7 @@ def test_openais_client_is_served(served: Running, demo: ServedModel, branched: 
         ("completions", {"prompt": "a", "stop": list("abcde")}, 400, "stop: must be a string of"),
         ("completions", {"prompt": {}}, 400, "prompt: must be a text, a list of token ids"),
         ("completions", {"prompt": [340]}, 400, "token ids in [0, 340)"),
-        ("completions", {"prompt": ""}, 400, "the prompt is empty"),
+        ("completions", {"prompt": ""}, 400, "prompt: must be a text"),
         ("completions", {"prompt": [5] * 2048}, 400, "the model's context 2048"),
         ("completions", {"prompt": "a", "n": 65}, 400, "n: input should be less"),
         ("completions", {"prompt": ["a"] * 33, "n": 2}, 400, "n x prompts are 66"),
