@@ -35,11 +35,11 @@ def read_config_json(folder: Path) -> dict[str, Any]:
     """config.json of a model folder; UserError where it is missing or malformed."""
     path = folder / "config.json"
     if not folder.is_dir():
-        raise UserError(f"model folder {folder} does not exist: give model.path a Hugging Face folder")
+        raise UserError(f"model folder {folder} does not exist: name a Hugging Face folder (model.path)")
     try:
         config: dict[str, Any] = json.loads(path.read_text())
     except FileNotFoundError:
-        raise UserError(f"{folder} has no config.json: give model.path a Hugging Face folder") from None
+        raise UserError(f"{folder} has no config.json: name a Hugging Face folder (model.path)") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from None
     return config
@@ -95,9 +95,7 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer  # slow to import; `npr --help` does without
 
     if not (folder / "tokenizer.json").exists():
-        raise UserError(
-            f"{folder} has no tokenizer.json: give model.path a Hugging Face folder with a fast tokenizer"
-        )
+        raise UserError(f"{folder} has no tokenizer.json: name a Hugging Face folder with a fast tokenizer")
     return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
 
 
@@ -141,7 +139,7 @@ class HuggingFaceWeights:
     def _index(self) -> dict[str, Path]:
         paths = sorted(self._folder.glob("*.safetensors"))
         if not paths:
-            raise UserError(f"{self._folder} has no *.safetensors: give model.path a Hugging Face folder")
+            raise UserError(f"{self._folder} has no *.safetensors: name a Hugging Face folder (model.path)")
         index: dict[str, Path] = {}
         for path in paths:
             try:

@@ -78,7 +78,7 @@ class AsyncEngine:
         if max_in_flight < 1:
             raise UserError(f"engine: max_in_flight is {max_in_flight}, it must be >= 1")
         self._engine = engine
-        self._max_in_flight = max_in_flight
+        self.max_in_flight = max_in_flight
         self._inbox: queue.SimpleQueue[_Message] = queue.SimpleQueue()
         self._tickets: dict[str, Ticket] = {}
         self._lock = threading.Lock()  # of _tickets and _closed
@@ -92,6 +92,11 @@ class AsyncEngine:
     @property
     def num_in_flight(self) -> int:
         return len(self._tickets)
+
+    @property
+    def is_open(self) -> bool:
+        """False after `close`, and after a fault that has ended the thread."""
+        return not self._closed and self._thread.is_alive()
 
     def generate_async(
         self, prompt: TokenIds, sampling: SamplingParams, request_id: str
@@ -111,8 +116,8 @@ class AsyncEngine:
             self._need_open()
             if request_id in self._tickets:
                 raise UserError(f"request id {request_id!r} is in flight already: ids name requests")
-            if len(self._tickets) >= self._max_in_flight:
-                raise OverloadedError(f"{self._max_in_flight} requests are in flight: try again later")
+            if len(self._tickets) >= self.max_in_flight:
+                raise OverloadedError(f"{self.max_in_flight} requests are in flight: try again later")
             self._tickets[request_id] = ticket
             self._inbox.put(_Submit(ticket))
         return self._items(ticket)

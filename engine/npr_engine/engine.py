@@ -62,6 +62,7 @@ class EngineStats:
     `model_seconds` are spent in forward and sampler, `seconds` in all steps; `overhead_us_per_step` is the
     rest of a step. `forced_tokens` count when their response ends. `kv_utilisation` is the share of KV slots that
     held a token which some branch sees when memory ran out for the first time; None as long as it has not.
+    `running` and `waiting` are requests of this moment.
     """
 
     steps: int
@@ -76,6 +77,8 @@ class EngineStats:
     kv_utilisation: float | None
     num_blocks: int
     free_blocks: int
+    running: int
+    waiting: int
     seconds: float
     model_seconds: float
 
@@ -235,6 +238,8 @@ class Engine:
             **asdict(scheduler.counters),
             num_blocks=scheduler.limits.num_blocks,
             free_blocks=scheduler.num_free_blocks,
+            running=scheduler.num_running,
+            waiting=scheduler.num_unfinished - scheduler.num_running,
             seconds=self._seconds,
             model_seconds=self._model_seconds,
         )

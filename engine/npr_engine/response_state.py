@@ -31,7 +31,8 @@ class Request:
     @property
     def key(self) -> int:
         """64 bits that name the request to the sampler: a digest of its seed and id, so reruns are exact."""
-        digest = hashlib.blake2b(f"{self.params.seed}/{self.request_id}".encode(), digest_size=8)
+        name = self.request_id if self.params.sample_id is None else self.params.sample_id
+        digest = hashlib.blake2b(f"{self.params.seed}/{name}".encode(), digest_size=8)
         return int.from_bytes(digest.digest(), "little")
 
 

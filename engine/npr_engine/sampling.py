@@ -24,7 +24,8 @@ class SamplingParams:
         constrain: mask every token that would make the response malformed (needs branching). A response that ends
         with reason "eos" is then strictly valid; log-probs are those of the masked distribution.
         stop_token_ids: sampling one of them, in the trunk or a branch, ends the response with reason "stopped".
-        seed: with the request id, the branch and the position it fixes every draw.
+        seed: with `sample_id`, the branch and the position it fixes every draw.
+        sample_id: the request id where None; for callers whose request ids are not the same again.
     """
 
     max_tokens: int
@@ -41,6 +42,7 @@ class SamplingParams:
     constrain: bool = False
     stop_token_ids: tuple[int, ...] = ()
     seed: int = 0
+    sample_id: str | None = None
 
     def __post_init__(self) -> None:
         _check(

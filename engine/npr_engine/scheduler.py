@@ -105,6 +105,10 @@ class Scheduler:
         return len(self._waiting) + len(self._running)
 
     @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
     def num_free_blocks(self) -> int:
         return self._memory.pool.num_free
 

@@ -130,6 +130,7 @@ def test_abort_ends_with_the_rollout_so_far(new_engine: Callable[..., Engine]) -
 def test_requests_beyond_the_limit_are_turned_away(new_engine: Callable[..., Engine]) -> None:
     async def main() -> None:
         async with AsyncEngine(new_engine(), max_in_flight=2) as service:
+            assert service.is_open
             kept = [service.generate_async(PROMPTS[0], PARAMS, name) for name in "ab"]
             with pytest.raises(OverloadedError, match="2 requests are in flight"):
                 service.generate_async(PROMPTS[0], PARAMS, "c")
@@ -154,6 +155,7 @@ def test_mistakes_are_raised_at_once(new_engine: Callable[..., Engine]) -> None:
                 with pytest.raises(UserError, match=text):
                     service.generate_async(prompt, params, name)
             await read(stream)
+        assert not service.is_open
         with pytest.raises(ClosedError):
             service.generate_async(PROMPTS[0], PARAMS, "z")
         with pytest.raises(ClosedError):
@@ -251,6 +253,7 @@ def test_readers_do_not_wait_for_a_thread_that_broke_down(plain: Plain) -> None:
             await read(service.generate_async(PROMPTS[0], ENDLESS, "a"))
         with pytest.raises(ClosedError):
             service.generate_async(PROMPTS[0], ENDLESS, "b")
+        assert not service.is_open
         service.close()
 
     asyncio.run(main())

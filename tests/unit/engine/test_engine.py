@@ -130,3 +130,20 @@ def test_mistakes_are_named(new_engine: Callable[..., Engine], plain: Plain) -> 
         SamplingParams(max_tokens=1, ignore_eos=True)
     with pytest.raises(UserError, match=r"lack 'decoder\.layers\.0"):
         InferenceModel(CONFIG, {"embedding.word_embeddings.weight": plain.model.lm_head.weight})
+
+
+def test_a_sample_id_draws_as_the_request_id_of_that_name(new_engine: Callable[..., Engine]) -> None:
+    def drawn(name: str, sample_id: str | None) -> list[int]:
+        params = SamplingParams(max_tokens=60, temperature=1.5, seed=4, branching=False, sample_id=sample_id)
+        return new_engine().generate(PROMPTS[:1], params, [name])[0].token_ids.tolist()
+
+    assert drawn("b", "a") == drawn("c", "a") == drawn("a", None) != drawn("b", None)
+
+
+def test_statistics_tell_who_runs_and_who_waits(new_engine: Callable[..., Engine]) -> None:
+    engine = new_engine(max_running=2)
+    for name in "abc":
+        engine.submit(engine.request(PROMPTS[0], SamplingParams(max_tokens=20), name))
+    assert (engine.stats().running, engine.stats().waiting) == (0, 3)
+    engine.step()
+    assert (engine.stats().running, engine.stats().waiting) == (2, 1)

@@ -1,0 +1,73 @@
+"""A Hugging Face folder as an engine that serves it, without Megatron."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_npr.huggingface import (
+    HuggingFaceWeights,
+    load_tokenizer,
+    read_config_json,
+    read_model_config,
+)
+from megatron_npr.weights import weight_names
+from npr_engine.engine import Engine, EngineConfig
+from npr_engine.grammar import Grammar
+from npr_engine.model import InferenceModel, ModelConfig
+from npr_engine.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """An engine and what the server has to know about its model.
+
+    `context_length` bounds positions (prompt and critical path); `end_ids` end a response beside the tokenizer's EOS.
+    """
+
+    name: str
+    engine: Engine
+    tokenizer: Any
+    vocabulary: Vocabulary
+    context_length: int
+    end_ids: tuple[int, ...]
+
+
+def load_model(folder: Path, *, name: str | None, dtype: torch.dtype, kv_slots: int) -> ServedModel:
+    """Reads everything; on the GPU where there is one. UserError for a folder that cannot be served."""
+    config = read_model_config(folder)
+    tokenizer = load_tokenizer(folder)
+    vocabulary = Vocabulary.from_tokenizer(tokenizer)
+    weights = read_weights(
+        folder, config, dtype, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    )
+    engine = Engine(InferenceModel(config, weights), Grammar(vocabulary), EngineConfig(num_kv_slots=kv_slots))
+    return ServedModel(
+        name=name or folder.resolve().name,
+        engine=engine,
+        tokenizer=tokenizer,
+        vocabulary=vocabulary,
+        context_length=read_config_json(folder).get("max_position_embeddings", kv_slots),
+        end_ids=_end_ids(folder, vocabulary.eos_id),
+    )
+
+
+def read_weights(
+    folder: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device
+) -> dict[str, Tensor]:
+    """All weights, whole, by Megatron's names."""
+    with HuggingFaceWeights(folder, config) as source:
+        return {name: source.full(name).to(device, dtype).contiguous() for name in weight_names(config)}
+
+
+def _end_ids(folder: Path, eos_id: int) -> tuple[int, ...]:
+    """What generation_config.json names as end of a response beside the tokenizer's EOS."""
+    path = folder / "generation_config.json"
+    found = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    return tuple(token for token in ids if token != eos_id)
