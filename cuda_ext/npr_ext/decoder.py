@@ -21,14 +21,19 @@ def _gpu() -> ModuleType:
     return triton_kernels
 
 
-def categorical(logits_SV: Tensor, uniforms_S: Tensor) -> tuple[Tensor, Tensor]:
-    """(index int64 [S], its log-probability [S]): the first whose cumulative softmax exceeds the uniform number
-    (summed in float64, so no mass is lost). Logits float32 or float64; NaN ones give a log-probability of NaN.
-    uniforms_S: float64 in [0, 1)."""
+def categorical(
+    logits_SV: Tensor, uniforms_S: Tensor, temperatures_S: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A draw from each row's softmax: (index int64 [S], its log-probability at temperature 1, and at the row's).
+
+    The index is the first whose cumulative probability exceeds the uniform number (in [0, 1), float64; summed in float64, so no
+    mass is lost), at temperature 0 the greatest logit's, whose last result is 0. Temperatures are float32. Logits may be -inf;
+    a row with NaN or +inf has log-probability NaN. Results are float32, float64 for float64 logits.
+    """
     if logits_SV.is_cuda:
-        return _gpu().categorical(logits_SV, uniforms_S)
-    indices, logprobs = torch.ops.npr.categorical(logits_SV, uniforms_S)
-    return indices, logprobs
+        return _gpu().categorical(logits_SV, uniforms_S, temperatures_S)
+    indices, policy, sampler = torch.ops.npr.categorical(logits_SV, uniforms_S, temperatures_S)
+    return indices, policy, sampler
 
 
 def linear(

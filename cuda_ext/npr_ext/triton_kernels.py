@@ -317,12 +317,21 @@ def silu_mul(gate_up_TF: Tensor) -> Tensor:
     return out_TF
 
 
-def categorical(logits_SV: Tensor, uniforms_S: Tensor) -> tuple[Tensor, Tensor]:
-    """(index [S], log-probability [S]); see npr_ext.decoder."""
-    log_probs_SV = torch.log_softmax(logits_SV, -1)
-    cumulative_SV = log_probs_SV.double().exp().cumsum(-1)
+def categorical(
+    logits_SV: Tensor, uniforms_S: Tensor, temperatures_S: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(index, log-probability at temperature 1, and at the row's), each [S]; see npr_ext.decoder."""
+    if logits_SV.dtype != torch.float64:
+        logits_SV = logits_SV.float()
+    greedy_S = temperatures_S == 0
+    sharpness_S1 = (1.0 / torch.where(greedy_S, 1.0, temperatures_S)).to(logits_SV.dtype)[:, None]
+    sampler_SV = torch.log_softmax(logits_SV * sharpness_S1, -1)
+    cumulative_SV = sampler_SV.double().exp().cumsum(-1)
     wanted_S1 = (uniforms_S * cumulative_SV[:, -1])[:, None]
-    indices_S = torch.searchsorted(cumulative_SV, wanted_S1, right=True)[:, 0].clamp(
-        max=logits_SV.shape[1] - 1
+    drawn_S = torch.searchsorted(cumulative_SV, wanted_S1, right=True)[:, 0].clamp(max=logits_SV.shape[1] - 1)
+    indices_S = torch.where(greedy_S, logits_SV.argmax(-1), drawn_S)
+    policy_S, sampler_S = (
+        log_probs_SV.gather(1, indices_S[:, None])[:, 0]
+        for log_probs_SV in (torch.log_softmax(logits_SV, -1), sampler_SV)
     )
-    return indices_S, log_probs_SV.gather(1, indices_S[:, None])[:, 0]
+    return indices_S, policy_S, sampler_S.masked_fill(greedy_S, 0.0)

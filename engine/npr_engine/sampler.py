@@ -16,21 +16,20 @@ def sample(logits_SV: Tensor, inputs: SampleInputs, forbidden_KV: Tensor | None 
     `forbidden_KV` (bool) are the masks that `inputs.masks` names; masked tokens have no probability under the
     policy either. Rows whose logits are NaN or +inf are flagged and do not touch the others.
     """
-    if logits_SV.dtype not in (torch.float32, torch.float64):
-        logits_SV = logits_SV.float()
+    device = logits_SV.device
     if forbidden_KV is not None:
-        masks_S = torch.from_numpy(inputs.masks).to(logits_SV.device)
+        masks_S = torch.from_numpy(inputs.masks).to(device)
         logits_SV = logits_SV.masked_fill(forbidden_KV[masks_S], -torch.inf)
-    greedy_S = inputs.temperature == 0.0
-    scores_SV = _truncate(_scores(logits_SV, inputs, greedy_S), inputs)
-    tokens_S, sampler_S = categorical(scores_SV, torch.from_numpy(inputs.uniforms).to(logits_SV.device))
-    if greedy_S.any():
-        greedy_tokens_S = torch.from_numpy(greedy_S).to(logits_SV.device)
-        tokens_S = torch.where(greedy_tokens_S, scores_SV.argmax(-1), tokens_S)
-        sampler_S = sampler_S.masked_fill(greedy_tokens_S, 0.0)
-    policy_S = sampler_S
-    if scores_SV is not logits_SV or greedy_S.any():
-        policy_S = torch.log_softmax(logits_SV, -1).gather(1, tokens_S[:, None])[:, 0]
+    uniforms_S, temperature_S = (
+        torch.from_numpy(array).to(device) for array in (inputs.uniforms, inputs.temperature)
+    )
+    if _reshapes(inputs):
+        wide_SV = logits_SV if logits_SV.dtype == torch.float64 else logits_SV.float()
+        scores_SV = _truncate(_scores(wide_SV, inputs), inputs)
+        tokens_S, _, sampler_S = categorical(scores_SV, uniforms_S, (temperature_S > 0).float())
+        policy_S = torch.log_softmax(wide_SV, -1).gather(1, tokens_S[:, None])[:, 0]
+    else:
+        tokens_S, policy_S, sampler_S = categorical(logits_SV, uniforms_S, temperature_S)
     # One transfer, hence one wait for a GPU; float64 holds every token id.
     tokens, logprobs, sampler_logprobs = (
         torch.stack((tokens_S.double(), policy_S.double(), sampler_S.double())).cpu().numpy()
@@ -39,8 +38,14 @@ def sample(logits_SV: Tensor, inputs: SampleInputs, forbidden_KV: Tensor | None 
     return Sampled(tokens.astype(np.int32), logprobs, sampler_logprobs.astype(np.float32), np.isnan(logprobs))
 
 
-def _scores(logits_SV: Tensor, inputs: SampleInputs, greedy_S: np.ndarray) -> Tensor:
-    """Logits after repetition penalty and temperature; the same tensor where neither changes anything."""
+def _reshapes(inputs: SampleInputs) -> bool:
+    """Whether some row is sampled from another distribution than its logits at a temperature."""
+    truncates = (inputs.top_k > 0).any() or (inputs.top_p < 1.0).any() or (inputs.min_p > 0.0).any()
+    return bool(truncates) or inputs.penalised.shape[1] > 0
+
+
+def _scores(logits_SV: Tensor, inputs: SampleInputs) -> Tensor:
+    """Logits after repetition penalty and temperature (1 for greedy rows, which it does not change)."""
     scores_SV = logits_SV
     if inputs.penalised.shape[1]:
         tokens_SL = torch.from_numpy(inputs.penalised).long().to(logits_SV.device)
@@ -49,16 +54,12 @@ def _scores(logits_SV: Tensor, inputs: SampleInputs, greedy_S: np.ndarray) -> Te
         penalty_S1 = _like(inputs.penalty, logits_SV)[:, None]
         lowered_SV = torch.where(scores_SV > 0, scores_SV / penalty_S1, scores_SV * penalty_S1)
         scores_SV = torch.where(seen_SV, lowered_SV, scores_SV)
-    if (inputs.temperature != 1.0).any():
-        scores_SV = scores_SV / _like(np.where(greedy_S, 1.0, inputs.temperature), logits_SV)[:, None]
-    return scores_SV
+    temperature = np.where(inputs.temperature == 0.0, np.float32(1.0), inputs.temperature)
+    return scores_SV / _like(temperature, logits_SV)[:, None]
 
 
 def _truncate(scores_SV: Tensor, inputs: SampleInputs) -> Tensor:
-    """Scores of -inf beyond top-k, then top-p of what is left, and min-p. The same tensor where no row
-    truncates."""
-    if not ((inputs.top_k > 0).any() or (inputs.top_p < 1.0).any() or (inputs.min_p > 0.0).any()):
-        return scores_SV
+    """Scores of -inf beyond top-k, then top-p of what is left, and min-p."""
     probs_SV, order_SV = scores_SV.softmax(-1).sort(dim=-1, descending=True, stable=True)
     vocabulary = probs_SV.shape[1]
     top_k_S = torch.from_numpy(np.where(inputs.top_k > 0, inputs.top_k, vocabulary))

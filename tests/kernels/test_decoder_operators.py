@@ -190,21 +190,30 @@ def test_operators_refuse_what_does_not_fit() -> None:
 @settings(max_examples=60)
 @given(
     SEEDS,
-    st.sampled_from([torch.float32, torch.float64]),
-    st.integers(1, 200),
+    DTYPES,
+    st.one_of(st.integers(1, 200), st.integers(500, 1100)),
     st.sampled_from([1.0, 20.0]),
     st.booleans(),
+    st.sampled_from([1.0, 0.6, 1.7]),
 )
 def test_categorical_is_the_inverse_of_the_cumulative_softmax(
-    seed: int, dtype: torch.dtype, vocabulary: int, magnitude: float, some_impossible: bool
+    seed: int,
+    dtype: torch.dtype,
+    vocabulary: int,
+    magnitude: float,
+    some_impossible: bool,
+    temperature: float,
 ) -> None:
     row = random_tensor(seed, dtype, vocabulary) * magnitude
     if some_impossible and vocabulary > 1:
         row[:: 1 + seed % 3 + 1] = -torch.inf
         row[-1] = 0.0
     uniforms = torch.cat([torch.arange(997, dtype=torch.float64) / 997, torch.tensor([1 - 2.0**-53])])
-    indices, logprobs = categorical(row.expand(len(uniforms), -1), uniforms)
-    expected = row.double().log_softmax(0)
+    temperatures = torch.full((len(uniforms),), temperature)
+    indices, policy, logprobs = categorical(row.expand(len(uniforms), -1), uniforms, temperatures)
+    at_one = row.double().log_softmax(0)[indices]
+    assert (policy.double() - at_one).abs().max() <= 1e-5 * max(1.0, float(at_one.abs().max()))
+    expected = (row.double() / temperatures[0].double()).log_softmax(0)
     assert torch.isfinite(expected[indices]).all()  # nothing impossible is drawn
     assert (logprobs.double() - expected[indices]).abs().max() <= 1e-5 * max(
         1.0, float(expected[indices].abs().max())
@@ -216,11 +225,28 @@ def test_categorical_is_the_inverse_of_the_cumulative_softmax(
 
 
 def test_categorical_shows_nan_and_refuses_what_does_not_fit() -> None:
-    logits = torch.zeros(2, 40)
-    logits[1, 7] = torch.nan
-    logprobs = categorical(logits, torch.full((2,), 0.5, dtype=torch.float64))[1]
-    assert logprobs.isnan().tolist() == [False, True]
+    logits = torch.zeros(4, 40)
+    logits[1, 7], logits[2, 39], logits[3] = torch.nan, torch.inf, -torch.inf
+    for temperature in (0.0, 0.7, 1.0):
+        given = torch.full((4,), 0.5, dtype=torch.float64), torch.full((4,), temperature)
+        assert categorical(logits, *given)[1].isnan().tolist() == [False, True, True, True]
     with pytest.raises(ValueError, match="float64"):
-        categorical(logits, torch.zeros(2))
-    with pytest.raises(ValueError, match="not BFloat16"):
-        categorical(logits.bfloat16(), torch.zeros(2, dtype=torch.float64))
+        categorical(logits, torch.zeros(4), torch.ones(4))
+    with pytest.raises(ValueError, match="temperatures"):
+        categorical(logits, torch.zeros(4, dtype=torch.float64), torch.ones(3))
+    with pytest.raises(ValueError, match="not Half"):
+        categorical(logits.half(), torch.zeros(4, dtype=torch.float64), torch.ones(4))
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("vocabulary", [1, 7, 511, 512, 513, 1025, 49_152])
+def test_categorical_is_greedy_at_temperature_zero(dtype: torch.dtype, vocabulary: int) -> None:
+    logits = random_tensor(vocabulary, dtype, 5, vocabulary) * 3
+    logits[3, vocabulary // 2 :] = -torch.inf
+    logits[3, 0] = 1.0
+    indices, policy, sampler = categorical(logits, torch.rand(5, dtype=torch.float64), torch.zeros(5))
+    assert torch.equal(logits.gather(1, indices[:, None])[:, 0], logits.amax(1))
+    assert (indices == logits.float().argmax(1)).all() or dtype == torch.bfloat16
+    expected = logits.double().log_softmax(1).gather(1, indices[:, None])[:, 0]
+    assert (policy.double() - expected).abs().max() <= 1e-5
+    assert not sampler.any()

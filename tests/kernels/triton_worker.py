@@ -103,10 +103,13 @@ def categorical() -> None:
     logits[::3, ::2] = -torch.inf
     uniforms = torch.rand(200, generator=generator, dtype=torch.float64)
     uniforms[0], uniforms[1] = 0.0, 1.0 - 2**-53
-    indices, logprobs = npr_ext.categorical(logits, uniforms)
-    ours, our_logprobs = triton_kernels.categorical(logits.to(DEVICE), uniforms.to(DEVICE))
+    temperatures = torch.tensor([0.0, 0.7, 1.0, 1.3]).repeat(50)
+    given = logits, uniforms, temperatures
+    indices, *logprobs = npr_ext.categorical(*given)
+    ours, *our_logprobs = triton_kernels.categorical(*(tensor.to(DEVICE) for tensor in given))
     assert torch.equal(ours.cpu(), indices)
-    close(our_logprobs, logprobs, torch.float32)
+    for mine, theirs in zip(our_logprobs, logprobs, strict=True):
+        close(mine, theirs, torch.float32)
 
 
 if __name__ == "__main__":
