@@ -43,7 +43,7 @@ class EngineConfig:
     """
 
     num_kv_slots: int = 65_536
-    block_size: int = 16
+    block_size: int = 4
     max_batch_tokens: int = 4_096
     max_running: int = 512
 

@@ -63,7 +63,7 @@ class EngineBench:
     branch_tokens: int = 100
     pressure_slots: int = 8192
     pressure_responses: int = 32
-    pressure_blocks: tuple[int, ...] = (EngineConfig.block_size, 4)
+    pressure_blocks: tuple[int, ...] = (EngineConfig.block_size, 16)
 
     def __post_init__(self) -> None:
         assert self.main_batch in self.batches

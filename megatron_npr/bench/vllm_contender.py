@@ -55,7 +55,7 @@ class Stillness:
 
 
 class Vllm:
-    """One vLLM engine. Use as a context manager: every process of it is gone afterwards.
+    """One vLLM engine. Use as a context manager: every process of it is gone afterwards, also where this one is killed.
 
     UserError where it does not start or dies; the text has the last line that it printed.
     """
@@ -80,6 +80,14 @@ class Vllm:
             )
         except OSError as error:
             raise UserError(f"--vllm-python {settings.python} does not start: {error}") from None
+        # Stopped processes see no end of input: were this one killed, nobody would wake them. The guard's input ends with
+        # this process, however that ends.
+        self._guard = subprocess.Popen(
+            ["/bin/sh", "-c", 'read line; kill -s KILL -- "-$0"', str(self._process.pid)],
+            stdin=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         self._idle: list[float] = []
         self._stopped_cpu = 0.0
         try:
@@ -127,6 +135,8 @@ class Vllm:
             self._process.kill()
             self._process.wait()
         self._signal(signal.SIGKILL)
+        self._guard.kill()
+        self._guard.communicate()
         self._process.stdout.close()
         self._log.close()
 

@@ -108,7 +108,7 @@ class RolloutSettings(Section):
         None, description="expert-parallel ranks of one engine; none = parallel.ep"
     )
     kv_slots: PositiveInt = Field(524_288, description="token slots of the KV cache of one engine")
-    block_size: PositiveInt = Field(16, description="token slots of one KV block")
+    block_size: PositiveInt = Field(4, description="token slots of one KV block")
     max_running: PositiveInt = Field(256, description="branches decoded at the same time")
     max_batch_tokens: PositiveInt = Field(16_384, description="tokens of one engine step, prefill and decode")
     fp8: bool = Field(

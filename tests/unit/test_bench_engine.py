@@ -2,7 +2,10 @@
 
 import json
 import os
+import subprocess
+import sys
 import textwrap
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -281,6 +284,38 @@ def test_the_other_process_answers_and_stands_still_between_its_turns(stand_in: 
             assert process.status() == psutil.STATUS_STOPPED
         assert vllm.stillness().stopped_cpu_seconds < 0.1
     assert not process.is_running()
+
+
+OWNER = """
+import sys, torch
+from pathlib import Path
+from megatron_npr.bench.vllm_contender import Vllm, VllmSettings
+
+vllm = Vllm(VllmSettings(Path(sys.argv[1]), Path("."), torch.bfloat16, 64, (0, 1)))
+print(vllm.pid, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_no_stopped_process_outlives_a_bench_that_is_killed(stand_in: VllmSettings) -> None:
+    command = [sys.executable, "-c", OWNER, str(stand_in.python)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as owner:
+        assert owner.stdout is not None
+        other = psutil.Process(int(owner.stdout.readline()))
+        assert other.status() == psutil.STATUS_STOPPED
+        owner.kill()
+    deadline = time.monotonic() + 60
+    while is_alive(other) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not is_alive(other)
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """An orphan that ended stays a zombie where nobody collects it."""
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def test_the_other_process_may_die_and_the_error_says_so(stand_in: VllmSettings) -> None:
