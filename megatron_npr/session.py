@@ -69,7 +69,6 @@ def open_session(
     config: Section, run: RunSettings, model: ModelSettings, parallel: ParallelSettings
 ) -> Session:
     """Join the world, read tokenizer and architecture, write the resolved configuration into the run folder."""
-    refuse_planned_layouts(parallel)
     tokenizer = load_tokenizer(model.path)
     vocabulary = Vocabulary.from_tokenizer(tokenizer)
     model_config = read_model_config(model.path)
@@ -79,23 +78,13 @@ def open_session(
         pipeline=parallel.pp,
         context=parallel.cp,
         virtual=parallel.vpp,
+        expert=parallel.ep,
         seed=run.seed,
     )
     if world.is_main:
         run.dir.mkdir(parents=True, exist_ok=True)
         (run.dir / "config.toml").write_text(to_toml(config))
     return Session(run, model, parallel, world, tokenizer, vocabulary, Grammar(vocabulary), model_config)
-
-
-def refuse_planned_layouts(parallel: ParallelSettings) -> None:
-    """UserError for axes that `npr plan` knows and the trainer does not run yet."""
-    usual = ParallelSettings()
-    for name in ("ep",):
-        value = parallel.model_dump()[name]
-        if value != usual.model_dump()[name]:
-            raise UserError(
-                f"parallel.{name} = {value} can be planned (npr plan) but is not implemented in training yet: leave it out"
-            )
 
 
 def _set_threads(threads: int) -> None:
