@@ -48,10 +48,10 @@ class PolicyChunk(GPTModel):
         self.rotary_pos_emb = LayoutRotaryEmbedding(model_config.head_dim, model_config.rope_theta)
 
     def logits(self, token_ids: Tensor, layout_5T: Tensor) -> Tensor:
-        """Vocab-parallel logits [1, T / cp, V / tp] of this rank's share (last stage); for tests and small models."""
+        """Vocab-parallel logits [1, T / cp, V / tp] of this rank's share (last stage); for tests and small models. With
+        experts, call it within `megatron_context`."""
         own = slice(*self._own_tokens(token_ids))
-        with megatron_context():
-            output: Tensor = self(token_ids[:, own], layout_5T[:1, own], layout_5T)
+        output: Tensor = self(token_ids[:, own], layout_5T[:1, own], layout_5T)
         return output
 
     def _own_tokens(self, token_ids: Tensor) -> tuple[int, int]:
