@@ -20,6 +20,7 @@ from torch import Tensor
 
 from npr_ext import BranchLayout, TagIds, branch_layout
 from npr_ext.errors import UserError
+from npr_ext.layout import TILE, bucket_length
 
 ROW_MULTIPLE = 64
 
@@ -88,6 +89,14 @@ class PackedRow:
 
 
 @dataclass(frozen=True)
+class RankRows:
+    """The rows of one rank in a step; `imbalance`: attended pairs of the busiest data-parallel rank over their mean."""
+
+    rows: list[PackedRow]
+    imbalance: float
+
+
+@dataclass(frozen=True)
 class RowPlan:
     """Groups of sample indices that stand in one row; each group is one prompt segment and its responses."""
 
@@ -145,9 +154,15 @@ def _units(
     return units
 
 
-def row_length(plans: Sequence[RowPlan]) -> int:
-    """T for all rows of a step (pipeline stages exchange equal shapes): the fullest row, rounded up."""
+def row_length(plans: Sequence[RowPlan], bucket_of: int | None = None) -> int:
+    """T for all rows of a step (pipeline stages exchange equal shapes): the fullest row, rounded up.
+
+    `bucket_of`: the largest row that may be; T is then one of few lengths below it, so that kernels which are compiled for a
+    shape (FlexAttention on a GPU) are compiled seldom.
+    """
     longest = max((plan.num_tokens for plan in plans), default=1)
+    if bucket_of is not None:
+        return min(bucket_length(longest), -(-bucket_of // TILE) * TILE)
     return -(-longest // ROW_MULTIPLE) * ROW_MULTIPLE
 
 

@@ -67,6 +67,7 @@ def run(config: Stage1Config) -> None:
                     grad_norm=mean(report.grad_norm for report in reports),
                     clipped=mean(report.watched["clipped"] for report in reports),
                     train_seconds=sum(report.seconds for report in reports),
+                    imbalance=mean(report.imbalance for report in reports),
                     lr=learner.trainer.lr,
                 )
         learner.export(config.run.dir / "model")

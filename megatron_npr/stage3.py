@@ -77,6 +77,7 @@ def run(config: Stage3Config) -> None:
                     grad_norm=report.grad_norm if report else float("nan"),
                     nll=report.watched["nll"] if report else float("nan"),
                     train_seconds=report.seconds if report else 0.0,
+                    imbalance=report.imbalance if report else float("nan"),
                     lr=learner.trainer.lr,
                 )
         learner.export(config.run.dir / "model")
