@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_npr.convert import convert_gguf
 from megatron_npr.huggingface import HuggingFaceWeights, load_tokenizer, read_model_config
-from megatron_npr.weights import weight_names
+from megatron_npr.resharding.catalog import catalog
 from npr_engine.grammar import Grammar
 from npr_engine.model import InferenceModel, KVCache, ModelConfig, Step
 from npr_engine.vocabulary import Vocabulary
@@ -86,5 +86,5 @@ def open_model(folder: Path, dtype: torch.dtype) -> Opened:
     config = read_model_config(folder)
     grammar = Grammar(Vocabulary.from_tokenizer(load_tokenizer(folder)))
     with HuggingFaceWeights(folder, config) as source:
-        weights = {name: source.full(name).to(dtype).contiguous() for name in weight_names(config)}
+        weights = {name: source.full(name).to(dtype).contiguous() for name in catalog(config)}
     return Opened(BenchModel(config, weights), grammar)

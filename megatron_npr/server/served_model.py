@@ -16,7 +16,7 @@ from megatron_npr.huggingface import (
     read_config_json,
     read_model_config,
 )
-from megatron_npr.weights import weight_names
+from megatron_npr.resharding.catalog import catalog
 from npr_engine.engine import Engine, EngineConfig
 from npr_engine.grammar import Grammar
 from npr_engine.model import InferenceModel, ModelConfig
@@ -62,7 +62,7 @@ def read_weights(
 ) -> dict[str, Tensor]:
     """All weights, whole, by Megatron's names."""
     with HuggingFaceWeights(folder, config) as source:
-        return {name: source.full(name).to(device, dtype).contiguous() for name in weight_names(config)}
+        return {name: source.full(name).to(device, dtype).contiguous() for name in catalog(config)}
 
 
 def _end_ids(folder: Path, eos_id: int) -> tuple[int, ...]:

@@ -391,7 +391,7 @@ def test_metrics_are_what_has_happened(demo: ServedModel) -> None:
         assert sum(value for key, value in values.items() if key[0] == "npr_choices_total") == 1
         assert values["npr_time_to_first_token_seconds_count",] == values["npr_tokens_per_second_count",] == 1
         assert values["npr_running",] == values["npr_waiting",] == 0
-        assert values["npr_kv_blocks_total",] == KV_SLOTS // 16
+        assert values["npr_kv_blocks_total",] == KV_SLOTS // EngineConfig.block_size
         assert 0 < values["npr_kv_blocks_used",] < values["npr_kv_blocks_total",]
 
 
