@@ -188,6 +188,11 @@ def export_tensors(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[s
     return tensors
 
 
+def copy_description(source: Path, target: Path) -> None:
+    """Everything of a model folder but its weights: config.json, tokenizer, chat template."""
+    copy_files(source, target, ("config.json", *TOKENIZER_FILES))
+
+
 def export_model(weights: Mapping[str, Tensor], config: ModelConfig, source: Path, target: Path) -> None:
     """Write a folder that transformers loads: weights, `source`'s config.json and its tokenizer.
 
@@ -196,4 +201,4 @@ def export_model(weights: Mapping[str, Tensor], config: ModelConfig, source: Pat
     tensors = export_tensors(weights, config)
     with whole_folder(target, replace=True) as folder:
         write_tensors(folder, {name: tensor.nbytes for name, tensor in tensors.items()}, tensors.__getitem__)
-        copy_files(source, folder, ("config.json", *TOKENIZER_FILES))
+        copy_description(source, folder)

@@ -53,7 +53,16 @@ class Learner:
             pad_id=session.pad_id,
             num_updates=num_updates,
         )
-        self.checkpoints = Checkpoints(session.run.dir / "checkpoints", session.world, keep=checkpoint.keep)
+        self.checkpoints = Checkpoints(
+            session.run.dir / "checkpoints",
+            session.world,
+            keep=checkpoint.keep,
+            model_folder=session.model.path,
+            config=session.config.model_dump(mode="json"),
+            # Without a GPU the copy to host memory is no copy: the forked writer would double the memory of every page
+            # that training touches meanwhile.
+            asynchronous=checkpoint.async_save and session.world.device.type == "cuda",
+        )
         self.first_step = self._resume() if session.run.resume else 0
         # After the optimizer was built: Megatron's DDP moves the parameters into its own contiguous buffer.
         self.weights = EngineWeights(policy, session.world)
@@ -80,6 +89,7 @@ class Learner:
                 due = self._every > 0 and (step + 1) % self._every == 0
                 if stopping or due or step + 1 == total:
                     self.checkpoints.save(step + 1, self.trainer, {})
+                self.checkpoints.finish(wait=stopping or step + 1 == total)
                 if stopping and step + 1 < total:
                     raise KeyboardInterrupt
 
@@ -91,11 +101,8 @@ class Learner:
         dist.barrier()
 
     def _resume(self) -> int:
-        path = self.checkpoints.latest()
-        if path is None:
-            return 0
-        step, _ = self.checkpoints.load(path, self.trainer)
-        return step
+        restored = self.checkpoints.resume(self.trainer)
+        return 0 if restored is None else restored[0]
 
 
 def round_indices(num_items: int, per_round: int, step: int, seed: int) -> list[int]:

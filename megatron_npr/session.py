@@ -40,8 +40,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Session:
-    """One run on this rank."""
+    """One run on this rank; `config` is the whole resolved configuration."""
 
+    config: Section
     run: RunSettings
     model: ModelSettings
     parallel: ParallelSettings
@@ -74,7 +75,9 @@ def open_session(
     if world.is_main:
         run.dir.mkdir(parents=True, exist_ok=True)
         (run.dir / "config.toml").write_text(to_toml(config))
-    return Session(run, model, parallel, world, tokenizer, vocabulary, Grammar(vocabulary), model_config)
+    return Session(
+        config, run, model, parallel, world, tokenizer, vocabulary, Grammar(vocabulary), model_config
+    )
 
 
 def refuse_planned_layouts(parallel: ParallelSettings) -> None:

@@ -199,6 +199,9 @@ class SftSettings(Section):
 class CheckpointSettings(Section):
     every: NonNegativeInt = Field(10, description="steps between checkpoints; 0 = only at the end")
     keep: PositiveInt = Field(2, description="latest checkpoints that stay on disk")
+    async_save: bool = Field(
+        True, description="on a GPU: write while training goes on; without one every save waits"
+    )
 
 
 class LogSettings(Section):
