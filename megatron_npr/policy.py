@@ -85,7 +85,9 @@ class PolicyModel(GPTModel):
             hidden_TBD = tensor_parallel.gather_from_sequence_parallel_region(hidden)
         else:
             hidden_TBD = tensor_parallel.copy_to_tensor_model_parallel_region(hidden)
-        weight = self.shared_embedding_or_output_weight()
+        # Megatron's shared_embedding_or_output_weight() gives the embedding on the first stage even where nothing is shared.
+        tied = self.model_config.tied_embeddings
+        weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
         first_row = self.world.tensor_rank * weight.shape[0]
         return token_log_probs(
             hidden_TBD[:, 0][predecessors],
