@@ -7,88 +7,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from npr_engine.architecture import Architecture as Architecture
+from npr_engine.architecture import ModelConfig
 from npr_ext.errors import UserError
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """RMSNorm, grouped-query attention, SwiGLU; `num_experts` 0 is a dense model, otherwise every layer routes.
-
-    `ffn_hidden_size` is that of the MLP of a dense layer, or of ONE expert.
-    """
-
-    num_layers: int
-    hidden_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    ffn_hidden_size: int
-    vocab_size: int
-    qk_norm: bool = True
-    qkv_bias: bool = False
-    tied_embeddings: bool = False
-    num_experts: int = 0
-    experts_per_token: int = 0
-
-    def __post_init__(self) -> None:
-        if self.num_heads % self.num_kv_heads:
-            raise UserError(f"num_heads {self.num_heads} is no multiple of num_kv_heads {self.num_kv_heads}")
-        if self.experts_per_token > self.num_experts:
-            raise UserError(
-                f"experts_per_token {self.experts_per_token} exceeds num_experts {self.num_experts}"
-            )
-
-    @property
-    def qkv_rows(self) -> int:
-        """Output rows of the fused query, key and value projection."""
-        return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
-
-    @property
-    def attention_parameters(self) -> int:
-        """Of one layer, the norms of queries and keys and the norm before them included."""
-        weights = (self.qkv_rows + self.num_heads * self.head_dim) * self.hidden_size
-        bias = self.qkv_rows if self.qkv_bias else 0
-        return weights + bias + self.hidden_size + (2 * self.head_dim if self.qk_norm else 0)
-
-    @property
-    def expert_parameters(self) -> int:
-        """Of one expert, or of the MLP of a dense layer."""
-        return 3 * self.ffn_hidden_size * self.hidden_size
-
-    @property
-    def layer_parameters(self) -> int:
-        """Of one layer: attention, the norm before the MLP, router, all experts."""
-        router = self.num_experts * self.hidden_size
-        experts = max(self.num_experts, 1) * self.expert_parameters
-        return self.attention_parameters + self.hidden_size + router + experts
-
-    @property
-    def embedding_parameters(self) -> int:
-        """Of one vocabulary matrix."""
-        return self.vocab_size * self.hidden_size
-
-    @property
-    def num_parameters(self) -> int:
-        """Of the whole model; a tied vocabulary matrix counts once."""
-        matrices = 1 if self.tied_embeddings else 2
-        return (
-            self.num_layers * self.layer_parameters + matrices * self.embedding_parameters + self.hidden_size
-        )
-
-    @property
-    def active_parameters(self) -> int:
-        """Those a token meets in matrix products: all but the input embedding and the experts not chosen."""
-        chosen = self.experts_per_token if self.num_experts else 1
-        layer = self.attention_parameters + self.hidden_size + self.num_experts * self.hidden_size
-        return (
-            self.num_layers * (layer + chosen * self.expert_parameters)
-            + self.embedding_parameters
-            + self.hidden_size
-        )
 
 
 def _qwen3(
@@ -137,7 +61,7 @@ KNOWN = {
 }
 """Published shapes, from the config.json of each model."""
 
-_FAMILIES = {  # model_type: (norm of queries and keys, bias of q, k, v, experts)
+_FAMILIES = {  # model_type: (norm of queries and keys, bias of queries, keys and values, experts)
     "qwen3": (True, False, False),
     "qwen3_moe": (True, False, True),
     "qwen2": (False, True, False),
@@ -145,17 +69,19 @@ _FAMILIES = {  # model_type: (norm of queries and keys, bias of q, k, v, experts
 }
 
 
-def from_config(config: Mapping[str, Any], where: str) -> Architecture:
+def from_config(config: Mapping[str, Any], where: str) -> ModelConfig:
     """From the contents of a Hugging Face config.json; UserError names `where` and what is not supported."""
     family = config.get("model_type")
     if family not in _FAMILIES:
         raise UserError(f"{where}: model_type {family!r} is not supported; known: {', '.join(_FAMILIES)}")
     qk_norm, qkv_bias, experts = _FAMILIES[family]
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    _check_arithmetic(config, rope, where)
     if experts and (config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1):
         raise UserError(f"{where}: layers without experts among layers with them are not supported")
     try:
         heads = config["num_attention_heads"]
-        return Architecture(
+        return ModelConfig(
             num_layers=config["num_hidden_layers"],
             hidden_size=config["hidden_size"],
             num_heads=heads,
@@ -164,14 +90,31 @@ def from_config(config: Mapping[str, Any], where: str) -> Architecture:
             ffn_hidden_size=config["moe_intermediate_size" if experts else "intermediate_size"],
             vocab_size=config["vocab_size"],
             qk_norm=qk_norm,
-            qkv_bias=qkv_bias or bool(config.get("attention_bias", False)),
+            qkv_bias=qkv_bias,
             tied_embeddings=bool(config.get("tie_word_embeddings", False)),
             # transformers writes the count under its own name, Qwen's files carry the other one
             num_experts=config.get("num_experts", config.get("num_local_experts", 0)) if experts else 0,
             experts_per_token=config["num_experts_per_tok"] if experts else 0,
+            rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
+            rms_norm_eps=config["rms_norm_eps"],
+            norm_topk_prob=bool(config.get("norm_topk_prob", False)) if experts else True,
         )
     except KeyError as error:
         raise UserError(f"{where}: key {error.args[0]!r} is missing") from None
+
+
+def _check_arithmetic(config: Mapping[str, Any], rope: Mapping[str, Any], where: str) -> None:
+    """UserError where a setting changes the model's arithmetic into one that ours does not have."""
+    wanted = {
+        "hidden_act": (config.get("hidden_act", "silu"), "silu"),
+        "attention_bias": (bool(config.get("attention_bias", False)), False),  # also of the output projection
+        "mlp_bias": (bool(config.get("mlp_bias", False)), False),
+        "use_sliding_window": (bool(config.get("use_sliding_window", False)), False),
+        "rope_type": (rope.get("rope_type", rope.get("type", "default")), "default"),
+    }
+    for key, (value, only) in wanted.items():
+        if value != only:
+            raise UserError(f"{where}: {key} {value!r} is not supported, only {only!r}")
 
 
 def find_architecture(model: str) -> Architecture:
@@ -182,7 +125,7 @@ def find_architecture(model: str) -> Architecture:
         path = path / "config.json"
     if path.is_file():
         try:
-            return from_config(json.loads(path.read_text()), str(path))
+            return from_config(json.loads(path.read_text()), str(path)).shape
         except json.JSONDecodeError as error:
             raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from None
     for part in reversed(Path(model).parts):  # a folder that is yet to be made: runs/qwen3-4b/stage2/model

@@ -41,6 +41,7 @@ from megatron_npr.manifest import (
 from megatron_npr.optimizer_state import allocate_optimizer_state, repaired_optimizer_state
 from megatron_npr.parallel import World, megatron_context
 from megatron_npr.pickled_files import check_pickled_files
+from megatron_npr.policy import PolicyChunk
 from megatron_npr.trainer import Trainer
 from npr_ext.errors import UserError
 
@@ -160,7 +161,8 @@ class Checkpoints:
                 state = dist_checkpointing.load(_state(trainer, metadata, is_loading=True), str(path))
             except CheckpointingException as error:
                 raise UserError(f"checkpoint {path} cannot be read: {error}") from error
-            trainer.policy.load_state_dict(state["model"])
+            for key, chunk in _chunks(trainer).items():
+                chunk.load_state_dict(state[key])
             with repaired_optimizer_state():
                 trainer.optimizer.load_state_dict(state["optimizer"])
             trainer.schedule.load_state_dict(state["schedule"])
@@ -235,6 +237,12 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def _chunks(trainer: Trainer) -> dict[str, PolicyChunk]:
+    """Chunks under Megatron's keys. Files know global layer numbers only, so a run may resume with other chunks."""
+    chunks = trainer.policy.chunks
+    return {"model": chunks[0]} if len(chunks) == 1 else {f"model{i}": each for i, each in enumerate(chunks)}
+
+
 def _metadata() -> dict[str, Any]:
     return {
         "distrib_optim_sharding_type": "fully_reshardable",
@@ -252,11 +260,11 @@ def _storable(metadata: dict[str, Any]) -> dict[str, Any]:
 def _state(trainer: Trainer, metadata: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
     logging.getLogger("megatron.core.dist_checkpointing").setLevel(logging.ERROR)
     allocate_optimizer_state(trainer.optimizer)
-    model = trainer.policy.sharded_state_dict(metadata=metadata)
+    model = {key: chunk.sharded_state_dict(metadata=metadata) for key, chunk in _chunks(trainer).items()}
     with repaired_optimizer_state():
         optimizer = trainer.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
     return {
-        "model": model,
+        **model,
         "optimizer": optimizer,
         "schedule": trainer.schedule.state_dict(),
         "torch_rng": torch.get_rng_state(),

@@ -27,7 +27,7 @@ from megatron_npr.prompts import EncodedProblem
 from megatron_npr.rollout_file import write_rollouts
 from megatron_npr.rollouts import collect
 from megatron_npr.scoring import score
-from megatron_npr.session import Session, build_engine, open_session, read_shards
+from megatron_npr.session import Session, folder_engine, open_session
 from megatron_npr.statistics import mean_pass_at_k, mean_with_interval
 from megatron_npr.verifier import Verifier
 from npr_engine.backend import Backend
@@ -107,8 +107,7 @@ def figures(outcome: Evaluation) -> dict[str, Any]:
 def run(config: EvalConfig) -> None:
     """`npr eval`: every mode of eval.modes; writes eval.json and the rollouts of the first mode."""
     session = open_session(config, config.run, config.model, config.parallel)
-    weights = read_shards(config.model.path, session.model_config, session.world, session.dtype)
-    engine = build_engine(session, weights, config.rollout)
+    engine = folder_engine(session, config.rollout)
     report: dict[str, Any] = {"model": str(config.model.path), "seed": config.run.seed, "modes": {}}
     modes = config.eval.modes
     with (

@@ -1,7 +1,7 @@
 """Models from and to Hugging Face folders: config.json and safetensors, nothing unpickled.
 
 folder ──► read_model_config ──► HuggingFaceWeights.full(name) ──► shard ──► Megatron parameter
-Megatron shards ──► unshard ──► export_model ──► folder that transformers loads
+full Megatron weights ──► export_model ──► folder that transformers loads
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_npr.architecture import from_config
 from megatron_npr.model_folder import copy_files, whole_folder, write_tensors
-from megatron_npr.weights import fuse_qkv, split_qkv, weight_names
+from megatron_npr.resharding.catalog import catalog
+from megatron_npr.weights import fuse_qkv, split_qkv
 from npr_engine.model import ModelConfig
 from npr_ext.errors import UserError
 
-ARCHITECTURES = {"qwen3": (True, False), "qwen2": (False, True), "llama": (False, False)}  # qk_norm, qkv_bias
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -46,48 +47,8 @@ def read_config_json(folder: Path) -> dict[str, Any]:
 
 
 def read_model_config(folder: Path) -> ModelConfig:
-    """The architecture of a Hugging Face folder (Qwen3, Qwen2.5, Llama families, dense)."""
-    config = read_config_json(folder)
-    family = config.get("model_type")
-    if family not in ARCHITECTURES:
-        raise UserError(
-            f"{folder}/config.json: model_type {family!r} is not supported; known: {', '.join(ARCHITECTURES)}"
-        )
-    qk_norm, qkv_bias = ARCHITECTURES[family]
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    _check_supported(folder, config, rope)
-    try:
-        heads = config["num_attention_heads"]
-        return ModelConfig(
-            num_layers=config["num_hidden_layers"],
-            hidden_size=config["hidden_size"],
-            num_heads=heads,
-            num_kv_heads=config.get("num_key_value_heads", heads),
-            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-            ffn_hidden_size=config["intermediate_size"],
-            vocab_size=config["vocab_size"],
-            rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
-            rms_norm_eps=config["rms_norm_eps"],
-            qk_norm=qk_norm,
-            qkv_bias=qkv_bias,
-            tied_embeddings=config.get("tie_word_embeddings", False),
-        )
-    except KeyError as error:
-        raise UserError(f"{folder}/config.json lacks {error.args[0]!r}") from None
-
-
-def _check_supported(folder: Path, config: Mapping[str, Any], rope: Mapping[str, Any]) -> None:
-    """UserError where a setting changes the model's arithmetic into one that ours does not have."""
-    wanted = {
-        "hidden_act": (config.get("hidden_act", "silu"), "silu"),
-        "attention_bias": (bool(config.get("attention_bias", False)), False),  # also of the output projection
-        "mlp_bias": (bool(config.get("mlp_bias", False)), False),
-        "use_sliding_window": (bool(config.get("use_sliding_window", False)), False),
-        "rope_type": (rope.get("rope_type", rope.get("type", "default")), "default"),
-    }
-    for key, (value, only) in wanted.items():
-        if value != only:
-            raise UserError(f"{folder}/config.json: {key} {value!r} is not supported, only {only!r}")
+    """The architecture of a Hugging Face folder (Qwen3, Qwen3-MoE, Qwen2.5, Llama families)."""
+    return from_config(read_config_json(folder), f"{folder}/config.json")
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -134,7 +95,7 @@ class HuggingFaceWeights:
     """Lazy reader of a folder's safetensors: a tensor is read when asked for. Use as a context manager."""
 
     def __init__(self, folder: Path, config: ModelConfig) -> None:
-        self._folder, self._config = folder, config
+        self._folder, self._config, self._listed = folder, config, catalog(config)
         self._files: dict[str, Any] = {}
         self._file_of = self._index()
 
@@ -169,6 +130,12 @@ class HuggingFaceWeights:
     def full(self, name: str) -> Tensor:
         """One full (unsharded) Megatron weight."""
         parts = [self._read(part) for part in huggingface_names(name)]
+        matrix = self._listed[name].kind.matrix
+        if sum(part.numel() for part in parts) != matrix.rows * matrix.columns:
+            shapes = ", ".join(str(tuple(part.shape)) for part in parts)
+            raise UserError(
+                f"{self._folder}: {name} has shape {shapes}, the model expects {matrix.rows} x {matrix.columns}"
+            )
         if len(parts) == 3:
             return fuse_qkv(parts[0], parts[1], parts[2], self._config)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -177,7 +144,7 @@ class HuggingFaceWeights:
 def export_tensors(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """Full Megatron weights -> Hugging Face tensors."""
     tensors: dict[str, Tensor] = {}
-    for name in weight_names(config):
+    for name in catalog(config):
         parts = huggingface_names(name)
         full = weights[name]
         if len(parts) == 3:

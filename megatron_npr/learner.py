@@ -1,6 +1,6 @@
 """A policy in training on this rank, with its checkpoints: what the three learning stages share.
 
-Learner ──► trainer.step(...) ──► update_engine() (zero copy without pipeline stages) ──► engine.generate(...)
+Learner ──► trainer.step(...) ──► update_engine() (zero copy where the layouts agree) ──► engine.generate(...)
 steps() yields the steps still to do, checkpoints between them, and stops cleanly on Ctrl-C
 """
 
@@ -14,10 +14,12 @@ import torch.distributed as dist
 
 from megatron_npr.checkpoint import Checkpoints
 from megatron_npr.config import BatchSettings, CheckpointSettings, OptimizerSettings, RolloutSettings
+from megatron_npr.engine_grid import engine_layout
 from megatron_npr.huggingface import export_model
 from megatron_npr.interrupt import stop_requests
 from megatron_npr.policy import build_policy, load_policy_weights
-from megatron_npr.reshard import EngineWeights, UpdateReport
+from megatron_npr.reshard import EngineWeights, full_weights
+from megatron_npr.resharding.exchange import Exchanged
 from megatron_npr.session import Session, build_engine
 from megatron_npr.trainer import Trainer
 from npr_engine.backend import Backend
@@ -40,7 +42,7 @@ class Learner:
             session.model_config,
             session.world,
             dtype=session.dtype,
-            sequence_parallel=session.parallel.sequence_parallel,
+            parallel=session.parallel,
             recompute=session.model.recompute,
         )
         load_policy_weights(policy, session.model.path)
@@ -64,17 +66,17 @@ class Learner:
             asynchronous=checkpoint.async_save and session.world.device.type == "cuda",
         )
         self.first_step = self._resume() if session.run.resume else 0
-        # After the optimizer was built: Megatron's DDP moves the parameters into its own contiguous buffer.
-        self.weights = EngineWeights(policy, session.world)
 
     def build_engine(self, settings: RolloutSettings) -> Backend:
-        """The colocated engine over this learner's weights."""
+        """The colocated engine over this learner's weights; collective."""
+        layout = engine_layout(settings, self.session.parallel, self.session.model_config)
+        self.weights = EngineWeights(self.trainer.policy, layout)
         engine = build_engine(self.session, self.weights.tensors, settings)
         if settings.backend != "native" and self.first_step:
             self.update_engine(engine)  # it has read the folder, not the checkpoint
         return engine
 
-    def update_engine(self, engine: Backend) -> UpdateReport:
+    def update_engine(self, engine: Backend) -> Exchanged:
         """After an optimizer step: the next rollout uses the new weights. Our engine reads the very tensors."""
         report = self.weights.update()
         engine.update_weights(self.weights.tensors, report.version)
@@ -95,7 +97,7 @@ class Learner:
 
     def export(self, target: Path) -> None:
         """Write the policy as a Hugging Face folder; collective."""
-        full = self.weights.full()
+        full = full_weights(self.trainer.policy)
         if self.session.world.is_main:
             export_model(full, self.session.model_config, self.session.model.path, target)
         dist.barrier()

@@ -35,11 +35,7 @@ def megatron_context() -> AbstractContextManager[None]:
 
 @dataclass(frozen=True)
 class World:
-    """Ranks and sizes along each axis of the process grid, and the groups that we use ourselves.
-
-    Engine replicas: `engine_size` replicas of `tensor_size` processes each sample independently; `engine_rank` tells which
-    replica this process belongs to (every combination of data-parallel and pipeline rank is one).
-    """
+    """Ranks and sizes along each axis of the process grid, and the groups that we use ourselves."""
 
     rank: int
     size: int
@@ -49,20 +45,13 @@ class World:
     pipeline_size: int
     context_rank: int
     context_size: int
+    virtual_size: int
     data_rank: int
     data_size: int
     device: torch.device
     tensor_group: dist.ProcessGroup
     pipeline_group: dist.ProcessGroup
     data_group: dist.ProcessGroup
-
-    @property
-    def engine_size(self) -> int:
-        return self.size // self.tensor_size
-
-    @property
-    def engine_rank(self) -> int:
-        return (self.pipeline_rank * self.context_size + self.context_rank) * self.data_size + self.data_rank
 
     @property
     def is_main(self) -> bool:
@@ -83,28 +72,32 @@ def check_sizes(world_size: int, *, tensor: int, pipeline: int, context: int) ->
         )
 
 
-def _has_groups(tensor: int, pipeline: int, context: int) -> bool:
+def _has_groups(tensor: int, pipeline: int, context: int, virtual: int) -> bool:
     """Whether Megatron's groups of this layout stand already; groups are never freed, so they are not made twice."""
-    return parallel_state.model_parallel_is_initialized() and (tensor, pipeline, context) == (
+    return parallel_state.model_parallel_is_initialized() and (tensor, pipeline, context, virtual) == (
         parallel_state.get_tensor_model_parallel_world_size(),
         parallel_state.get_pipeline_model_parallel_world_size(),
         parallel_state.get_context_parallel_world_size(),
+        parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
     )
 
 
-def init_world(*, tensor: int = 1, pipeline: int = 1, context: int = 1, seed: int = 0) -> World:
+def init_world(
+    *, tensor: int = 1, pipeline: int = 1, context: int = 1, virtual: int = 1, seed: int = 0
+) -> World:
     """Join the process group (torchrun's environment, or a world of one) and build Megatron's groups."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     check_sizes(world_size, tensor=tensor, pipeline=pipeline, context=context)
     if not dist.is_initialized():
         _join(world_size)
     with megatron_context():
-        if not _has_groups(tensor, pipeline, context):
+        if not _has_groups(tensor, pipeline, context, virtual):
             if parallel_state.model_parallel_is_initialized():
                 parallel_state.destroy_model_parallel()
             parallel_state.initialize_model_parallel(
                 tensor_model_parallel_size=tensor,
                 pipeline_model_parallel_size=pipeline,
+                virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
                 context_parallel_size=context,
                 create_gloo_process_groups=has_gpu(),
             )
@@ -118,6 +111,7 @@ def init_world(*, tensor: int = 1, pipeline: int = 1, context: int = 1, seed: in
         pipeline_size=pipeline,
         context_rank=parallel_state.get_context_parallel_rank(),
         context_size=context,
+        virtual_size=virtual,
         data_rank=parallel_state.get_data_parallel_rank(),
         data_size=parallel_state.get_data_parallel_world_size(),
         device=torch.device("cuda", torch.cuda.current_device()) if has_gpu() else torch.device("cpu"),
@@ -149,9 +143,11 @@ def close_world() -> None:
 
 
 @contextlib.contextmanager
-def world_of(*, tensor: int = 1, pipeline: int = 1, context: int = 1, seed: int = 0) -> Iterator[World]:
+def world_of(
+    *, tensor: int = 1, pipeline: int = 1, context: int = 1, virtual: int = 1, seed: int = 0
+) -> Iterator[World]:
     """`init_world` for the length of a with-block."""
     try:
-        yield init_world(tensor=tensor, pipeline=pipeline, context=context, seed=seed)
+        yield init_world(tensor=tensor, pipeline=pipeline, context=context, virtual=virtual, seed=seed)
     finally:
         close_world()

@@ -1,12 +1,15 @@
 """The policy: a Megatron-Core GPTModel over branch layouts, returning log-probs where a target has a predecessor.
 
-    PackedRow ──► PolicyModel.forward ──► log_probs [M] on the last pipeline stage (hidden states on the others)
+    PackedRow ──► PolicyChunk.forward ──► ... ──► log_probs [M] from the last chunk (hidden states from the others)
+
+A rank holds `parallel.vpp` chunks of layers (one without interleaving): chunk c of stage s is virtual stage c * pp + s.
 
 Shape legend: T tokens of a row, M trained tokens, D hidden.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +22,22 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch import Tensor
 from torch.nn import functional
 
-from megatron_npr.config import Recompute
+from megatron_npr.config import ParallelSettings, Recompute
 from megatron_npr.context_parallel import shard_bounds
 from megatron_npr.huggingface import HuggingFaceWeights
 from megatron_npr.logprobs import token_log_probs
 from megatron_npr.modules import LayoutRotaryEmbedding, RMSNorm, layer_spec
 from megatron_npr.parallel import World, megatron_context
-from megatron_npr.weights import padded_vocabulary, partition_of, shard, with_layer_offset
+from megatron_npr.resharding import TrainerLayout, split_layers
+from megatron_npr.resharding.catalog import catalog
+from megatron_npr.weights import padded_vocabulary, shard, with_layer_offset
 from npr_engine.model import ModelConfig
 from npr_ext import BranchLayout
 from npr_ext.errors import UserError
 
 
-class PolicyModel(GPTModel):
-    """GPTModel whose positions come from the batch and whose last stage gives per-token log-probs, never shifted labels."""
+class PolicyChunk(GPTModel):
+    """GPTModel (or some layers of one) whose positions come from the batch and whose last chunk gives log-probs."""
 
     def __init__(self, *, model_config: ModelConfig, world: World, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -99,6 +104,32 @@ class PolicyModel(GPTModel):
         )
 
 
+class Policy(torch.nn.ModuleList):
+    """This rank's chunks of the policy, and where it stands in the grid."""
+
+    def __init__(self, chunks: Sequence[PolicyChunk], layout: TrainerLayout) -> None:
+        super().__init__(chunks)
+        self.chunks, self.layout = tuple(chunks), layout
+
+    @property
+    def config(self) -> TransformerConfig:
+        """Megatron's configuration, one object for all chunks."""
+        return self.chunks[0].config
+
+    @property
+    def model_config(self) -> ModelConfig:
+        return self.chunks[0].model_config
+
+    @property
+    def world(self) -> World:
+        return self.chunks[0].world
+
+    def logits(self, token_ids: Tensor, layout_5T: Tensor) -> Tensor:
+        """See `PolicyChunk.logits`; without pipeline stages."""
+        (whole,) = self.chunks
+        return whole.logits(token_ids, layout_5T)
+
+
 RECOMPUTE: dict[Recompute, dict[str, Any]] = {
     "none": {},
     # Attention keeps O(T) already; the widest activations are the MLP's.
@@ -112,7 +143,7 @@ def transformer_config(
     world: World,
     *,
     dtype: torch.dtype,
-    sequence_parallel: bool = False,
+    parallel: ParallelSettings,
     recompute: Recompute = "none",
 ) -> TransformerConfig:
     """Megatron's configuration of a model in this world."""
@@ -124,10 +155,6 @@ def transformer_config(
             raise UserError(
                 f"parallel.tp {world.tensor_size} does not divide the model's {name} {count}: choose a divisor"
             )
-    if model.num_layers % world.pipeline_size:
-        raise UserError(
-            f"parallel.pp {world.pipeline_size} does not divide the model's {model.num_layers} layers"
-        )
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -154,13 +181,39 @@ def transformer_config(
         bf16=dtype == torch.bfloat16,
         tensor_model_parallel_size=world.tensor_size,
         pipeline_model_parallel_size=world.pipeline_size,
+        virtual_pipeline_model_parallel_size=world.virtual_size if world.virtual_size > 1 else None,
+        num_layers_in_first_pipeline_stage=parallel.first_layers,
+        num_layers_in_last_pipeline_stage=parallel.last_layers,
         context_parallel_size=world.context_size,
-        sequence_parallel=sequence_parallel and world.tensor_size > 1,
+        sequence_parallel=parallel.sequence_parallel and world.tensor_size > 1,
         calculate_per_token_loss=True,
         mrope_section=[model.head_dim // 2, 0, 0],
         perform_initialization=True,
-        deallocate_pipeline_outputs=True,
+        # The overlapped schedule frees outputs before their send has ended: NCCL's stream orders that, gloo reads garbage.
+        deallocate_pipeline_outputs=world.virtual_size == 1 or world.device.type == "cuda",
+        # Interleaved chunks send both ways between the same two ranks: one batch of messages would mix them up under pp 2.
+        overlap_p2p_comm=world.virtual_size > 1,
+        batch_p2p_comm=world.virtual_size == 1,
         **RECOMPUTE[recompute],
+    )
+
+
+NO_AXES = ParallelSettings()
+
+
+def trainer_layout(model: ModelConfig, world: World, parallel: ParallelSettings) -> TrainerLayout:
+    """The grid of this world; UserError where the layers cannot be split so."""
+    return TrainerLayout(
+        layers=split_layers(
+            model.num_layers,
+            pp=world.pipeline_size,
+            vpp=world.virtual_size,
+            first=parallel.first_layers,
+            last=parallel.last_layers,
+        ),
+        tp=world.tensor_size,
+        pp=world.pipeline_size,
+        data=world.context_size * world.data_size,
     )
 
 
@@ -169,38 +222,53 @@ def build_policy(
     world: World,
     *,
     dtype: torch.dtype = torch.float32,
-    sequence_parallel: bool = False,
+    parallel: ParallelSettings = NO_AXES,
     recompute: Recompute = "none",
-) -> PolicyModel:
-    """The policy's part on this rank, randomly initialised."""
-    config = transformer_config(
-        model, world, dtype=dtype, sequence_parallel=sequence_parallel, recompute=recompute
-    )
+) -> Policy:
+    """The policy's part on this rank, randomly initialised; the sizes of the axes are those of `world`, `parallel` tells how
+    layers and activations go with them."""
+    layout = trainer_layout(model, world, parallel)
+    config = transformer_config(model, world, dtype=dtype, parallel=parallel, recompute=recompute)
     with megatron_context():
-        num_layers = get_num_layers_to_build(config)
-        policy = PolicyModel(
-            model_config=model,
-            world=world,
-            config=config,
-            transformer_layer_spec=TransformerBlockSubmodules(
-                layer_specs=[layer_spec(qk_norm=model.qk_norm)] * num_layers, layer_norm=RMSNorm
-            ),
-            vocab_size=padded_vocabulary(model.vocab_size, world.tensor_size),
-            max_sequence_length=1 << 30,  # positions come from the layout; nothing is sized by this
-            pre_process=world.pipeline_rank == 0,
-            post_process=world.is_last_stage,
-            share_embeddings_and_output_weights=model.tied_embeddings,
-            position_embedding_type="mrope",
-            rotary_base=model.rope_theta,
-        )
-    return policy.to(world.device)
+        chunks = [_build_chunk(model, world, config, number) for number in range(world.virtual_size)]
+    return Policy([chunk.to(world.device) for chunk in chunks], layout)
 
 
-def local_weights(policy: PolicyModel) -> dict[str, Tensor]:
+def _build_chunk(model: ModelConfig, world: World, config: TransformerConfig, number: int) -> PolicyChunk:
+    stage = _virtual_stage(world, number)
+    return PolicyChunk(
+        model_config=model,
+        world=world,
+        config=config,
+        transformer_layer_spec=TransformerBlockSubmodules(
+            layer_specs=[layer_spec(qk_norm=model.qk_norm)] * get_num_layers_to_build(config, stage),
+            layer_norm=RMSNorm,
+        ),
+        vocab_size=padded_vocabulary(model.vocab_size, world.tensor_size),
+        max_sequence_length=1 << 30,  # positions come from the layout; nothing is sized by this
+        pre_process=world.pipeline_rank == 0 and number == 0,
+        post_process=world.is_last_stage and number == world.virtual_size - 1,
+        share_embeddings_and_output_weights=model.tied_embeddings,
+        position_embedding_type="mrope",
+        rotary_base=model.rope_theta,
+        vp_stage=stage,
+    )
+
+
+def _virtual_stage(world: World, number: int) -> int | None:
+    """A chunk's number as Megatron wants it: None without interleaving."""
+    return number if world.virtual_size > 1 else None
+
+
+def local_weights(policy: Policy) -> dict[str, Tensor]:
     """This rank's parameters by global name; the tensors themselves, no copies."""
     config, world = policy.config, policy.world
-    offset = get_transformer_layer_offset(config, pp_rank=world.pipeline_rank)
-    named = {with_layer_offset(name, offset): weight.data for name, weight in policy.named_parameters()}
+    named: dict[str, Tensor] = {}
+    for number, chunk in enumerate(policy.chunks):
+        offset = get_transformer_layer_offset(
+            config, vp_stage=_virtual_stage(world, number), pp_rank=world.pipeline_rank
+        )
+        named |= {with_layer_offset(name, offset): weight.data for name, weight in chunk.named_parameters()}
     if policy.model_config.tied_embeddings:
         # With pipeline parallelism the last stage holds a copy of the tied embedding under the output layer's name.
         copy = named.pop("output_layer.weight", None)
@@ -209,14 +277,11 @@ def local_weights(policy: PolicyModel) -> dict[str, Tensor]:
     return named
 
 
-def load_policy_weights(policy: PolicyModel, folder: Path) -> None:
+def load_policy_weights(policy: Policy, folder: Path) -> None:
     """Fill this rank's parameters from a Hugging Face folder; UserError where shapes differ."""
-    world = policy.world
+    world, listed = policy.world, catalog(policy.model_config)
     with HuggingFaceWeights(folder, policy.model_config) as source, torch.no_grad():
         for name, weight in local_weights(policy).items():
-            part = shard(source.full(name), partition_of(name), world.tensor_rank, world.tensor_size)
-            if part.shape != weight.shape:
-                raise UserError(
-                    f"{folder}: {name} has shape {tuple(part.shape)}, the model expects {tuple(weight.shape)}"
-                )
-            weight.copy_(part)
+            entry = listed[name]
+            cut = entry.trainer_cut(policy.layout, world.rank)
+            weight.copy_(shard(source.full(name), entry.kind.matrix, *cut))

@@ -1,123 +1,63 @@
-"""Trainer weights -> engine weights: aliases where the layouts agree, one planned exchange where they do not.
+"""Trainer weights -> engine weights on this rank: aliases where the layouts agree, the planned exchange where they do not.
 
-    plan_exchange (pure, metadata) ──► EngineWeights.tensors (the trainer's own storage wherever this rank holds the weight)
-                                  └──► EngineWeights.update() after an optimizer step: only what another stage owns moves
-
-The engine runs at the trainer's tensor-parallel size and without pipeline stages. Without pipeline parallelism every
-weight is an alias: zero bytes move and an update is only a new version number.
+Policy.layout, EngineLayout ──► plan ──► EngineWeights.tensors (the trainer's own storage where nothing has to move)
+                                    └──► update() after an optimizer step: a new version, all of it or nothing
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from dataclasses import replace
 
-import torch
-import torch.distributed as dist
+import numpy as np
 from torch import Tensor
 
-from megatron_npr.parallel import World
-from megatron_npr.policy import PolicyModel, local_weights
-from megatron_npr.weights import layer_weight_names, partition_of, shard_shape, unshard, weight_names
-from npr_engine.model import ModelConfig
+from megatron_npr.policy import Policy, local_weights
+from megatron_npr.resharding import EngineLayout, Plan, plan
+from megatron_npr.resharding.exchange import Exchanged, WeightExchange
 
-
-@dataclass(frozen=True)
-class Transfer:
-    """Weights that pipeline stage `owner` sends to all other stages of its pipeline, in one flat buffer."""
-
-    owner: int
-    names: tuple[str, ...]
-    num_elements: int
-
-
-@dataclass(frozen=True)
-class UpdateReport:
-    """What one weight update cost."""
-
-    version: int
-    bytes_moved: int
-    bytes_aliased: int
-
-
-def plan_exchange(config: ModelConfig, *, num_stages: int, tensor_size: int) -> tuple[Transfer, ...]:
-    """Who sends what, from metadata alone: every weight is sent by exactly one stage; nothing for one stage."""
-    if num_stages == 1:
-        return ()
-    per_stage = config.num_layers // num_stages
-    owned: list[list[str]] = [[] for _ in range(num_stages)]
-    owned[0].append("embedding.word_embeddings.weight")
-    for layer in range(config.num_layers):
-        owned[layer // per_stage] += layer_weight_names(config, layer)
-    owned[-1].append("decoder.final_layernorm.weight")
-    if not config.tied_embeddings:
-        owned[-1].append("output_layer.weight")
-    return tuple(
-        Transfer(
-            owner, tuple(names), sum(math.prod(shard_shape(name, config, tensor_size)) for name in names)
-        )
-        for owner, names in enumerate(owned)
-    )
+EXPORT_ELEMENTS = 1 << 28
+"""Elements that an export gathers at a time on every rank's device."""
 
 
 class EngineWeights:
-    """The engine's view of the policy's weights on this rank."""
+    """The engine's view of the policy's weights on this rank; made after the optimizer, which moves parameters into its
+    buffers. Collective over the world."""
 
-    def __init__(self, policy: PolicyModel, world: World) -> None:
-        config = policy.model_config
-        self._world, self._config = world, config
-        self._plan = plan_exchange(config, num_stages=world.pipeline_size, tensor_size=world.tensor_size)
-        self._own = local_weights(policy)
-        self.version = 0
-        self.tensors: dict[str, Tensor] = {}
-        reference = next(iter(self._own.values()))
-        for name in weight_names(config):
-            held = self._own.get(name)
-            if held is None:
-                shape = shard_shape(name, config, world.tensor_size)
-                held = torch.empty(shape, dtype=reference.dtype, device=reference.device)
-            self.tensors[name] = held
-        if self._plan:
-            self.update()
-
-    def update(self) -> UpdateReport:
-        """Bring the engine's weights to the trainer's; a new version. Collective over each pipeline."""
-        moved = 0
-        for transfer in self._plan:
-            moved += self._broadcast(transfer)
-        self.version += 1
-        aliased = sum(weight.nbytes for weight in self._own.values())
-        return UpdateReport(self.version, moved, aliased)
-
-    def full(self) -> dict[str, Tensor]:
-        """Copies of the full (unsharded) weights on the CPU of every rank; collective over each tensor group."""
+    def __init__(self, policy: Policy, engine: EngineLayout) -> None:
+        self._exchange = WeightExchange(
+            plan(policy.model_config, policy.layout, engine), local_weights(policy)
+        )
+        self.tensors: dict[str, Tensor] = self._exchange.tensors
         self.update()
-        config, world = self._config, self._world
-        gathered: dict[str, Tensor] = {}
-        for name, local in self.tensors.items():
-            shards = [local.detach().contiguous()]
-            if world.tensor_size > 1:
-                shards = [torch.empty_like(shards[0]) for _ in range(world.tensor_size)]
-                dist.all_gather(shards, local.detach().contiguous(), group=world.tensor_group)
-            gathered[name] = unshard(shards, partition_of(name), config.vocab_size).cpu().clone()
-        return gathered
 
-    def _broadcast(self, transfer: Transfer) -> int:
-        owns = self._world.pipeline_rank == transfer.owner
-        reference = self.tensors[transfer.names[0]]
-        if owns:
-            flat = torch.cat([self._own[name].reshape(-1) for name in transfer.names])
-        else:
-            flat = torch.empty(transfer.num_elements, dtype=reference.dtype, device=reference.device)
-        source = dist.get_global_rank(self._world.pipeline_group, transfer.owner)
-        dist.broadcast(flat, src=source, group=self._world.pipeline_group)
-        if owns:
-            return 0
-        offset = 0
-        for name in transfer.names:
-            target = self.tensors[name]
-            # A tied embedding is held by two stages; the copy of the last one is trained alike and stays its own.
-            if name not in self._own:
-                target.copy_(flat[offset : offset + target.numel()].view_as(target))
-            offset += target.numel()
-        return flat.nbytes
+    @property
+    def version(self) -> int:
+        return self._exchange.version
+
+    def update(self) -> Exchanged:
+        """Bring the engine's weights to the trainer's; a new version. Collective over the world.
+
+        Raises:
+            WeightUpdateError: the update broke off or arrived damaged; weights and version are the old ones.
+        """
+        return self._exchange.update(self.version + 1)
+
+
+def full_weights(policy: Policy) -> dict[str, Tensor]:
+    """Copies of the full (unsharded) weights on the CPU of every rank, some layers at a time; collective over the world."""
+    planned = plan(policy.model_config, policy.layout, EngineLayout())
+    sources = local_weights(policy)
+    gathered: dict[str, Tensor] = {}
+    for part in _parts(planned, EXPORT_ELEMENTS):
+        exchange = WeightExchange(part, sources)
+        exchange.update(1)
+        gathered |= {name: weight.detach().cpu().clone() for name, weight in exchange.tensors.items()}
+    return gathered
+
+
+def _parts(planned: Plan, elements: int) -> list[Plan]:
+    """The plan in runs of whole weights of about `elements`, more where one weight has more."""
+    routes = planned.routes
+    volume = np.bincount(routes["tensor"], weights=routes["rows"] * routes["row_length"])
+    part_of = ((np.cumsum(volume) - volume) // elements).astype(np.int64)
+    return [replace(planned, routes=routes[part_of[routes["tensor"]] == part]) for part in np.unique(part_of)]

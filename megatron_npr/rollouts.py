@@ -14,6 +14,7 @@ import numpy as np
 import torch.distributed as dist
 
 from megatron_npr.config import RolloutSettings
+from megatron_npr.engine_grid import replica_of
 from megatron_npr.packing import TrainSample
 from megatron_npr.parallel import World
 from megatron_npr.prompts import EncodedProblem
@@ -54,7 +55,9 @@ def collect(
     Raises:
         FloatingPointError: a response that ended with an error; on every rank alike.
     """
-    mine = range(world.engine_rank, len(prompts), world.engine_size)
+    size = settings.tp or world.tensor_size
+    replica, replicas = replica_of(world, size)
+    mine = range(replica, len(prompts), replicas)
     requests = [(index, sample) for index in mine for sample in range(settings.samples_per_prompt)]
     generated = engine.generate(
         [prompts[index].prompt_ids for index, _ in requests],
@@ -68,7 +71,7 @@ def collect(
     share = list(zip(requests, generated, strict=True))
     if world.size > 1:
         gathered: list[Any] = [None] * world.size
-        dist.all_gather_object(gathered, share if world.tensor_rank == 0 else [])
+        dist.all_gather_object(gathered, share if world.rank % size == 0 else [])
         share = [item for part in gathered for item in part]
     failed = [rollout for _, rollout in share if is_error(rollout.finish_reason)]
     if failed:  # nobody should train on, or report, what such weights say

@@ -14,7 +14,7 @@ from megatron_npr.prompts import EncodedProblem
 from megatron_npr.rollouts import collect
 from megatron_npr.samples import SftSample, write_samples
 from megatron_npr.scoring import Scored, score
-from megatron_npr.session import Session, build_engine, open_session, read_shards
+from megatron_npr.session import Session, folder_engine, open_session
 from megatron_npr.sft import canonical_ids
 from megatron_npr.verifier import Verifier
 
@@ -24,8 +24,7 @@ def run(config: SampleConfig) -> Path:
     session = open_session(config, config.run, config.model, config.parallel)
     with Verifier() as verifier:
         world = session.world
-        weights = read_shards(config.model.path, session.model_config, world, session.dtype)
-        engine = build_engine(session, weights, config.rollout)
+        engine = folder_engine(session, config.rollout)
         still_open = list(training_prompts(session, config.data))
         kept: dict[str, SftSample] = {}
         target = config.sample.target or len(still_open)

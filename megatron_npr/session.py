@@ -1,6 +1,6 @@
 """What every stage stands on: the process world, the tokenizer with its grammar, the run folder.
 
-open_session(config) ──► Session ──► build_engine (sampling alone)  or  Learner (training; see learner.py)
+open_session(config) ──► Session ──► folder_engine (sampling alone)  or  Learner (training; see learner.py)
 """
 
 from __future__ import annotations
@@ -23,10 +23,13 @@ from megatron_npr.config import (
     Section,
     to_toml,
 )
+from megatron_npr.engine_grid import engine_group, engine_layout
 from megatron_npr.huggingface import HuggingFaceWeights, load_tokenizer, read_model_config
 from megatron_npr.parallel import World, init_world
+from megatron_npr.resharding import EngineLayout
+from megatron_npr.resharding.catalog import catalog
 from megatron_npr.sglang_backend import SGLangBackend
-from megatron_npr.weights import partition_of, shard, weight_names
+from megatron_npr.weights import shard
 from npr_engine.backend import Backend
 from npr_engine.engine import Engine, EngineConfig
 from npr_engine.grammar import Grammar
@@ -35,6 +38,7 @@ from npr_engine.vocabulary import Vocabulary
 from npr_ext import num_threads
 from npr_ext.errors import UserError
 
+ONE_RANK = EngineLayout()
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -71,7 +75,13 @@ def open_session(
     vocabulary = Vocabulary.from_tokenizer(tokenizer)
     model_config = read_model_config(model.path)
     _set_threads(run.threads)
-    world = init_world(tensor=parallel.tp, pipeline=parallel.pp, context=parallel.cp, seed=run.seed)
+    world = init_world(
+        tensor=parallel.tp,
+        pipeline=parallel.pp,
+        context=parallel.cp,
+        virtual=parallel.vpp,
+        seed=run.seed,
+    )
     if world.is_main:
         run.dir.mkdir(parents=True, exist_ok=True)
         (run.dir / "config.toml").write_text(to_toml(config))
@@ -83,20 +93,11 @@ def open_session(
 def refuse_planned_layouts(parallel: ParallelSettings) -> None:
     """UserError for axes that `npr plan` knows and the trainer does not run yet."""
     usual = ParallelSettings()
-    for name in ("vpp", "ep", "first_layers", "last_layers"):
+    for name in ("ep",):
         value = parallel.model_dump()[name]
         if value != usual.model_dump()[name]:
             raise UserError(
                 f"parallel.{name} = {value} can be planned (npr plan) but is not implemented in training yet: leave it out"
-            )
-
-
-def refuse_planned_engine(rollout: RolloutSettings, parallel: ParallelSettings) -> None:
-    """UserError for engine layouts that `npr plan` knows and the engine does not run yet."""
-    for name, value, own in (("tp", rollout.tp, parallel.tp), ("ep", rollout.ep, parallel.ep)):
-        if value not in (None, own):
-            raise UserError(
-                f"rollout.{name} = {value} differs from parallel.{name} = {own}, which is not implemented yet: leave it out"
             )
 
 
@@ -115,27 +116,28 @@ def _set_threads(threads: int) -> None:
     setter.join()
 
 
-def read_shards(folder: Path, config: ModelConfig, world: World, dtype: torch.dtype) -> dict[str, Tensor]:
-    """This tensor-parallel rank's shards of all weights of a Hugging Face folder."""
+def read_shards(
+    folder: Path, config: ModelConfig, world: World, dtype: torch.dtype, engine: EngineLayout = ONE_RANK
+) -> dict[str, Tensor]:
+    """This rank's shards of the weights of a Hugging Face folder, for an engine replica of this layout."""
+    rank, shards = world.rank % engine.size, {}
     with HuggingFaceWeights(folder, config) as source:
-        return {
-            name: shard(source.full(name), partition_of(name), world.tensor_rank, world.tensor_size)
-            .to(world.device, dtype)
-            .contiguous()
-            for name in weight_names(config)
-        }
+        for name, weight in catalog(config).items():
+            if weight.engine_holds(config.num_experts, engine, rank):
+                part = shard(source.full(name), weight.kind.matrix, *weight.engine_cut(engine, rank))
+                shards[name] = part.to(world.device, dtype)
+    return shards
 
 
 def build_engine(session: Session, weights: Mapping[str, Tensor], settings: RolloutSettings) -> Backend:
     """Who decodes on this rank: an engine replica over these weights (shared, not copied), or SGLang beside them."""
     if settings.backend == "sglang":
         return _sglang_backend(session, settings)
-    refuse_planned_engine(settings, session.parallel)
-    world = session.world
+    layout = engine_layout(settings, session.parallel, session.model_config)
     model = InferenceModel(
         session.model_config,
         weights,
-        world.tensor_group if world.tensor_size > 1 else None,
+        engine_group(session.world, layout.size),
         fp8=settings.fp8,
     )
     return Engine(
@@ -150,6 +152,13 @@ def build_engine(session: Session, weights: Mapping[str, Tensor], settings: Roll
     )
 
 
+def folder_engine(session: Session, settings: RolloutSettings) -> Backend:
+    """An engine over the weights of model.path itself, where nothing is trained; collective."""
+    layout = engine_layout(settings, session.parallel, session.model_config)
+    weights = read_shards(session.model.path, session.model_config, session.world, session.dtype, layout)
+    return build_engine(session, weights, settings)
+
+
 def _sglang_backend(session: Session, settings: RolloutSettings) -> Backend:
     """SGLang over the model's folder; the first update brings it the weights of the learner."""
     if settings.branching:
@@ -157,10 +166,9 @@ def _sglang_backend(session: Session, settings: RolloutSettings) -> Backend:
             "rollout.backend = 'sglang' decodes plain sequences: set rollout.branching = false or use"
             " rollout.backend = 'native'"
         )
-    if session.world.tensor_size > 1:
-        raise UserError(
-            f"rollout.backend = 'sglang' takes whole weights: it needs parallel.tp = 1, not {session.world.tensor_size}"
-        )
+    size = engine_layout(settings, session.parallel, session.model_config).size
+    if size > 1:
+        raise UserError(f"rollout.backend = 'sglang' takes whole weights: set rollout.tp = 1, not {size}")
     return SGLangBackend(
         session.model.path,
         session.model_config,

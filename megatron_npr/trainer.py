@@ -35,7 +35,7 @@ from megatron_npr.losses import LossSum
 from megatron_npr.modules import LAYOUTS
 from megatron_npr.packing import PackedRow, RowPlan, TrainSample, pack_row, plan_rows, row_length
 from megatron_npr.parallel import World, megatron_context
-from megatron_npr.policy import PolicyModel
+from megatron_npr.policy import Policy
 from npr_ext import TagIds
 
 Objective = Callable[[Tensor, PackedRow], LossSum]
@@ -61,7 +61,7 @@ class Trainer:
 
     def __init__(
         self,
-        policy: PolicyModel,
+        policy: Policy,
         world: World,
         *,
         optimizer: OptimizerSettings,
@@ -72,14 +72,19 @@ class Trainer:
     ) -> None:
         self.policy, self.world, self.batch, self.tags, self.pad_id = policy, world, batch, tags, pad_id
         with megatron_context():
-            self.model = DistributedDataParallel(
-                config=policy.config,
-                ddp_config=DistributedDataParallelConfig(
-                    use_distributed_optimizer=True, grad_reduce_in_fp32=True, overlap_grad_reduce=False
-                ),
-                module=policy,
-            )
-            self.optimizer = _build_optimizer(self.model, policy, optimizer)
+            self.chunks = [
+                DistributedDataParallel(
+                    config=policy.config,
+                    ddp_config=DistributedDataParallelConfig(
+                        use_distributed_optimizer=True, grad_reduce_in_fp32=True, overlap_grad_reduce=False
+                    ),
+                    module=chunk,
+                    disable_bucketing=number
+                    > 0,  # only the first chunk's reduction ends behind all the others
+                )
+                for number, chunk in enumerate(policy.chunks)
+            ]
+            self.optimizer = _build_optimizer(self.chunks, policy, optimizer)
             self.schedule = _build_schedule(self.optimizer, optimizer, num_updates)
         policy.config.finalize_model_grads_func = finalize_model_grads
         policy.config.grad_scale_func = self.optimizer.scale_loss
@@ -124,7 +129,9 @@ class Trainer:
             samples, row_tokens=self.batch.micro_batch_tokens, share_prompts=self.batch.share_prompts
         )
         length = row_length(plans)
-        plans += [RowPlan((), 0)] * (-len(plans) % self.world.data_size)
+        # The interleaved schedule runs micro-batches in groups of as many as there are stages.
+        group = self.world.data_size * (self.world.pipeline_size if self.world.virtual_size > 1 else 1)
+        plans += [RowPlan((), 0)] * (-len(plans) % group)
         mine = plans[self.world.data_rank :: self.world.data_size]
         own_tokens = shard_bounds(length, self.world.context_rank, self.world.context_size)
         rows = [
@@ -140,9 +147,10 @@ class Trainer:
     ) -> dict[str, float]:
         """Gradients of the global token mean into Megatron's buffers; sums over the global batch, by name."""
         with megatron_context():
-            self.model.zero_grad_buffer()
+            for chunk in self.chunks:
+                chunk.zero_grad_buffer()
             self.optimizer.zero_grad()
-        self.model.train()
+        self.policy.train()
         # Counted once in the global batch: with the first row of the first rank that has one.
         first = rows[0] if self.world.data_rank == self.world.context_rank == 0 else None
         loss_of = partial(_loss_of_row, objective=objective, idle_row=first, idle_targets=idle_targets)
@@ -152,7 +160,7 @@ class Trainer:
     def log_probs(self, samples: Sequence[TrainSample], *, branching: bool) -> list[NDArray[np.float32]]:
         """Log-prob of every trained token under the current weights, NaN elsewhere; on every rank, in input order."""
         rows = self.pack(samples, branching=branching)
-        self.model.eval()
+        self.policy.eval()
         outputs = self._run(rows, _log_probs_of_row, forward_only=True)
         found: list[tuple[Tensor, Tensor, Tensor]] = [
             (row.sample_of, row.within, output["log_probs"].cpu())
@@ -180,8 +188,8 @@ class Trainer:
                 forward_step_func=partial(
                     _forward_step, loss_of=loss_of, own_tokens=own_tokens, device=world.device
                 ),
-                data_iterator=iter(rows),
-                model=[self.model],
+                data_iterator=[iter(rows) for _ in self.chunks],
+                model=self.chunks,
                 num_microbatches=len(rows),
                 seq_length=length,
                 micro_batch_size=1,
@@ -240,7 +248,7 @@ def _log_probs_of_row(log_probs: Tensor, row: PackedRow) -> tuple[Tensor, Tensor
 
 
 def _build_optimizer(
-    model: torch.nn.Module, policy: PolicyModel, settings: OptimizerSettings
+    chunks: list[torch.nn.Module], policy: Policy, settings: OptimizerSettings
 ) -> MegatronOptimizer:
     config = OptimizerConfig(
         optimizer="adam",
@@ -255,7 +263,7 @@ def _build_optimizer(
         bf16=policy.config.bf16,
         params_dtype=policy.config.params_dtype,
     )
-    return get_megatron_optimizer(config, [model], use_gloo_process_groups=policy.world.device.type == "cuda")
+    return get_megatron_optimizer(config, chunks, use_gloo_process_groups=policy.world.device.type == "cuda")
 
 
 def _build_schedule(

@@ -16,36 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from npr_engine.architecture import ModelConfig as ModelConfig
 from npr_engine.fp8 import ALIGNMENT, Fp8Weight
 from npr_engine.linear import Weight, linear
 from npr_engine.rotary import Rotary
 from npr_ext import paged_attention, rms_norm, silu_mul, split_heads
 from npr_ext.errors import UserError
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The architecture: RMSNorm, grouped-query attention, RoPE (half rotation), SwiGLU; Qwen3, Qwen2.5 and
-    Llama."""
-
-    num_layers: int
-    hidden_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    ffn_hidden_size: int
-    vocab_size: int
-    rope_theta: float = 1_000_000.0
-    rms_norm_eps: float = 1e-6
-    qk_norm: bool = True
-    qkv_bias: bool = False
-    tied_embeddings: bool = True
-
-    def __post_init__(self) -> None:
-        if self.num_heads % self.num_kv_heads:
-            raise UserError(f"num_heads {self.num_heads} is no multiple of num_kv_heads {self.num_kv_heads}")
-        if self.head_dim % 2:
-            raise UserError(f"head_dim {self.head_dim} is odd: RoPE rotates pairs")
 
 
 @dataclass(frozen=True)
@@ -102,11 +78,12 @@ class InferenceModel:
         self._group = tp_group
         self._tp_size = 1 if tp_group is None else dist.get_world_size(tp_group)
         self._tp_rank = 0 if tp_group is None else dist.get_rank(tp_group)
-        if config.num_kv_heads % self._tp_size:
+        heads, kv_heads, tp = config.num_heads, config.num_kv_heads, self._tp_size
+        if heads % tp or (kv_heads % tp and tp % kv_heads):
             raise UserError(
-                f"num_kv_heads {config.num_kv_heads} cannot be split over {self._tp_size} tensor-parallel ranks"
+                f"num_heads {heads} and num_kv_heads {kv_heads} cannot be split over {tp} tensor-parallel ranks"
             )
-        self._num_groups = config.num_kv_heads // self._tp_size
+        self._num_groups = max(kv_heads // tp, 1)  # more ranks than KV heads hold copies of them
         reader = _Reader(weights)
         self._weights = reader.taken
         self._embedding_VD = reader["embedding.word_embeddings.weight"]
@@ -238,7 +215,7 @@ class InferenceModel:
         config, tp = self.config, self._tp_size
         ffn, attention = config.ffn_hidden_size // tp, config.num_heads * config.head_dim // tp
         vocabulary = -(-config.vocab_size // tp)  # padded with rows that are cut off again
-        fused = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim // tp
+        fused = (config.num_heads // tp + 2 * self._num_groups) * config.head_dim
         wanted = {
             "embedding.word_embeddings.weight": (
                 self._embedding_VD,

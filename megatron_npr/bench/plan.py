@@ -66,13 +66,8 @@ def prepare(name: str) -> Callable[[], object]:
 
 def train(architecture: Architecture, tokens: int, world: World) -> Trainer:
     """Two SFT steps on one full row."""
-    shape = {
-        key: value
-        for key, value in vars(architecture).items()
-        if key not in ("num_experts", "experts_per_token")
-    }
     trainer = Trainer(
-        build_policy(ModelConfig(**shape), world),
+        build_policy(ModelConfig(**vars(architecture)), world),
         world,
         optimizer=OptimizerSettings(lr=1e-3),
         batch=BatchSettings(micro_batch_tokens=tokens),

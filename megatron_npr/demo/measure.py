@@ -16,7 +16,7 @@ from megatron_npr.evaluate import Evaluation, evaluate, mode_settings
 from megatron_npr.problems import evaluation_prompts
 from megatron_npr.report import StageFigures
 from megatron_npr.rollout_file import write_rollouts
-from megatron_npr.session import build_engine, open_session, read_shards
+from megatron_npr.session import folder_engine, open_session
 from megatron_npr.statistics import mean_with_interval
 from megatron_npr.verifier import Verifier
 
@@ -32,8 +32,7 @@ SAMPLES = {"greedy": 1, "top_p": 1}
 def measure(config: EvalConfig, mode: EvalMode, folder: Path, name: str, verifier: Verifier) -> None:
     """Decode the held-out problems with one model in every way; writes NAME.npz and NAME.jsonl (rollouts of T = 1)."""
     session = open_session(config, config.run, config.model, config.parallel)
-    weights = read_shards(config.model.path, session.model_config, session.world, session.dtype)
-    engine = build_engine(session, weights, config.rollout)
+    engine = folder_engine(session, config.rollout)
     outcomes: dict[str, Evaluation] = {}
     for way, changes in WAYS.items():
         prompts = evaluation_prompts(

@@ -37,7 +37,7 @@ from megatron_npr.problems import HELDOUT_SEED, evaluation_prompts
 from megatron_npr.report import DemoResult, Speedup, Timeline, write_report
 from megatron_npr.rollout_file import pieces, read_rollouts
 from megatron_npr.scoring import answer_of
-from megatron_npr.session import build_engine, open_session, read_shards
+from megatron_npr.session import folder_engine, open_session
 from megatron_npr.statistics import paired_difference
 from megatron_npr.verifier import Verifier
 from npr_engine.grammar import Grammar, Response
@@ -188,8 +188,7 @@ class Demo:
         """npr's weights, with and without branches, at batch 1 and 32."""
         config = self.evaluation("npr")
         session = open_session(config, config.run, config.model, config.parallel)
-        weights = read_shards(config.model.path, session.model_config, session.world, session.dtype)
-        engine = build_engine(session, weights, config.rollout)
+        engine = folder_engine(session, config.rollout)
         prompts = evaluation_prompts(session, config.eval, "parallel")
         settings = mode_settings(config.rollout, "parallel", 1)
         measured = {

@@ -24,7 +24,7 @@ from megatron_npr.monitor import Monitor, monitored
 from megatron_npr.packing import TrainSample
 from megatron_npr.parallel import init_world
 from megatron_npr.policy import build_policy
-from megatron_npr.reshard import EngineWeights
+from megatron_npr.reshard import full_weights
 from megatron_npr.trainer import Trainer
 from npr_engine.vocabulary import Vocabulary
 from npr_ext.errors import UserError
@@ -68,7 +68,7 @@ def run(out: Path, *, seed: int = 0, stop_loss: float = base.STOP_LOSS) -> None:
                 f"the base model's loss is not at {stop_loss} after {base.MAX_UPDATES} updates: "
                 "try another --seed"
             )
-        export_model(EngineWeights(policy, world).full(), policy.model_config, source, out)
+        export_model(full_weights(policy), policy.model_config, source, out)
 
 
 def running_losses(

@@ -10,6 +10,7 @@ from enum import Enum
 
 from megatron_npr.architecture import Architecture
 from megatron_npr.resharding.cuts import Cut, Matrix
+from megatron_npr.resharding.layouts import EngineLayout, TrainerLayout
 
 
 class Place(Enum):
@@ -32,6 +33,30 @@ class Kind:
 
     def name(self, layer: int, expert: int) -> str:
         return self.pattern.format(layer=layer, expert=expert)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One weight: its kind, and the number of its expert (0 outside of experts)."""
+
+    kind: Kind
+    expert: int
+
+    def trainer_cut(self, layout: TrainerLayout, rank: int) -> tuple[Cut, int, int]:
+        """(cut, part, parts) of the shard that `rank` of the world holds, if its stage and expert rank do."""
+        size = layout.etp if self.kind.place is Place.EXPERT else layout.tp
+        return self.kind.cut, rank % layout.places % size, size
+
+    def engine_cut(self, layout: EngineLayout, rank: int) -> tuple[Cut, int, int]:
+        """The same for `rank` of an engine replica."""
+        size = layout.etp if self.kind.place is Place.EXPERT else layout.tp
+        return engine_cut(self.kind, size), rank % size, size
+
+    def engine_holds(self, num_experts: int, layout: EngineLayout, rank: int) -> bool:
+        """Whether `rank` of an engine replica holds any of it."""
+        if self.kind.place is not Place.EXPERT:
+            return True
+        return self.expert // (num_experts // layout.ep) == rank // layout.etp % layout.ep
 
 
 def kinds(architecture: Architecture) -> list[Kind]:
@@ -70,6 +95,22 @@ def kinds(architecture: Architecture) -> list[Kind]:
     if not architecture.tied_embeddings:
         found.append(Kind("output_layer.weight", Place.LAST, vocabulary, Cut.VOCABULARY))
     return found
+
+
+def catalog(architecture: Architecture) -> dict[str, Weight]:
+    """Every weight by its name, layer by layer."""
+    listed = kinds(architecture)
+    named: dict[str, Weight] = {}
+    for place, layers in (
+        ((Place.EMBEDDING,), 1),
+        ((Place.LAYER, Place.EXPERT), architecture.num_layers),
+        ((Place.LAST,), 1),
+    ):
+        for layer in range(layers):
+            for kind in (kind for kind in listed if kind.place in place):
+                for expert in range(architecture.num_experts if kind.place is Place.EXPERT else 1):
+                    named[kind.name(layer, expert)] = Weight(kind, expert)
+    return named
 
 
 def engine_cut(kind: Kind, size: int) -> Cut:

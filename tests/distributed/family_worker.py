@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from megatron_npr.huggingface import export_tensors, read_model_config
 from megatron_npr.parallel import World, world_of
 from megatron_npr.policy import build_policy, load_policy_weights
-from megatron_npr.reshard import EngineWeights
+from megatron_npr.reshard import full_weights
 
 
 def measure(world: World, folder: Path) -> dict[str, float]:
@@ -27,7 +27,7 @@ def measure(world: World, folder: Path) -> dict[str, float]:
     load_policy_weights(policy, folder)
     largest = torch.tensor([logits_difference(policy, world, folder)])
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    ours = export_tensors(EngineWeights(policy, world).full(), config)
+    ours = export_tensors(full_weights(policy), config)
     theirs = load_file(folder / "model.safetensors")
     assert set(ours) == set(theirs)
     other = sum(not torch.equal(weight, theirs[name]) for name, weight in ours.items())

@@ -26,7 +26,7 @@ from megatron_npr.losses import papo_loss, sft_loss
 from megatron_npr.packing import TrainSample
 from megatron_npr.parallel import World, megatron_context, world_of
 from megatron_npr.policy import build_policy, load_policy_weights
-from megatron_npr.reshard import EngineWeights
+from megatron_npr.reshard import full_weights
 from megatron_npr.trainer import Trainer
 from npr_ext import TagIds, branch_layout
 
@@ -65,7 +65,7 @@ def measure(world: World, folder: Path, parallel: ParallelSettings, recompute: R
         build_policy,
         read_model_config(folder),
         world,
-        sequence_parallel=parallel.sequence_parallel,
+        parallel=parallel,
         recompute=recompute,
     )
     policy = build()
@@ -104,7 +104,7 @@ def measure(world: World, folder: Path, parallel: ParallelSettings, recompute: R
             ]
             figures[f"{key}_loss"] = [report.loss for report in reports]
             figures[f"{key}_grad_norm"] = [report.grad_norm for report in reports]
-    figures["engine_checksum"] = engine_checksum(policy, world)
+    figures["engine_checksum"] = engine_checksum(policy)
     figures["resume"] = resume_difference(trainer, world, folder, samples)
     return figures
 
@@ -126,9 +126,9 @@ def logits_difference(policy: Any, world: World, folder: Path) -> float:
     with megatron_context(), torch.no_grad():
         outputs = get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=iter(()),
-            model=[policy],
-            num_microbatches=1,
+            data_iterator=[iter(())] * world.virtual_size,
+            model=list(policy.chunks),
+            num_microbatches=world.pipeline_size if world.virtual_size > 1 else 1,
             seq_length=40,
             micro_batch_size=1,
             forward_only=True,
@@ -143,19 +143,9 @@ def logits_difference(policy: Any, world: World, folder: Path) -> float:
     return float((logits - expected).detach().abs().max())
 
 
-def engine_checksum(policy: Any, world: World) -> float:
-    """Sum of squares over the full weights as the engine sees them, after training."""
-    weights = EngineWeights(policy, world)
-    total = torch.zeros(1, dtype=torch.float64)
-    replicated = torch.zeros(1, dtype=torch.float64)
-    for name, weight in weights.tensors.items():
-        squares = weight.double().square().sum()
-        if "norm" in name:
-            replicated += squares
-        else:
-            total += squares
-    dist.all_reduce(total, group=world.tensor_group)
-    return float(total + replicated)
+def engine_checksum(policy: Any) -> float:
+    """Sum of squares over the full weights, after training."""
+    return sum(float(weight.double().square().sum()) for weight in full_weights(policy).values())
 
 
 def resume_difference(trainer: Trainer, world: World, folder: Path, samples: list[TrainSample]) -> float:
@@ -185,7 +175,9 @@ def main() -> None:
     tables, folder, out = json.loads(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
     parallel = ParallelSettings(**tables["parallel"])
     torch.set_num_threads(1)
-    with world_of(tensor=parallel.tp, pipeline=parallel.pp, context=parallel.cp) as world:
+    with world_of(
+        tensor=parallel.tp, pipeline=parallel.pp, context=parallel.cp, virtual=parallel.vpp
+    ) as world:
         figures = measure(world, folder, parallel, tables["recompute"])
         if world.is_main:
             out.write_text(json.dumps(figures))

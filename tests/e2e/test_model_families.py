@@ -17,15 +17,16 @@ from megatron_npr.huggingface import export_model, load_tokenizer, read_model_co
 from megatron_npr.packing import TrainSample
 from megatron_npr.parallel import World, init_world
 from megatron_npr.policy import build_policy, load_policy_weights
-from megatron_npr.reshard import EngineWeights
+from megatron_npr.reshard import full_weights
 from megatron_npr.session import read_shards
 from megatron_npr.trainer import Trainer
 from npr_engine.engine import Engine, EngineConfig
 from npr_engine.grammar import Grammar
-from npr_engine.model import InferenceModel, KVCache, Step
+from npr_engine.model import InferenceModel
 from npr_engine.sampling import SamplingParams
 from npr_engine.vocabulary import Vocabulary
 from npr_ext import TagIds, branch_layout
+from tests.engine_logits import engine_logits
 from tests.families import FAMILIES, save_family
 
 TAGS = TagIds(*range(2, 10))
@@ -62,31 +63,6 @@ def expected(folder: Path, token_ids: Tensor) -> Tensor:
     return logits
 
 
-def step(token_ids: Tensor, start: int, length: int) -> Step:
-    """Tokens [start, start + length) of one sequence in slots of its own order, all sampled."""
-    places = torch.arange(start, start + length, dtype=torch.int32)
-    return Step(
-        token_ids=token_ids[start : start + length].int(),
-        positions=places,
-        slots=places,
-        rows=torch.zeros_like(places),
-        lengths=places + 1,
-        tables=torch.arange(len(token_ids), dtype=torch.int32)[None],
-        sample_index=torch.arange(length),
-    )
-
-
-def engine_logits(model: InferenceModel, token_ids: Tensor) -> Tensor:
-    """A prefill in two chunks, then the last tokens one by one."""
-    cache: KVCache = model.new_cache(len(token_ids))
-    chunks = [11, len(token_ids) - 11 - 5, 1, 1, 1, 1, 1]
-    starts = np.cumsum([0, *chunks[:-1]])
-    with torch.inference_mode():
-        return torch.cat(
-            [model.forward(step(token_ids, int(a), n), cache) for a, n in zip(starts, chunks, strict=True)]
-        )
-
-
 def test_the_engines_logits_are_transformers_own(
     folder: Path, token_ids: Tensor, expected: Tensor, world: World
 ) -> None:
@@ -116,7 +92,7 @@ def test_the_policys_logits_are_transformers_own_and_its_weights_come_back_bit_f
     with torch.no_grad():
         logits = policy.logits(token_ids[None], layout)[0]
     assert float((logits - expected).abs().max()) <= 1e-4
-    export_model(EngineWeights(policy, world).full(), config, folder, tmp_path / "again")
+    export_model(full_weights(policy), config, folder, tmp_path / "again")
     ours, theirs = (load_file(place / "model.safetensors") for place in (tmp_path / "again", folder))
     assert set(ours) == set(theirs)
     for name, weight in ours.items():

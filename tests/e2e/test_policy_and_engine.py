@@ -93,7 +93,8 @@ def test_the_engine_reads_the_trainers_own_tensors_and_sees_an_update(config: St
     samples = [train_sample(rollout, (-1.0) ** index) for index, rollout in enumerate(before)]
     learner.trainer.step(samples, lambda lp, row: papo_loss(lp, row.advantages), branching=True)
     report = learner.update_engine(engine)
-    assert report.bytes_moved == 0
+    assert report.sent == report.received == report.copied == 0
+    assert report.in_place == sum(weight.nbytes for weight in learner.weights.tensors.values())
     after = rollouts_of(learner, engine, config)
     assert after[0].weights_version == before[0].weights_version + 1
     samples = [train_sample(rollout, 0.0) for rollout in after]

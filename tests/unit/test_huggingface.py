@@ -53,8 +53,8 @@ def test_both_spellings_of_the_base_of_rope_are_read(rope: dict[str, Any], tmp_p
         ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type 'linear'"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, "rope_type 'llama3'"),
-        ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported; known: qwen3, qwen2, llama"),
-        ({"vocab_size": None}, "lacks 'vocab_size'"),
+        ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported; known: qwen3, qwen3_moe, qwen2, llama"),
+        ({"vocab_size": None}, "key 'vocab_size' is missing"),
     ],
 )
 def test_what_our_models_would_compute_wrongly_is_refused(

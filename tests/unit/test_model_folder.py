@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_npr.huggingface import HuggingFaceWeights, read_model_config
 from megatron_npr.model_folder import plan_shards, whole_folder, write_tensors
-from megatron_npr.weights import weight_names
+from megatron_npr.resharding.catalog import catalog
 from npr_ext.errors import UserError
 from tests.families import save_family
 
@@ -39,7 +39,7 @@ def test_a_model_in_several_files_is_read_by_transformers_and_by_us(tmp_path: Pa
         assert torch.equal(weight, state[name])
     config = read_model_config(many)
     with HuggingFaceWeights(tmp_path / "one", config) as one, HuggingFaceWeights(many, config) as other:
-        for name in weight_names(config):
+        for name in catalog(config):
             assert torch.equal(one.full(name), other.full(name))
 
 

@@ -12,11 +12,14 @@ from megatron_npr.architecture import KNOWN
 from megatron_npr.bench import plan as memory_bench
 from megatron_npr.cli import main
 from megatron_npr.config import ParallelSettings, RolloutSettings
+from megatron_npr.engine_grid import engine_layout
 from megatron_npr.planning import CLUSTER_GPUS, Cluster, Layout, Workload, best, evaluate, memory_of
 from megatron_npr.planning.memory import kv_bytes_per_token, parameters_of
 from megatron_npr.planning.search import candidates
 from megatron_npr.planning.times import train_flops
-from megatron_npr.session import refuse_planned_engine, refuse_planned_layouts
+from megatron_npr.resharding import EngineLayout
+from megatron_npr.session import refuse_planned_layouts
+from npr_engine.model import ModelConfig
 from npr_ext.errors import UserError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -152,7 +155,7 @@ def test_the_search_takes_a_valid_layout_that_nothing_beats_by_far(name: str, no
             assert found.times.rollout + found.times.train <= 1.06 * (other.times.rollout + other.times.train)
 
 
-@pytest.mark.parametrize("settings", [{"pp": 2, "vpp": 2}, {"ep": 2}, {"pp": 2, "first_layers": 3}])
+@pytest.mark.parametrize("settings", [{"ep": 2}])
 def test_training_refuses_axes_that_can_only_be_planned(settings: dict[str, int]) -> None:
     refuse_planned_layouts(ParallelSettings(tp=2, pp=2, cp=2, sequence_parallel=True))
     with pytest.raises(UserError, match="not implemented in training yet"):
@@ -160,6 +163,7 @@ def test_training_refuses_axes_that_can_only_be_planned(settings: dict[str, int]
 
 
 def test_decoding_refuses_an_engine_layout_that_can_only_be_planned() -> None:
-    refuse_planned_engine(RolloutSettings(tp=2), ParallelSettings(tp=2))
-    with pytest.raises(UserError, match=r"rollout\.ep = 2 differs from parallel\.ep = 1"):
-        refuse_planned_engine(RolloutSettings(ep=2), ParallelSettings())
+    moe = ModelConfig(**vars(KNOWN["Qwen3-30B-A3B"]))
+    assert engine_layout(RolloutSettings(tp=4, ep=2), ParallelSettings(), moe) == EngineLayout(4, 2, 2)
+    with pytest.raises(UserError, match=r"rollout\.ep = 2 can be planned"):
+        engine_layout(RolloutSettings(ep=2), ParallelSettings(), moe)

@@ -15,10 +15,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megatron_npr.architecture import KNOWN, Architecture
+from megatron_npr.parallel import world_of
+from megatron_npr.policy import build_policy, local_weights
 from megatron_npr.resharding import EngineLayout, TrainerLayout, for_replica, plan, split_layers
-from megatron_npr.resharding.catalog import Kind, engine_cut, kinds
+from megatron_npr.resharding.catalog import Kind, catalog, engine_cut, kinds
 from megatron_npr.resharding.cuts import Cut, local_shape, local_size, pieces
-from megatron_npr.weights import Partition, full_shape, partition_of, shard_shape, weight_names
 from npr_engine.model import ModelConfig
 
 
@@ -72,24 +73,28 @@ def test_ranks_stand_where_megatron_puts_them() -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_catalog_names_and_cuts_weights_as_the_live_path_does(tied: bool) -> None:
-    sizes = {"num_layers": 2, "hidden_size": 16, "num_heads": 8, "num_kv_heads": 4, "head_dim": 4}
-    sizes |= {"ffn_hidden_size": 24, "vocab_size": 33}
-    architecture = Architecture(**sizes, qkv_bias=True, tied_embeddings=tied)
-    config = ModelConfig(**sizes, qkv_bias=True, tied_embeddings=tied)
-    same = {
-        Partition.REPLICATED: Cut.REPLICATED,
-        Partition.COLUMN: Cut.ROWS,
-        Partition.ROW: Cut.COLUMNS,
-        Partition.GATE_UP: Cut.GATE_UP,
-        Partition.VOCABULARY: Cut.VOCABULARY,
-    }
-    listed = {kind.name(layer, 0): kind for kind in kinds(architecture) for layer in range(2)}
-    assert set(listed) == set(weight_names(config))
-    for name, kind in listed.items():
-        assert kind.cut is same[partition_of(name)]
-        assert kind.matrix.rows * kind.matrix.columns == np.prod(full_shape(name, config))
-        assert local_size(kind.matrix, kind.cut, 4) == np.prod(shard_shape(name, config, 4))
+def test_the_catalog_lists_the_names_and_shapes_that_megatrons_modules_have(tied: bool) -> None:
+    config = ModelConfig(
+        num_layers=2,
+        hidden_size=16,
+        num_heads=8,
+        num_kv_heads=4,
+        head_dim=4,
+        ffn_hidden_size=24,
+        vocab_size=33,
+        qkv_bias=True,
+        tied_embeddings=tied,
+    )
+    with world_of() as world:
+        built = {
+            name: tuple(weight.shape) for name, weight in local_weights(build_policy(config, world)).items()
+        }
+    listed = catalog(config)
+    assert list(listed) == [name for name in catalog(config) if name in built] and len(listed) == len(built)
+    for name, weight in listed.items():
+        assert (
+            local_shape(weight.kind.matrix, *weight.trainer_cut(TrainerLayout((2,)), 0)[::2]) == built[name]
+        )
 
 
 SHARDED = Architecture(
