@@ -41,7 +41,7 @@ from megatron_npr.manifest import (
 from megatron_npr.optimizer_state import allocate_optimizer_state, repaired_optimizer_state
 from megatron_npr.parallel import World, megatron_context
 from megatron_npr.pickled_files import check_pickled_files
-from megatron_npr.policy import PolicyChunk
+from megatron_npr.policy import Policy, PolicyChunk
 from megatron_npr.trainer import Trainer
 from npr_ext.errors import UserError
 
@@ -154,14 +154,9 @@ class Checkpoints:
                 f"checkpoint {path} is of another model: {name} is {manifest.model.get(name)} there and {ours[name]} "
                 "here; start in another run.dir or give the model that it was made from"
             )
-        check_pickled_files(path)
         with megatron_context():
-            metadata = _metadata()
-            try:
-                state = dist_checkpointing.load(_state(trainer, metadata, is_loading=True), str(path))
-            except CheckpointingException as error:
-                raise UserError(f"checkpoint {path} cannot be read: {error}") from error
-            for key, chunk in _chunks(trainer).items():
+            state = _read(path, _state(trainer, _metadata(), is_loading=True))
+            for key, chunk in _chunks(trainer.policy).items():
                 chunk.load_state_dict(state[key])
             with repaired_optimizer_state():
                 trainer.optimizer.load_state_dict(state["optimizer"])
@@ -237,9 +232,31 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _chunks(trainer: Trainer) -> dict[str, PolicyChunk]:
+def load_weights(path: Path, policy: Policy) -> None:
+    """Fill a policy of any layout from a checkpoint's weights, nothing else of it; collective."""
+    with megatron_context():
+        metadata = _metadata()
+        chunks = _chunks(policy)
+        state = _read(
+            path, {key: chunk.sharded_state_dict(metadata=metadata) for key, chunk in chunks.items()}
+        )
+        for key, chunk in chunks.items():
+            chunk.load_state_dict(state[key])
+
+
+def _read(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
+    """The sharded state `wanted`, filled from a checkpoint whose pickled files hold plain data only."""
+    check_pickled_files(path)
+    try:
+        state: dict[str, Any] = dist_checkpointing.load(wanted, str(path))
+    except CheckpointingException as error:
+        raise UserError(f"checkpoint {path} cannot be read: {error}") from error
+    return state
+
+
+def _chunks(policy: Policy) -> dict[str, PolicyChunk]:
     """Chunks under Megatron's keys. Files know global layer numbers only, so a run may resume with other chunks."""
-    chunks = trainer.policy.chunks
+    chunks = policy.chunks
     return {"model": chunks[0]} if len(chunks) == 1 else {f"model{i}": each for i, each in enumerate(chunks)}
 
 
@@ -260,7 +277,9 @@ def _storable(metadata: dict[str, Any]) -> dict[str, Any]:
 def _state(trainer: Trainer, metadata: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
     logging.getLogger("megatron.core.dist_checkpointing").setLevel(logging.ERROR)
     allocate_optimizer_state(trainer.optimizer)
-    model = {key: chunk.sharded_state_dict(metadata=metadata) for key, chunk in _chunks(trainer).items()}
+    model = {
+        key: chunk.sharded_state_dict(metadata=metadata) for key, chunk in _chunks(trainer.policy).items()
+    }
     with repaired_optimizer_state():
         optimizer = trainer.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
     return {

@@ -9,14 +9,14 @@ import torch
 FAMILIES = ("qwen3 tied", "qwen3 untied", "qwen2", "llama", "llama tied")
 
 
-def save_family(name: str, folder: Path) -> Path:
-    """Four layers, a vocabulary (97) that no tensor-parallel size divides; biases and norms random too."""
+def save_family(name: str, folder: Path, *, vocab_size: int = 97) -> Path:
+    """Four layers, a vocabulary (of 97) that no tensor-parallel size divides; biases and norms random too."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     family, _, tied = name.partition(" ")
     config = AutoConfig.for_model(
         family,
-        vocab_size=97,
+        vocab_size=vocab_size,
         hidden_size=64,
         intermediate_size=96,
         num_hidden_layers=4,

@@ -13,8 +13,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from megatron_npr.checkpoint import Checkpoints
+from megatron_npr.checkpoint_export import convert_checkpoint
+from megatron_npr.cli import main
 from megatron_npr.config import BatchSettings, OptimizerSettings
 from megatron_npr.huggingface import read_model_config
 from megatron_npr.losses import sft_loss
@@ -24,7 +27,7 @@ from megatron_npr.policy import build_policy, load_policy_weights
 from megatron_npr.trainer import Trainer
 from npr_ext.errors import UserError
 from tests.distributed.parity_worker import TAGS, branching_samples
-from tests.families import save_family
+from tests.families import FAMILIES, save_family
 
 STEPS = (1, 2, 3)
 
@@ -215,3 +218,30 @@ def test_nothing_that_a_checkpoint_names_is_run(
     with pytest.raises(UserError, match=rf"{name} asks for .*may be hostile"):
         checkpoints.load(path, new_trainer(world, model_folder))
     assert not harmed.exists()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_survives_folder_to_checkpoint_to_folder_bit_for_bit(family: str, tmp_path: Path) -> None:
+    source = save_family(family, tmp_path / "source")
+    world = init_world()
+    run = tmp_path / "run"
+    checkpoints = Checkpoints(
+        run / "checkpoints", world, keep=1, model_folder=source, config={"model": {"dtype": "fp32"}}
+    )
+    trainer = new_trainer(world, source)
+    path = checkpoints.save(0, trainer, {})
+    for number, place in enumerate((run, run / "checkpoints", path)):
+        target = tmp_path / f"export{number}"
+        assert main(["convert", "--from", str(place), "--to", str(target)]) == 0
+        ours, theirs = (load_file(folder / "model.safetensors") for folder in (target, source))
+        assert set(ours) == set(theirs)
+        assert all(torch.equal(weight, theirs[name]) for name, weight in ours.items())
+    assert (tmp_path / "export0" / "config.json").read_text() == (source / "config.json").read_text()
+    with pytest.raises(UserError, match="exists already"):
+        convert_checkpoint(run, tmp_path / "export0")
+
+
+def test_a_damaged_checkpoint_is_not_exported(copied: Path, tmp_path: Path) -> None:
+    (copied / "step_000003" / "common.pt").write_bytes(b"")
+    with pytest.raises(UserError, match=r"no checkpoint is whole: step_000003: common\.pt has 0 bytes"):
+        convert_checkpoint(copied / "step_000003", tmp_path / "export")
