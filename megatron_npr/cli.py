@@ -234,22 +234,24 @@ def _run_convert(arguments: argparse.Namespace) -> int:
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
     source, target, force = arguments.source, arguments.to, arguments.force
     if arguments.from_gguf:
+        _refuse(arguments, ("add_tags", "fp8"), "a GGUF file")
         done = gguf.convert_gguf(arguments.from_gguf, target, dtype=dtype or torch.float32, force=force)
     elif export.holds_checkpoints(source):
-        _refuse_with_checkpoint(arguments)
+        _refuse(arguments, ("dtype", "add_tags", "fp8"), "a checkpoint")
         done = export.convert_checkpoint(source, target, force=force)
     else:
-        done = gguf.convert_folder(source, target, add_tags=arguments.add_tags, dtype=dtype, force=force)
+        options = {"add_tags": arguments.add_tags, "fp8": arguments.fp8, "dtype": dtype}
+        done = gguf.convert_folder(source, target, **options, force=force)
     print(done)
     return 0
 
 
-def _refuse_with_checkpoint(arguments: argparse.Namespace) -> None:
-    for option in ("dtype", "add_tags"):
+def _refuse(arguments: argparse.Namespace, options: Sequence[str], source: str) -> None:
+    for option in options:
         if vars(arguments)[option]:
             name = option.replace("_", "-")
             raise UserError(
-                f"--{name} does not go with a checkpoint: convert it, then the folder with --{name}"
+                f"--{name} does not go with {source}: convert it, then the folder that it gives with --{name}"
             )
 
 
@@ -267,6 +269,9 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--add-tags", action="store_true", help="give the tags that are missing tokens of their own"
+    )
+    parser.add_argument(
+        "--fp8", action="store_true", help="the layers' projections in FP8 for serving (extra modelopt)"
     )
     parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="folder to write")
     parser.add_argument(

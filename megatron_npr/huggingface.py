@@ -48,7 +48,10 @@ def read_config_json(folder: Path) -> dict[str, Any]:
 
 def read_model_config(folder: Path) -> ModelConfig:
     """The architecture of a Hugging Face folder (Qwen3, Qwen3-MoE, Qwen2.5, Llama families)."""
-    return from_config(read_config_json(folder), f"{folder}/config.json")
+    config = read_config_json(folder)
+    if "quantization_config" in config:
+        raise UserError(f"{folder} holds quantised weights: give the model that they were made from")
+    return from_config(config, f"{folder}/config.json")
 
 
 def load_tokenizer(folder: Path) -> Any:
