@@ -35,6 +35,7 @@ def _is_cuda(device: object) -> bool:
 
 _MATMULS = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
 _LONGEST_SUM = 1024
+_SPLITS = {"output_split_sizes", "input_split_sizes"}
 
 
 def _suits_linear(left: torch.Tensor, right: torch.Tensor) -> bool:
@@ -74,6 +75,11 @@ class CudaOnCpu(TorchFunctionMode):
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
             name = func(args[0])
             return _CUDA_TYPE_OF.get(name, name)
+        for name in (
+            _SPLITS & kwargs.keys()
+        ):  # the dispatcher of experts turns them into numbers on a GPU only
+            if isinstance(kwargs[name], torch.Tensor):
+                kwargs[name] = kwargs[name].tolist()
         if _is_cuda(kwargs.get("device")):
             kwargs["device"] = _CPU
         if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):

@@ -77,6 +77,8 @@ _LAYER_DIRECT = {
     "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",
     "mlp.linear_fc1.layer_norm_weight": "post_attention_layernorm.weight",
     "mlp.linear_fc2.weight": "mlp.down_proj.weight",
+    "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
+    "mlp.router.weight": "mlp.gate.weight",
 }
 _LAYER_FUSED = {
     "self_attention.linear_qkv.weight": tuple(f"self_attn.{x}_proj.weight" for x in "qkv"),
@@ -85,11 +87,19 @@ _LAYER_FUSED = {
 }
 
 
+_EXPERTS = "mlp.experts.local_experts."
+_EXPERT_PARTS = {"linear_fc1.weight": ("gate_proj", "up_proj"), "linear_fc2.weight": ("down_proj",)}
+
+
 def huggingface_names(name: str) -> tuple[str, ...]:
     """The Hugging Face tensors that make up one Megatron weight."""
     if name in _DIRECT:
         return (_DIRECT[name],)
     layer, rest = name.removeprefix("decoder.layers.").split(".", 1)
+    if rest.startswith(_EXPERTS):
+        expert, projection = rest.removeprefix(_EXPERTS).split(".", 1)
+        at = f"model.layers.{layer}.mlp.experts.{expert}."
+        return tuple(f"{at}{part}.weight" for part in _EXPERT_PARTS[projection])
     parts = _LAYER_FUSED.get(rest) or (_LAYER_DIRECT[rest],)
     return tuple(f"model.layers.{layer}.{part}" for part in parts)
 

@@ -44,6 +44,7 @@ class Learner:
             dtype=session.dtype,
             parallel=session.parallel,
             recompute=session.model.recompute,
+            router_aux_loss=session.model.router_aux_loss,
         )
         load_policy_weights(policy, session.model.path)
         self.trainer = Trainer(

@@ -20,6 +20,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -30,6 +31,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from megatron_npr.context_parallel import KeyExchange, fetch_rows, plan_key_exchange
+from megatron_npr.experts import experts_spec
 from npr_ext import BranchLayout, branch_attention
 
 
@@ -198,8 +200,9 @@ class LayoutRotaryEmbedding(torch.nn.Module):
         return torch.cat((angles, angles), dim=-1)[:, None, None, :]
 
 
-def layer_spec(*, qk_norm: bool) -> ModuleSpec:
-    """One transformer layer of Qwen3 (with norms of the heads), Qwen2.5 or Llama, with branch attention."""
+def layer_spec(*, qk_norm: bool, experts: bool = False) -> ModuleSpec:
+    """One transformer layer of Qwen3 (with norms of the heads), Qwen3-MoE (with experts), Qwen2.5 or Llama, with branch
+    attention."""
     norm = RMSNorm if qk_norm else None
     return ModuleSpec(
         module=TransformerLayer,
@@ -216,10 +219,16 @@ def layer_spec(*, qk_norm: bool) -> ModuleSpec:
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
-            mlp=ModuleSpec(
-                module=MLP,
-                submodules=MLPSubmodules(linear_fc1=NormColumnParallelLinear, linear_fc2=RowParallelLinear),
-            ),
+            # Router and experts read the same normed states; the MLP of a dense layer owns its norm.
+            pre_mlp_layernorm=RMSNorm if experts else IdentityOp,
+            mlp=experts_spec() if experts else _mlp_spec(),
             mlp_bda=get_bias_dropout_add,
         ),
+    )
+
+
+def _mlp_spec() -> ModuleSpec:
+    return ModuleSpec(
+        module=MLP,
+        submodules=MLPSubmodules(linear_fc1=NormColumnParallelLinear, linear_fc2=RowParallelLinear),
     )

@@ -46,6 +46,8 @@ class World:
     context_rank: int
     context_size: int
     virtual_size: int
+    expert_rank: int
+    expert_size: int
     data_rank: int
     data_size: int
     device: torch.device
@@ -62,36 +64,42 @@ class World:
         return self.pipeline_rank == self.pipeline_size - 1
 
 
-def check_sizes(world_size: int, *, tensor: int, pipeline: int, context: int) -> None:
-    """UserError unless tensor x pipeline x context divides the world."""
+def check_sizes(world_size: int, *, tensor: int, pipeline: int, context: int, expert: int) -> None:
+    """UserError unless tensor x pipeline x context divides the world, and expert the ranks of a pipeline stage."""
     model_size = tensor * pipeline * context
     if world_size % model_size:
         raise UserError(
             f"world size {world_size} does not fit tp {tensor} x pp {pipeline} x cp {context} = {model_size}: "
             f"start a multiple of {model_size} processes (torchrun --nproc-per-node) or change parallel.*"
         )
+    if world_size // pipeline % expert:
+        raise UserError(
+            f"parallel.ep {expert} does not divide the {world_size // pipeline} ranks of a pipeline stage: "
+            "choose a divisor"
+        )
 
 
-def _has_groups(tensor: int, pipeline: int, context: int, virtual: int) -> bool:
+def _has_groups(*sizes: int) -> bool:
     """Whether Megatron's groups of this layout stand already; groups are never freed, so they are not made twice."""
-    return parallel_state.model_parallel_is_initialized() and (tensor, pipeline, context, virtual) == (
+    return parallel_state.model_parallel_is_initialized() and sizes == (
         parallel_state.get_tensor_model_parallel_world_size(),
         parallel_state.get_pipeline_model_parallel_world_size(),
         parallel_state.get_context_parallel_world_size(),
         parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
+        parallel_state.get_expert_model_parallel_world_size(),
     )
 
 
 def init_world(
-    *, tensor: int = 1, pipeline: int = 1, context: int = 1, virtual: int = 1, seed: int = 0
+    *, tensor: int = 1, pipeline: int = 1, context: int = 1, virtual: int = 1, expert: int = 1, seed: int = 0
 ) -> World:
     """Join the process group (torchrun's environment, or a world of one) and build Megatron's groups."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    check_sizes(world_size, tensor=tensor, pipeline=pipeline, context=context)
+    check_sizes(world_size, tensor=tensor, pipeline=pipeline, context=context, expert=expert)
     if not dist.is_initialized():
         _join(world_size)
     with megatron_context():
-        if not _has_groups(tensor, pipeline, context, virtual):
+        if not _has_groups(tensor, pipeline, context, virtual, expert):
             if parallel_state.model_parallel_is_initialized():
                 parallel_state.destroy_model_parallel()
             parallel_state.initialize_model_parallel(
@@ -99,6 +107,8 @@ def init_world(
                 pipeline_model_parallel_size=pipeline,
                 virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
                 context_parallel_size=context,
+                expert_model_parallel_size=expert,
+                expert_tensor_parallel_size=1,
                 create_gloo_process_groups=has_gpu(),
             )
         model_parallel_cuda_manual_seed(1 + seed)
@@ -112,6 +122,8 @@ def init_world(
         context_rank=parallel_state.get_context_parallel_rank(),
         context_size=context,
         virtual_size=virtual,
+        expert_rank=parallel_state.get_expert_model_parallel_rank(),
+        expert_size=expert,
         data_rank=parallel_state.get_data_parallel_rank(),
         data_size=parallel_state.get_data_parallel_world_size(),
         device=torch.device("cuda", torch.cuda.current_device()) if has_gpu() else torch.device("cpu"),
@@ -144,10 +156,12 @@ def close_world() -> None:
 
 @contextlib.contextmanager
 def world_of(
-    *, tensor: int = 1, pipeline: int = 1, context: int = 1, virtual: int = 1, seed: int = 0
+    *, tensor: int = 1, pipeline: int = 1, context: int = 1, virtual: int = 1, expert: int = 1, seed: int = 0
 ) -> Iterator[World]:
     """`init_world` for the length of a with-block."""
     try:
-        yield init_world(tensor=tensor, pipeline=pipeline, context=context, virtual=virtual, seed=seed)
+        yield init_world(
+            tensor=tensor, pipeline=pipeline, context=context, virtual=virtual, expert=expert, seed=seed
+        )
     finally:
         close_world()

@@ -28,9 +28,10 @@ from megatron_npr.huggingface import HuggingFaceWeights
 from megatron_npr.logprobs import token_log_probs
 from megatron_npr.modules import LayoutRotaryEmbedding, RMSNorm, layer_spec
 from megatron_npr.parallel import World, megatron_context
-from megatron_npr.resharding import TrainerLayout, split_layers
+from megatron_npr.resharding import EngineLayout, TrainerLayout, split_layers
 from megatron_npr.resharding.catalog import catalog
-from megatron_npr.weights import padded_vocabulary, shard, with_layer_offset
+from megatron_npr.resharding.layouts import check_layouts
+from megatron_npr.weights import global_name, padded_vocabulary, shard
 from npr_engine.model import ModelConfig
 from npr_ext import BranchLayout
 from npr_ext.errors import UserError
@@ -49,7 +50,8 @@ class PolicyChunk(GPTModel):
     def logits(self, token_ids: Tensor, layout_5T: Tensor) -> Tensor:
         """Vocab-parallel logits [1, T / cp, V / tp] of this rank's share (last stage); for tests and small models."""
         own = slice(*self._own_tokens(token_ids))
-        output: Tensor = self(token_ids[:, own], layout_5T[:1, own], layout_5T)
+        with megatron_context():
+            output: Tensor = self(token_ids[:, own], layout_5T[:1, own], layout_5T)
         return output
 
     def _own_tokens(self, token_ids: Tensor) -> tuple[int, int]:
@@ -145,6 +147,7 @@ def transformer_config(
     dtype: torch.dtype,
     parallel: ParallelSettings,
     recompute: Recompute = "none",
+    router_aux_loss: float = 0.0,
 ) -> TransformerConfig:
     """Megatron's configuration of a model in this world."""
     for name, count in (
@@ -194,8 +197,31 @@ def transformer_config(
         # Interleaved chunks send both ways between the same two ranks: one batch of messages would mix them up under pp 2.
         overlap_p2p_comm=world.virtual_size > 1,
         batch_p2p_comm=world.virtual_size == 1,
-        **RECOMPUTE[recompute],
+        **(
+            RECOMPUTE[recompute]
+            | (_moe_settings(model, world, recompute, router_aux_loss) if model.num_experts else {})
+        ),
     )
+
+
+def _moe_settings(
+    model: ModelConfig, world: World, recompute: Recompute, router_aux_loss: float
+) -> dict[str, Any]:
+    """Megatron's settings of a mixture of experts: no token is dropped, the router computes in fp32."""
+    settings: dict[str, Any] = {
+        "num_moe_experts": model.num_experts,
+        "moe_ffn_hidden_size": model.ffn_hidden_size,
+        "moe_router_topk": model.experts_per_token,
+        # softmax over the chosen experts alone IS softmax over all of them, divided by the sum of the chosen
+        "moe_router_pre_softmax": not model.norm_topk_prob,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "aux_loss" if router_aux_loss else "none",
+        "moe_aux_loss_coeff": router_aux_loss,
+        "moe_token_dispatcher_type": "alltoall",
+        "expert_model_parallel_size": world.expert_size,
+        "expert_tensor_parallel_size": 1,
+    }
+    return settings | ({"recompute_modules": ["moe"]} if recompute == "selective" else {})
 
 
 NO_AXES = ParallelSettings()
@@ -214,6 +240,7 @@ def trainer_layout(model: ModelConfig, world: World, parallel: ParallelSettings)
         tp=world.tensor_size,
         pp=world.pipeline_size,
         data=world.context_size * world.data_size,
+        ep=world.expert_size,
     )
 
 
@@ -224,11 +251,20 @@ def build_policy(
     dtype: torch.dtype = torch.float32,
     parallel: ParallelSettings = NO_AXES,
     recompute: Recompute = "none",
+    router_aux_loss: float = 0.0,
 ) -> Policy:
     """The policy's part on this rank, randomly initialised; the sizes of the axes are those of `world`, `parallel` tells how
     layers and activations go with them."""
     layout = trainer_layout(model, world, parallel)
-    config = transformer_config(model, world, dtype=dtype, parallel=parallel, recompute=recompute)
+    check_layouts(model, layout, EngineLayout())
+    if model.num_experts and world.tensor_size > 1 and not parallel.sequence_parallel:
+        raise UserError(
+            "a model with experts under parallel.tp >= 2 needs parallel.sequence_parallel = true: Megatron dispatches "
+            "sharded tokens"
+        )
+    config = transformer_config(
+        model, world, dtype=dtype, parallel=parallel, recompute=recompute, router_aux_loss=router_aux_loss
+    )
     with megatron_context():
         chunks = [_build_chunk(model, world, config, number) for number in range(world.virtual_size)]
     return Policy([chunk.to(world.device) for chunk in chunks], layout)
@@ -241,7 +277,8 @@ def _build_chunk(model: ModelConfig, world: World, config: TransformerConfig, nu
         world=world,
         config=config,
         transformer_layer_spec=TransformerBlockSubmodules(
-            layer_specs=[layer_spec(qk_norm=model.qk_norm)] * get_num_layers_to_build(config, stage),
+            layer_specs=[layer_spec(qk_norm=model.qk_norm, experts=model.num_experts > 0)]
+            * get_num_layers_to_build(config, stage),
             layer_norm=RMSNorm,
         ),
         vocab_size=padded_vocabulary(model.vocab_size, world.tensor_size),
@@ -264,11 +301,15 @@ def local_weights(policy: Policy) -> dict[str, Tensor]:
     """This rank's parameters by global name; the tensors themselves, no copies."""
     config, world = policy.config, policy.world
     named: dict[str, Tensor] = {}
+    first_expert = world.expert_rank * (policy.model_config.num_experts // world.expert_size)
     for number, chunk in enumerate(policy.chunks):
         offset = get_transformer_layer_offset(
             config, vp_stage=_virtual_stage(world, number), pp_rank=world.pipeline_rank
         )
-        named |= {with_layer_offset(name, offset): weight.data for name, weight in chunk.named_parameters()}
+        named |= {
+            global_name(name, first_layer=offset, first_expert=first_expert): weight.data
+            for name, weight in chunk.named_parameters()
+        }
     if policy.model_config.tied_embeddings:
         # With pipeline parallelism the last stage holds a copy of the tied embedding under the output layer's name.
         copy = named.pop("output_layer.weight", None)

@@ -28,7 +28,7 @@ class EngineWeights:
             plan(policy.model_config, policy.layout, engine), local_weights(policy)
         )
         self.tensors: dict[str, Tensor] = self._exchange.tensors
-        self.update()
+        self._exchange.update(0)
 
     @property
     def version(self) -> int:

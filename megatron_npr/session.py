@@ -70,7 +70,6 @@ def open_session(
     config: Section, run: RunSettings, model: ModelSettings, parallel: ParallelSettings
 ) -> Session:
     """Join the world, read tokenizer and architecture, write the resolved configuration into the run folder."""
-    refuse_planned_layouts(parallel)
     tokenizer = load_tokenizer(model.path)
     vocabulary = Vocabulary.from_tokenizer(tokenizer)
     model_config = read_model_config(model.path)
@@ -80,6 +79,7 @@ def open_session(
         pipeline=parallel.pp,
         context=parallel.cp,
         virtual=parallel.vpp,
+        expert=parallel.ep,
         seed=run.seed,
     )
     if world.is_main:
@@ -88,17 +88,6 @@ def open_session(
     return Session(
         config, run, model, parallel, world, tokenizer, vocabulary, Grammar(vocabulary), model_config
     )
-
-
-def refuse_planned_layouts(parallel: ParallelSettings) -> None:
-    """UserError for axes that `npr plan` knows and the trainer does not run yet."""
-    usual = ParallelSettings()
-    for name in ("ep",):
-        value = parallel.model_dump()[name]
-        if value != usual.model_dump()[name]:
-            raise UserError(
-                f"parallel.{name} = {value} can be planned (npr plan) but is not implemented in training yet: leave it out"
-            )
 
 
 def _set_threads(threads: int) -> None:

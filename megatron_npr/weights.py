@@ -31,11 +31,14 @@ def shard(full: Tensor, matrix: Matrix, cut: Cut, rank: int, size: int) -> Tenso
 
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
+_EXPERT = re.compile(r"\.local_experts\.(\d+)\.")
 
 
-def with_layer_offset(name: str, offset: int) -> str:
-    """A pipeline stage counts its layers from 0; the same name with its global layer number."""
-    return _LAYER.sub(lambda match: f"decoder.layers.{int(match[1]) + offset}.", name)
+def global_name(name: str, *, first_layer: int, first_expert: int) -> str:
+    """A chunk of a stage counts its layers from 0, an expert-parallel rank its experts; the same name with their numbers in
+    the model."""
+    name = _LAYER.sub(lambda match: f"decoder.layers.{int(match[1]) + first_layer}.", name)
+    return _EXPERT.sub(lambda match: f".local_experts.{int(match[1]) + first_expert}.", name)
 
 
 def fuse_qkv(query: Tensor, key: Tensor, value: Tensor, config: ModelConfig) -> Tensor:

@@ -6,14 +6,16 @@ from pathlib import Path
 
 import torch
 
-FAMILIES = ("qwen3 tied", "qwen3 untied", "qwen2", "llama", "llama tied")
+DENSE_FAMILIES = ("qwen3 tied", "qwen3 untied", "qwen2", "llama", "llama tied")
+FAMILIES = (*DENSE_FAMILIES, "qwen3_moe", "qwen3_moe unnormalised")
+EXPERTS = {"moe_intermediate_size": 48, "num_experts": 8, "num_experts_per_tok": 3}
 
 
-def save_family(name: str, folder: Path, *, vocab_size: int = 97) -> Path:
+def save_family(name: str, folder: Path, *, vocab_size: int = 97, num_key_value_heads: int = 2) -> Path:
     """Four layers, a vocabulary (of 97) that no tensor-parallel size divides; biases and norms random too."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    family, _, tied = name.partition(" ")
+    family, _, kind = name.partition(" ")
     config = AutoConfig.for_model(
         family,
         vocab_size=vocab_size,
@@ -21,11 +23,12 @@ def save_family(name: str, folder: Path, *, vocab_size: int = 97) -> Path:
         intermediate_size=96,
         num_hidden_layers=4,
         num_attention_heads=4,
-        num_key_value_heads=2,
+        num_key_value_heads=num_key_value_heads,
         **({} if family == "qwen2" else {"head_dim": 16}),
         rope_theta=100_000.0,
         rms_norm_eps=1e-5,
-        tie_word_embeddings=tied == "tied",
+        tie_word_embeddings=kind == "tied",
+        **({**EXPERTS, "norm_topk_prob": kind != "unnormalised"} if family == "qwen3_moe" else {}),
     )
     generator = torch.Generator().manual_seed(len(name))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

@@ -80,7 +80,9 @@ class DeviceForward:
     def logits(self, batch: Batch) -> Tensor:
         """[S, V]; of a replayed graph it is overwritten by the next step."""
         table = self._table.update(batch)
-        bucket = bucket_of(batch.num_tokens) if decodes_only(batch) else None
+        # Which experts have how many tokens is read by the host: such steps cannot be replayed.
+        fixed = decodes_only(batch) and not self._model.config.num_experts
+        bucket = bucket_of(batch.num_tokens) if fixed else None
         if bucket is None:
             return self._model.forward(self._eager_step(batch, table), self._cache)
         if table is not self._captured_table:  # the graphs read the old one

@@ -1,8 +1,10 @@
-"""The inference model: a Qwen3, Qwen2.5 or Llama decoder over a paged KV cache, on the trainer's own weight tensors.
+"""The inference model: a Qwen3 (dense or with experts), Qwen2.5 or Llama decoder over a paged KV cache, on the trainer's own
+weight tensors.
 
 Shapes: T tokens of a step, S sampled ones, D hidden, V vocabulary, G key/value heads of this rank, N query
-heads per key/value head, H head dim, F feed-forward. Weights keep Megatron's shard layout (fused [q.. k v]
-per group, fused [gate; up]) and are referenced, never copied: an optimizer step is seen by the next forward.
+heads per key/value head, H head dim, F feed-forward, E experts, K of them for each token. Weights keep Megatron's
+shard layout (fused [q.. k v] per group, fused [gate; up]) and are referenced, never copied: an optimizer step is
+seen by the next forward.
 """
 
 from __future__ import annotations
@@ -48,6 +50,22 @@ class Step:
 
 
 @dataclass(frozen=True)
+class FeedForward:
+    """An MLP, or one expert, local shard."""
+
+    gate_up_FD: Weight
+    down_DF: Weight
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The router of a layer and those of its experts that this rank holds (all of them or a part of each), by number."""
+
+    router_ED: Tensor
+    held: Mapping[int, FeedForward]
+
+
+@dataclass(frozen=True)
 class LayerWeights:
     """Weights of one layer, local shards."""
 
@@ -58,8 +76,7 @@ class LayerWeights:
     key_norm_H: Tensor | None
     proj_DC: Weight
     mlp_norm_D: Tensor
-    gate_up_FD: Weight
-    down_DF: Weight
+    feed_forward: FeedForward | Experts
 
 
 class InferenceModel:
@@ -182,8 +199,10 @@ class InferenceModel:
         return hidden_TD + self._all_reduce(linear(mixed_TNH.flatten(1), weights.proj_DC))
 
     def _feed_forward(self, weights: LayerWeights, hidden_TD: Tensor) -> Tensor:
-        gate_up_TF = linear(self._norm(hidden_TD, weights.mlp_norm_D), weights.gate_up_FD)
-        return hidden_TD + self._all_reduce(linear(silu_mul(gate_up_TF), weights.down_DF))
+        normed_TD = self._norm(hidden_TD, weights.mlp_norm_D)
+        if isinstance(weights.feed_forward, Experts):
+            return hidden_TD + self._all_reduce(mixture(normed_TD, weights.feed_forward, self.config))
+        return hidden_TD + self._all_reduce(feed_forward(normed_TD, weights.feed_forward))
 
     def _norm(self, hidden_TD: Tensor, weight_D: Tensor) -> Tensor:
         return rms_norm(hidden_TD, weight_D, self.config.rms_norm_eps)
@@ -213,7 +232,11 @@ class InferenceModel:
     def _check_shapes(self) -> None:
         """UserError where the weights are of another architecture."""
         config, tp = self.config, self._tp_size
-        ffn, attention = config.ffn_hidden_size // tp, config.num_heads * config.head_dim // tp
+        layer, attention = self._layers[0], config.num_heads * config.head_dim // tp
+        ffn, mlp = config.ffn_hidden_size // tp, layer.feed_forward
+        if isinstance(mlp, Experts):  # whole experts on some ranks, or a part of each on all of them
+            ffn = config.ffn_hidden_size * config.num_experts // (tp * len(mlp.held))
+            mlp = next(iter(mlp.held.values()))
         vocabulary = -(-config.vocab_size // tp)  # padded with rows that are cut off again
         fused = (config.num_heads // tp + 2 * self._num_groups) * config.head_dim
         wanted = {
@@ -222,14 +245,39 @@ class InferenceModel:
                 (vocabulary, config.hidden_size),
             ),
             "output_layer.weight": (self._output_VD, (vocabulary, config.hidden_size)),
-            "linear_qkv.weight": (self._layers[0].qkv_CD, (fused, config.hidden_size)),
-            "linear_proj.weight": (self._layers[0].proj_DC, (config.hidden_size, attention)),
-            "linear_fc1.weight": (self._layers[0].gate_up_FD, (2 * ffn, config.hidden_size)),
-            "linear_fc2.weight": (self._layers[0].down_DF, (config.hidden_size, ffn)),
+            "linear_qkv.weight": (layer.qkv_CD, (fused, config.hidden_size)),
+            "linear_proj.weight": (layer.proj_DC, (config.hidden_size, attention)),
+            "linear_fc1.weight": (mlp.gate_up_FD, (2 * ffn, config.hidden_size)),
+            "linear_fc2.weight": (mlp.down_DF, (config.hidden_size, ffn)),
         }
         for name, (tensor, shape) in wanted.items():
             if tuple(tensor.shape) != shape:
                 raise UserError(f"{name} has shape {tuple(tensor.shape)}, the configuration asks for {shape}")
+
+
+def feed_forward(normed_TD: Tensor, weights: FeedForward) -> Tensor:
+    """SwiGLU; this rank's part of the sum over ranks, [T, D]."""
+    return linear(silu_mul(linear(normed_TD, weights.gate_up_FD)), weights.down_DF)
+
+
+def mixture(normed_TD: Tensor, experts: Experts, config: ModelConfig) -> Tensor:
+    """Each token's experts by their share of it, [T, D], grouped by expert; no token is dropped. This rank's part of the sum
+    over ranks. A token's sum runs in the order of the experts whoever else is in the step."""
+    wide = torch.promote_types(normed_TD.dtype, torch.float32)
+    logits_TE = linear(normed_TD.to(wide), experts.router_ED.to(wide))
+    shares_TK, chosen_TK = logits_TE.softmax(-1).topk(config.experts_per_token)
+    if config.norm_topk_prob:
+        shares_TK = shares_TK / shares_TK.sum(-1, keepdim=True)
+    chosen, shares = chosen_TK.flatten(), shares_TK.flatten().to(normed_TD.dtype)
+    order = chosen.argsort(stable=True)
+    counts = torch.bincount(chosen, minlength=config.num_experts).tolist()
+    mixed_TD = torch.zeros_like(normed_TD)
+    for expert, pairs in enumerate(order.split(counts)):
+        if len(pairs) and expert in experts.held:
+            tokens = pairs // config.experts_per_token
+            output = feed_forward(normed_TD.index_select(0, tokens), experts.held[expert])
+            mixed_TD.index_add_(0, tokens, output * shares[pairs, None])
+    return mixed_TD
 
 
 class _Reader:
@@ -245,6 +293,9 @@ class _Reader:
         self.taken[name] = self._weights[name].detach()
         return self.taken[name]
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._weights
+
 
 def _layer_weights(
     reader: _Reader, config: ModelConfig, layer: int, projection: Callable[[str], Weight]
@@ -257,7 +308,31 @@ def _layer_weights(
         query_norm_H=reader[attention + "q_layernorm.weight"] if config.qk_norm else None,
         key_norm_H=reader[attention + "k_layernorm.weight"] if config.qk_norm else None,
         proj_DC=projection(attention + "linear_proj.weight"),
-        mlp_norm_D=reader[mlp + "linear_fc1.layer_norm_weight"],
-        gate_up_FD=projection(mlp + "linear_fc1.weight"),
-        down_DF=projection(mlp + "linear_fc2.weight"),
+        mlp_norm_D=reader[
+            f"decoder.layers.{layer}.pre_mlp_layernorm.weight"
+            if config.num_experts
+            else mlp + "linear_fc1.layer_norm_weight"
+        ],
+        feed_forward=_experts(reader, config, mlp, projection)
+        if config.num_experts
+        else _feed_forward(mlp, projection),
     )
+
+
+def _feed_forward(prefix: str, projection: Callable[[str], Weight]) -> FeedForward:
+    return FeedForward(projection(prefix + "linear_fc1.weight"), projection(prefix + "linear_fc2.weight"))
+
+
+def _experts(reader: _Reader, config: ModelConfig, mlp: str, projection: Callable[[str], Weight]) -> Experts:
+    """Those experts that the given weights have; UserError where they have none."""
+    prefixes = {number: f"{mlp}experts.local_experts.{number}." for number in range(config.num_experts)}
+    held = {
+        number: _feed_forward(prefix, projection)
+        for number, prefix in prefixes.items()
+        if prefix + "linear_fc1.weight" in reader
+    }
+    if not held:
+        raise UserError(
+            f"the weights lack {prefixes[0]}linear_fc1.weight and all other experts of that layer"
+        )
+    return Experts(reader[mlp + "router.weight"], held)

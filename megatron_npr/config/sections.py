@@ -39,6 +39,9 @@ class ModelSettings(Section):
     recompute: Recompute = Field(
         "none", description="activations that backward computes again: selective = MLPs, full = whole layers"
     )
+    router_aux_loss: NonNegativeFloat = Field(
+        0.0, description="weight of the loss that balances experts (mixture-of-experts models); 0 = off"
+    )
 
 
 class ParallelSettings(Section):

@@ -61,7 +61,7 @@ class WeightExchange:
         example = next(iter(sources.values()))
         self._dtype, self._device, self._size = example.dtype, example.device, example.element_size()
         self._schedule = schedule(planned, dist.get_rank(group), max(bucket_bytes // self._size, 1))
-        self.version = 0
+        self.version = -1  # nothing yet
         self.tensors: dict[str, Tensor] = {}
         for tensor in self._schedule.held:
             name, shape = planned.names[tensor], planned.shapes[tensor]

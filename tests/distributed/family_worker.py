@@ -14,6 +14,7 @@ import torch.distributed as dist
 from parity_worker import logits_difference
 from safetensors.torch import load_file
 
+from megatron_npr.config import ParallelSettings
 from megatron_npr.huggingface import export_tensors, read_model_config
 from megatron_npr.parallel import World, world_of
 from megatron_npr.policy import build_policy, load_policy_weights
@@ -23,7 +24,9 @@ from megatron_npr.reshard import full_weights
 def measure(world: World, folder: Path) -> dict[str, float]:
     """Largest difference of a logit, and how many exported tensors are not the folder's bits."""
     config = read_model_config(folder)
-    policy = build_policy(config, world).eval()
+    sharded = config.num_experts > 0 and world.tensor_size > 1
+    parallel = ParallelSettings(tp=world.tensor_size, sequence_parallel=sharded)
+    policy = build_policy(config, world, parallel=parallel).eval()
     load_policy_weights(policy, folder)
     largest = torch.tensor([logits_difference(policy, world, folder)])
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)

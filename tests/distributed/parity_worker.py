@@ -176,7 +176,11 @@ def main() -> None:
     parallel = ParallelSettings(**tables["parallel"])
     torch.set_num_threads(1)
     with world_of(
-        tensor=parallel.tp, pipeline=parallel.pp, context=parallel.cp, virtual=parallel.vpp
+        tensor=parallel.tp,
+        pipeline=parallel.pp,
+        context=parallel.cp,
+        virtual=parallel.vpp,
+        expert=parallel.ep,
     ) as world:
         figures = measure(world, folder, parallel, tables["recompute"])
         if world.is_main:

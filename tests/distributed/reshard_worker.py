@@ -39,7 +39,13 @@ def walk(case: dict[str, Any], folder: Path, expected: tuple[Tensor, Tensor, Ten
     """Largest relative logit error of any rank before and after the update, and the bytes that the update moved in all."""
     token_ids, before, after = expected
     parallel = ParallelSettings(**case["parallel"])
-    world = init_world(tensor=parallel.tp, pipeline=parallel.pp, virtual=parallel.vpp, context=parallel.cp)
+    world = init_world(
+        tensor=parallel.tp,
+        pipeline=parallel.pp,
+        context=parallel.cp,
+        virtual=parallel.vpp,
+        expert=parallel.ep,
+    )
     config = read_model_config(folder)
     policy = build_policy(config, world, parallel=parallel)
     load_policy_weights(policy, folder)

@@ -13,16 +13,19 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.families import save_family
+
 WORKER = Path(__file__).with_name("parity_worker.py")
 
 
 @dataclass(frozen=True)
 class Case:
-    """A world of processes, its [parallel] table and what backward computes again."""
+    """A world of processes, its [parallel] table, what backward computes again, and the model: "dense" or "moe"."""
 
     processes: int
     parallel: dict[str, int | bool]
     recompute: str = "none"
+    model: str = "dense"
 
 
 LAYOUTS = {
@@ -36,6 +39,10 @@ LAYOUTS = {
     "full recompute": Case(1, {}, "full"),
     "cp2 with full recompute": Case(2, {"cp": 2}, "full"),
 }
+EXPERT_LAYOUTS = {
+    "experts on one process": Case(1, {}, model="moe"),
+    "ep2": Case(2, {"ep": 2}, model="moe"),
+}
 SLOW_LAYOUTS = {
     "selective recompute": Case(1, {}, "selective"),
     "tp2 x pp2": Case(4, {"tp": 2, "pp": 2}),
@@ -46,6 +53,16 @@ SLOW_LAYOUTS = {
     "tp2 x cp2 with sequence parallelism": Case(4, {"tp": 2, "cp": 2, "sequence_parallel": True}),
     "pp2 x cp2 with full recompute": Case(4, {"pp": 2, "cp": 2}, "full"),
     "cp2 x dp2": Case(4, {"cp": 2}),
+    "tp2 x ep2 with sequence parallelism": Case(
+        2, {"tp": 2, "ep": 2, "sequence_parallel": True}, model="moe"
+    ),
+    "experts under dp2": Case(2, {}, model="moe"),
+    "experts under pp2 x vpp2": Case(2, {"pp": 2, "vpp": 2}, model="moe"),
+    "cp2 x ep2": Case(2, {"cp": 2, "ep": 2}, model="moe"),
+    "ep2 with full recompute": Case(2, {"ep": 2}, "full", model="moe"),
+    "ep2 with selective recompute": Case(2, {"ep": 2}, "selective", model="moe"),
+    "pp2 x ep2": Case(4, {"pp": 2, "ep": 2}, model="moe"),
+    "ep2 x dp2": Case(4, {"ep": 2}, model="moe"),
 }
 
 
@@ -69,6 +86,17 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     Qwen3ForCausalLM(config).float().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def experts_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random 4-layer Qwen3-MoE: three of eight experts for each token."""
+    return save_family("qwen3_moe", tmp_path_factory.mktemp("experts"))
+
+
+@pytest.fixture(scope="session")
+def folders(tiny_folder: Path, experts_folder: Path) -> dict[str, Path]:
+    return {"dense": tiny_folder, "moe": experts_folder}
 
 
 def measure(name: str, case: Case, folder: Path) -> dict[str, Any]:
@@ -96,8 +124,12 @@ def measure(name: str, case: Case, folder: Path) -> dict[str, Any]:
     return figures
 
 
-def assert_equal_figures(name: str, case: Case, folder: Path) -> None:
-    reference = measure("one process", LAYOUTS["one process"], folder)
+REFERENCES = {"dense": "one process", "moe": "experts on one process"}
+
+
+def assert_equal_figures(name: str, case: Case, folders: dict[str, Path]) -> None:
+    folder, alone = folders[case.model], REFERENCES[case.model]
+    reference = measure(alone, (LAYOUTS | EXPERT_LAYOUTS)[alone], folder)
     figures = measure(name, case, folder)
     assert figures["resume"] == 0.0, "a resumed run equals the uninterrupted one bit for bit"
     for key, expected in reference.items():
@@ -110,15 +142,15 @@ def assert_equal_figures(name: str, case: Case, folder: Path) -> None:
             np.testing.assert_allclose(figures[key], expected, rtol=1e-5, err_msg=f"{name}: {key}")
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_loss_gradient_and_updates_equal_one_process_under(name: str, tiny_folder: Path) -> None:
-    assert_equal_figures(name, LAYOUTS[name], tiny_folder)
+@pytest.mark.parametrize("name", LAYOUTS | EXPERT_LAYOUTS)
+def test_loss_gradient_and_updates_equal_one_process_under(name: str, folders: dict[str, Path]) -> None:
+    assert_equal_figures(name, (LAYOUTS | EXPERT_LAYOUTS)[name], folders)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SLOW_LAYOUTS)
-def test_loss_gradient_and_updates_equal_one_process_under_four_ranks(name: str, tiny_folder: Path) -> None:
-    assert_equal_figures(name, SLOW_LAYOUTS[name], tiny_folder)
+def test_loss_gradient_and_updates_equal_one_process_under_more(name: str, folders: dict[str, Path]) -> None:
+    assert_equal_figures(name, SLOW_LAYOUTS[name], folders)
 
 
 def test_shared_prompts_give_the_figures_of_unshared_ones(tiny_folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -32,6 +34,32 @@ TWO = {
     "zero copy: tp2 to tp2": case(2, tp=2),
     "zero copy: dp2 to tp1": case(1),
 }
+
+
+EXPERTS = {
+    "ep2 to tp1": case(1, ep=2),
+    "ep2 to tp2": case(2, ep=2),
+    "pp2 to tp2 x ep2": case(2, 2, pp=2),
+    "zero copy: tp2 x ep2 to tp2 x ep2": case(2, 2, tp=2, ep=2, sequence_parallel=True),
+}
+
+
+def everything(experts: bool) -> dict[str, dict[str, Any]]:
+    """Eight processes: {TP 1, 2, 4} x {PP 1, 2} x {VPP 1, 2} x {EP 1, 2} into engine TP {1, 2, 4}, whole and cut experts."""
+    cases = {}
+    sizes = (1, 2) if experts else (1,)
+    for tp, (pp, vpp), ep, engine_tp, engine_ep in itertools.product(
+        (1, 2, 4), ((1, 1), (2, 1), (2, 2)), sizes, (1, 2, 4), sizes
+    ):
+        if engine_tp % engine_ep:
+            continue
+        # In place: the same cut of attention, all layers, and experts that lie alike (a trainer's are never cut).
+        alike = engine_tp == tp and pp == 1 and (not experts or engine_ep == ep == engine_tp)
+        name = f"{'zero copy: ' if alike else ''}tp{tp} pp{pp} vpp{vpp} ep{ep} to tp{engine_tp} ep{engine_ep}"
+        cases[name] = case(
+            engine_tp, engine_ep, tp=tp, pp=pp, vpp=vpp, ep=ep, sequence_parallel=experts and tp > 1
+        )
+    return cases
 
 
 def expected_logits(folder: Path) -> None:
@@ -57,7 +85,7 @@ def walk(cases: dict[str, dict[str, Any]], processes: int, folder: Path) -> dict
         check=False,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-        timeout=280,
+        timeout=800,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return dict(zip(cases, json.loads(out.read_text()), strict=True))
@@ -74,3 +102,15 @@ def check(figures: dict[str, dict[str, Any]]) -> None:
 
 def test_two_processes_walk_through_dense_layouts(tmp_path: Path) -> None:
     check(walk(TWO, 2, save_family("qwen3 tied", tmp_path / "model")))
+
+
+def test_two_processes_walk_through_layouts_of_experts(tmp_path: Path) -> None:
+    check(walk(EXPERTS, 2, save_family("qwen3_moe", tmp_path / "model")))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("experts", [False, True], ids=["dense", "experts"])
+def test_eight_processes_walk_through_every_layout(experts: bool, tmp_path: Path) -> None:
+    family = "qwen3_moe" if experts else "qwen3 untied"
+    check(walk(everything(experts), 8, save_family(family, tmp_path / "model", num_key_value_heads=4)))

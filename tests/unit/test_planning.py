@@ -18,7 +18,6 @@ from megatron_npr.planning.memory import kv_bytes_per_token, parameters_of
 from megatron_npr.planning.search import candidates
 from megatron_npr.planning.times import train_flops
 from megatron_npr.resharding import EngineLayout
-from megatron_npr.session import refuse_planned_layouts
 from npr_engine.model import ModelConfig
 from npr_ext.errors import UserError
 
@@ -153,13 +152,6 @@ def test_the_search_takes_a_valid_layout_that_nothing_beats_by_far(name: str, no
         other = evaluate(model, layout, cluster, found.work)
         if other.fits:
             assert found.times.rollout + found.times.train <= 1.06 * (other.times.rollout + other.times.train)
-
-
-@pytest.mark.parametrize("settings", [{"ep": 2}])
-def test_training_refuses_axes_that_can_only_be_planned(settings: dict[str, int]) -> None:
-    refuse_planned_layouts(ParallelSettings(tp=2, pp=2, cp=2, sequence_parallel=True))
-    with pytest.raises(UserError, match="not implemented in training yet"):
-        refuse_planned_layouts(ParallelSettings(**settings))
 
 
 def test_decoding_refuses_an_engine_layout_that_can_only_be_planned() -> None:

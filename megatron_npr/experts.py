@@ -1,0 +1,35 @@
+"""Mixture of experts: Megatron's layer with a router that runs where Transformer Engine is not installed.
+
+hidden states ──► Router (fp32) ──► Megatron's all-to-all dispatcher over parallel.ep ranks ──► local experts ──► back, summed
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.spec_utils import ModuleSpec
+from torch import Tensor
+from torch.nn import functional
+
+
+class Router(TopKRouter):
+    """Megatron's top-k router, [S, B, D] -> probabilities and map [S * B, E].
+
+    Megatron-Core 0.16.1 asks for a function of Transformer Engine before it looks whether that is installed.
+    """
+
+    def gating(self, input: Tensor) -> Tensor:
+        """Logits [S, B, E] in fp32, whatever the model's type (fp64 for fp64)."""
+        wide = torch.promote_types(input.dtype, torch.float32)
+        return functional.linear(input.to(wide), self.weight.to(wide))
+
+
+def experts_spec() -> ModuleSpec:
+    """The MLP of a layer with experts; a parameter for each, named as in a checkpoint (`mlp.experts.local_experts.N.`)."""
+    mlp = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    experts = ModuleSpec(module=SequentialMLP, submodules=mlp)
+    return ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=experts, router=Router))
