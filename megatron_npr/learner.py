@@ -6,6 +6,7 @@ steps() yields the steps still to do, checkpoints between them, and stops cleanl
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,16 +14,25 @@ import torch
 import torch.distributed as dist
 
 from megatron_npr.checkpoint import Checkpoints
-from megatron_npr.config import BatchSettings, CheckpointSettings, OptimizerSettings, RolloutSettings
+from megatron_npr.config import (
+    BatchSettings,
+    CheckpointSettings,
+    Fp8Settings,
+    OptimizerSettings,
+    RolloutSettings,
+)
 from megatron_npr.engine_grid import engine_layout
 from megatron_npr.huggingface import export_model
 from megatron_npr.interrupt import stop_requests
+from megatron_npr.linears import describe, require_fp8
 from megatron_npr.policy import build_policy, load_policy_weights
 from megatron_npr.reshard import EngineWeights, full_weights
 from megatron_npr.resharding.exchange import Exchanged
 from megatron_npr.session import Session, build_engine
 from megatron_npr.trainer import Trainer
 from npr_engine.backend import Backend
+
+USUAL_FP8 = Fp8Settings()
 
 
 class Learner:
@@ -36,8 +46,13 @@ class Learner:
         batch: BatchSettings,
         checkpoint: CheckpointSettings,
         num_updates: int,
+        fp8: Fp8Settings = USUAL_FP8,
     ) -> None:
         self.session, self._every = session, checkpoint.every
+        if session.model.dtype == "fp8":
+            require_fp8(session.world.device, fp8.recipe)
+        if session.world.is_main and session.world.device.type == "cuda":
+            print(f"npr: {describe(session.world.device)}", file=sys.stderr)
         policy = build_policy(
             session.model_config,
             session.world,
@@ -45,6 +60,7 @@ class Learner:
             parallel=session.parallel,
             recompute=session.model.recompute,
             router_aux_loss=session.model.router_aux_loss,
+            fp8=fp8 if session.model.dtype == "fp8" else None,
         )
         load_policy_weights(policy, session.model.path)
         self.trainer = Trainer(

@@ -10,6 +10,7 @@ Shape legend: P prompt, R response, T tokens of a row (a multiple of `ROW_MULTIP
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -145,10 +146,12 @@ def _units(
     return units
 
 
-def row_length(plans: Sequence[RowPlan]) -> int:
-    """T for all rows of a step (pipeline stages exchange equal shapes): the fullest row, rounded up."""
+def row_length(plans: Sequence[RowPlan], multiple: int = 1) -> int:
+    """T for all rows of a step (pipeline stages exchange equal shapes): the fullest row, rounded up to a multiple of
+    `multiple` and of ROW_MULTIPLE."""
     longest = max((plan.num_tokens for plan in plans), default=1)
-    return -(-longest // ROW_MULTIPLE) * ROW_MULTIPLE
+    step = math.lcm(ROW_MULTIPLE, multiple)
+    return -(-longest // step) * step
 
 
 def pack_row(

@@ -36,6 +36,7 @@ def run(config: Stage1Config) -> None:
             optimizer=config.optimizer,
             batch=config.batch,
             checkpoint=config.checkpoint,
+            fp8=config.fp8,
             num_updates=config.train.steps * config.train.updates_per_step,
         )
         engine = learner.build_engine(config.rollout)

@@ -42,6 +42,7 @@ def run(config: Stage3Config) -> None:
             optimizer=config.optimizer,
             batch=config.batch,
             checkpoint=config.checkpoint,
+            fp8=config.fp8,
             num_updates=config.train.steps,
         )
         engine = learner.build_engine(config.rollout)

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from megatron_npr.config import BatchSettings, OptimizerSettings
 from megatron_npr.context_parallel import shard_bounds
+from megatron_npr.linears import token_multiple
 from megatron_npr.losses import LossSum
 from megatron_npr.modules import LAYOUTS
 from megatron_npr.packing import PackedRow, RowPlan, TrainSample, pack_row, plan_rows, row_length
@@ -128,7 +129,7 @@ class Trainer:
         plans = plan_rows(
             samples, row_tokens=self.batch.micro_batch_tokens, share_prompts=self.batch.share_prompts
         )
-        length = row_length(plans)
+        length = row_length(plans, token_multiple(self.policy.config))
         # The interleaved schedule runs micro-batches in groups of as many as there are stages.
         group = self.world.data_size * (self.world.pipeline_size if self.world.virtual_size > 1 else 1)
         plans += [RowPlan((), 0)] * (-len(plans) % group)

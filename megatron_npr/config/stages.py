@@ -10,6 +10,7 @@ from megatron_npr.config.sections import (
     DapoSettings,
     DataSettings,
     EvalSettings,
+    Fp8Settings,
     LogSettings,
     ModelSettings,
     OptimizerSettings,
@@ -30,6 +31,7 @@ class Stage1Config(Section):
 
     run: RunSettings = RunSettings(dir=Path("runs/stage1"))
     model: ModelSettings
+    fp8: Fp8Settings = Fp8Settings()
     parallel: ParallelSettings = ParallelSettings()
     data: DataSettings
     rollout: RolloutSettings = RolloutSettings(prompts_per_step=32, branching=False)
@@ -58,6 +60,7 @@ class Stage2Config(Section):
 
     run: RunSettings = RunSettings(dir=Path("runs/stage2"))
     model: ModelSettings
+    fp8: Fp8Settings = Fp8Settings()
     parallel: ParallelSettings = ParallelSettings()
     sft: SftSettings
     optimizer: OptimizerSettings = OptimizerSettings(
@@ -74,6 +77,7 @@ class Stage3Config(Section):
 
     run: RunSettings = RunSettings(dir=Path("runs/stage3"))
     model: ModelSettings
+    fp8: Fp8Settings = Fp8Settings()
     parallel: ParallelSettings = ParallelSettings()
     data: DataSettings
     rollout: RolloutSettings = RolloutSettings()
