@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from megatron_npr.config import (
     BatchSettings,
     CheckpointSettings,
     Fp8Settings,
+    MemorySettings,
     OptimizerSettings,
     RolloutSettings,
 )
@@ -25,6 +27,7 @@ from megatron_npr.engine_grid import engine_layout
 from megatron_npr.huggingface import export_model
 from megatron_npr.interrupt import stop_requests
 from megatron_npr.linears import describe, require_fp8
+from megatron_npr.memory_policy import TrainerMemory, rollout_memory
 from megatron_npr.policy import build_policy, load_policy_weights
 from megatron_npr.reshard import EngineWeights, full_weights
 from megatron_npr.resharding.exchange import Exchanged
@@ -33,6 +36,7 @@ from megatron_npr.trainer import Trainer
 from npr_engine.backend import Backend
 
 USUAL_FP8 = Fp8Settings()
+USUAL_MEMORY = MemorySettings()
 
 
 class Learner:
@@ -47,8 +51,9 @@ class Learner:
         checkpoint: CheckpointSettings,
         num_updates: int,
         fp8: Fp8Settings = USUAL_FP8,
+        memory: MemorySettings = USUAL_MEMORY,
     ) -> None:
-        self.session, self._every = session, checkpoint.every
+        self.session, self._every, self._memory = session, checkpoint.every, memory
         if session.model.dtype == "fp8":
             require_fp8(session.world.device, fp8.recipe)
         if session.world.is_main and session.world.device.type == "cuda":
@@ -92,6 +97,10 @@ class Learner:
         if settings.backend != "native" and self.first_step:
             self.update_engine(engine)  # it has read the folder, not the checkpoint
         return engine
+
+    def rollout_memory(self, engine: Backend) -> AbstractContextManager[None]:
+        """The with-block in which the engine decodes: the device is the engine's in it and the trainer's outside."""
+        return rollout_memory(TrainerMemory(self.trainer, self._memory), engine, self._memory)
 
     def update_engine(self, engine: Backend) -> Exchanged:
         """After an optimizer step: the next rollout uses the new weights. Our engine reads the very tensors."""

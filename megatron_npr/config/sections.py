@@ -227,6 +227,14 @@ class CheckpointSettings(Section):
     )
 
 
+class MemorySettings(Section):
+    offload_optimizer: bool = Field(
+        False, description="optimizer state lies in (pinned) host memory during rollouts"
+    )
+    offload_gradients: bool = Field(False, description="gradient buffers are freed during rollouts")
+    release_kv: bool = Field(False, description="the engine's KV cache is freed while the policy trains")
+
+
 class LogSettings(Section):
     backend: Literal["tensorboard", "wandb", "none"] = Field(
         "tensorboard", description="besides metrics.jsonl"

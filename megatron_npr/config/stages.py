@@ -12,6 +12,7 @@ from megatron_npr.config.sections import (
     EvalSettings,
     Fp8Settings,
     LogSettings,
+    MemorySettings,
     ModelSettings,
     OptimizerSettings,
     PapoSettings,
@@ -39,6 +40,7 @@ class Stage1Config(Section):
     batch: BatchSettings = BatchSettings()
     train: RlTrainSettings = RlTrainSettings(updates_per_step=32)
     dapo: DapoSettings = DapoSettings()
+    memory: MemorySettings = MemorySettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     log: LogSettings = LogSettings()
 
@@ -85,6 +87,7 @@ class Stage3Config(Section):
     batch: BatchSettings = BatchSettings()
     train: RlTrainSettings = RlTrainSettings()
     papo: PapoSettings = PapoSettings()
+    memory: MemorySettings = MemorySettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     log: LogSettings = LogSettings()
 
