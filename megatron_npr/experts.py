@@ -6,7 +6,6 @@ hidden states ──► Router (fp32) ──► Megatron's all-to-all dispatcher
 from __future__ import annotations
 
 import torch
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
@@ -14,6 +13,8 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 from torch.nn import functional
+
+from megatron_npr.linears import LinearModules
 
 
 class Router(TopKRouter):
@@ -28,8 +29,8 @@ class Router(TopKRouter):
         return functional.linear(input.to(wide), self.weight.to(wide))
 
 
-def experts_spec() -> ModuleSpec:
+def experts_spec(linears: LinearModules) -> ModuleSpec:
     """The MLP of a layer with experts; a parameter for each, named as in a checkpoint (`mlp.experts.local_experts.N.`)."""
-    mlp = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    mlp = MLPSubmodules(linear_fc1=linears.column, linear_fc2=linears.row)
     experts = ModuleSpec(module=SequentialMLP, submodules=mlp)
     return ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=experts, router=Router))

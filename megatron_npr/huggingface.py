@@ -48,7 +48,10 @@ def read_config_json(folder: Path) -> dict[str, Any]:
 
 def read_model_config(folder: Path) -> ModelConfig:
     """The architecture of a Hugging Face folder (Qwen3, Qwen3-MoE, Qwen2.5, Llama families)."""
-    return from_config(read_config_json(folder), f"{folder}/config.json")
+    config = read_config_json(folder)
+    if "quantization_config" in config:
+        raise UserError(f"{folder} holds quantised weights: give the model that they were made from")
+    return from_config(config, f"{folder}/config.json")
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -128,7 +131,18 @@ class HuggingFaceWeights:
     ) -> None:
         self._files.clear()
 
-    def _read(self, name: str) -> Tensor:
+    @property
+    def names(self) -> list[str]:
+        """All tensors of the folder, in the order of its files."""
+        return list(self._file_of)
+
+    def shape_and_type(self, name: str) -> tuple[tuple[int, ...], str]:
+        """Shape and safetensors' name of the number format, without reading the tensor."""
+        part = self._files[str(self._file_of[name])].get_slice(name)
+        return tuple(part.get_shape()), part.get_dtype()
+
+    def read(self, name: str) -> Tensor:
+        """One tensor of the folder; UserError where it is missing."""
         path = self._file_of.get(name)
         if path is None:
             raise UserError(f"{self._folder}: tensor {name} is missing from its safetensors")
@@ -137,7 +151,7 @@ class HuggingFaceWeights:
 
     def full(self, name: str) -> Tensor:
         """One full (unsharded) Megatron weight."""
-        parts = [self._read(part) for part in huggingface_names(name)]
+        parts = [self.read(part) for part in huggingface_names(name)]
         matrix = self._listed[name].kind.matrix
         if sum(part.numel() for part in parts) != matrix.rows * matrix.columns:
             shapes = ", ".join(str(tuple(part.shape)) for part in parts)
@@ -163,12 +177,19 @@ def export_tensors(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[s
     return tensors
 
 
-def export_model(weights: Mapping[str, Tensor], config: ModelConfig, source: Path, target: Path) -> None:
+def copy_description(source: Path, target: Path) -> None:
+    """Everything of a model folder but its weights: config.json, tokenizer, chat template."""
+    copy_files(source, target, ("config.json", *TOKENIZER_FILES))
+
+
+def export_model(
+    weights: Mapping[str, Tensor], config: ModelConfig, source: Path, target: Path, *, replace: bool = True
+) -> None:
     """Write a folder that transformers loads: weights, `source`'s config.json and its tokenizer.
 
-    The folder appears whole; a model that stands there is replaced.
+    The folder appears whole; a model that stands there is replaced, if `replace`.
     """
     tensors = export_tensors(weights, config)
-    with whole_folder(target, replace=True) as folder:
+    with whole_folder(target, replace=replace) as folder:
         write_tensors(folder, {name: tensor.nbytes for name, tensor in tensors.items()}, tensors.__getitem__)
-        copy_files(source, folder, ("config.json", *TOKENIZER_FILES))
+        copy_description(source, folder)

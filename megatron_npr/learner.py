@@ -6,23 +6,37 @@ steps() yields the steps still to do, checkpoints between them, and stops cleanl
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from megatron_npr.checkpoint import Checkpoints
-from megatron_npr.config import BatchSettings, CheckpointSettings, OptimizerSettings, RolloutSettings
+from megatron_npr.config import (
+    BatchSettings,
+    CheckpointSettings,
+    Fp8Settings,
+    MemorySettings,
+    OptimizerSettings,
+    RolloutSettings,
+)
 from megatron_npr.engine_grid import engine_layout
 from megatron_npr.huggingface import export_model
 from megatron_npr.interrupt import stop_requests
+from megatron_npr.linears import describe, require_fp8
+from megatron_npr.memory_policy import TrainerMemory, rollout_memory
 from megatron_npr.policy import build_policy, load_policy_weights
 from megatron_npr.reshard import EngineWeights, full_weights
 from megatron_npr.resharding.exchange import Exchanged
 from megatron_npr.session import Session, build_engine
 from megatron_npr.trainer import Trainer
 from npr_engine.backend import Backend
+
+USUAL_FP8 = Fp8Settings()
+USUAL_MEMORY = MemorySettings()
 
 
 class Learner:
@@ -36,8 +50,14 @@ class Learner:
         batch: BatchSettings,
         checkpoint: CheckpointSettings,
         num_updates: int,
+        fp8: Fp8Settings = USUAL_FP8,
+        memory: MemorySettings = USUAL_MEMORY,
     ) -> None:
-        self.session, self._every = session, checkpoint.every
+        self.session, self._every, self._memory = session, checkpoint.every, memory
+        if session.model.dtype == "fp8":
+            require_fp8(session.world.device, fp8.recipe)
+        if session.world.is_main and session.world.device.type == "cuda":
+            print(f"npr: {describe(session.world.device)}", file=sys.stderr)
         policy = build_policy(
             session.model_config,
             session.world,
@@ -45,6 +65,7 @@ class Learner:
             parallel=session.parallel,
             recompute=session.model.recompute,
             router_aux_loss=session.model.router_aux_loss,
+            fp8=fp8 if session.model.dtype == "fp8" else None,
         )
         load_policy_weights(policy, session.model.path)
         self.trainer = Trainer(
@@ -56,7 +77,16 @@ class Learner:
             pad_id=session.pad_id,
             num_updates=num_updates,
         )
-        self.checkpoints = Checkpoints(session.run.dir / "checkpoints", session.world, keep=checkpoint.keep)
+        self.checkpoints = Checkpoints(
+            session.run.dir / "checkpoints",
+            session.world,
+            keep=checkpoint.keep,
+            model_folder=session.model.path,
+            config=session.config.model_dump(mode="json"),
+            # Without a GPU the copy to host memory is no copy: the forked writer would double the memory of every page
+            # that training touches meanwhile.
+            asynchronous=checkpoint.async_save and session.world.device.type == "cuda",
+        )
         self.first_step = self._resume() if session.run.resume else 0
 
     def build_engine(self, settings: RolloutSettings) -> Backend:
@@ -67,6 +97,10 @@ class Learner:
         if settings.backend != "native" and self.first_step:
             self.update_engine(engine)  # it has read the folder, not the checkpoint
         return engine
+
+    def rollout_memory(self, engine: Backend) -> AbstractContextManager[None]:
+        """The with-block in which the engine decodes: the device is the engine's in it and the trainer's outside."""
+        return rollout_memory(TrainerMemory(self.trainer, self._memory), engine, self._memory)
 
     def update_engine(self, engine: Backend) -> Exchanged:
         """After an optimizer step: the next rollout uses the new weights. Our engine reads the very tensors."""
@@ -83,6 +117,7 @@ class Learner:
                 due = self._every > 0 and (step + 1) % self._every == 0
                 if stopping or due or step + 1 == total:
                     self.checkpoints.save(step + 1, self.trainer, {})
+                self.checkpoints.finish(wait=stopping or step + 1 == total)
                 if stopping and step + 1 < total:
                     raise KeyboardInterrupt
 
@@ -94,11 +129,8 @@ class Learner:
         dist.barrier()
 
     def _resume(self) -> int:
-        path = self.checkpoints.latest()
-        if path is None:
-            return 0
-        step, _ = self.checkpoints.load(path, self.trainer)
-        return step
+        restored = self.checkpoints.resume(self.trainer)
+        return 0 if restored is None else restored[0]
 
 
 def round_indices(num_items: int, per_round: int, step: int, seed: int) -> list[int]:

@@ -11,13 +11,11 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -26,12 +24,12 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
-from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 from torch.nn import functional
 
 from megatron_npr.context_parallel import KeyExchange, fetch_rows, plan_key_exchange
 from megatron_npr.experts import experts_spec
+from megatron_npr.linears import OWN, LinearModules, mark_sequence_parallel
 from npr_ext import BranchLayout, branch_attention
 
 
@@ -49,45 +47,6 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         return functional.rms_norm(hidden, (hidden.shape[-1],), self.weight, self.eps)
-
-
-def mark_sequence_parallel(weight: torch.nn.Parameter, config: TransformerConfig) -> None:
-    """Megatron all-reduces the gradient of weights so marked over the tensor group (each rank saw a part of the tokens)."""
-    weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-
-
-class NormColumnParallelLinear(ColumnParallelLinear):
-    """RMSNorm then ColumnParallelLinear, with Transformer Engine's names (`layer_norm_weight`, `weight`, `bias`)."""
-
-    def __init__(
-        self, input_size: int, output_size: int, *, config: TransformerConfig, **kwargs: Any
-    ) -> None:
-        super().__init__(input_size, output_size, config=config, **kwargs)
-        self.layer_norm_weight = torch.nn.Parameter(torch.ones(input_size, dtype=config.params_dtype))
-        mark_sequence_parallel(self.layer_norm_weight, config)
-
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        normed = functional.rms_norm(
-            hidden, (hidden.shape[-1],), self.layer_norm_weight, self.config.layernorm_epsilon
-        )
-        output: tuple[Tensor, Tensor | None] = super().forward(normed, *args, **kwargs)
-        return output
-
-    def sharded_state_dict(
-        self,
-        prefix: str = "",
-        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
-        metadata: dict[str, Any] | None = None,
-    ) -> Any:
-        """Weight and bias are sharded on dim 0, the norm is replicated."""
-        return make_sharded_tensors_for_checkpoint(
-            self.state_dict(prefix="", keep_vars=True),
-            prefix,
-            {"weight": 0, "bias": 0},
-            sharded_offsets,
-            tp_group=self.tp_group,
-            dp_cp_group=metadata["dp_cp_group"] if metadata else None,
-        )
 
 
 @dataclass(frozen=True)
@@ -200,7 +159,7 @@ class LayoutRotaryEmbedding(torch.nn.Module):
         return torch.cat((angles, angles), dim=-1)[:, None, None, :]
 
 
-def layer_spec(*, qk_norm: bool, experts: bool = False) -> ModuleSpec:
+def layer_spec(*, qk_norm: bool, experts: bool = False, linears: LinearModules = OWN) -> ModuleSpec:
     """One transformer layer of Qwen3 (with norms of the heads), Qwen3-MoE (with experts), Qwen2.5 or Llama, with branch
     attention."""
     norm = RMSNorm if qk_norm else None
@@ -211,9 +170,9 @@ def layer_spec(*, qk_norm: bool, experts: bool = False) -> ModuleSpec:
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.arbitrary},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=NormColumnParallelLinear,
+                    linear_qkv=linears.norm_column,
                     core_attention=BranchAttention,
-                    linear_proj=RowParallelLinear,
+                    linear_proj=linears.row,
                     q_layernorm=norm,
                     k_layernorm=norm,
                 ),
@@ -221,14 +180,14 @@ def layer_spec(*, qk_norm: bool, experts: bool = False) -> ModuleSpec:
             self_attn_bda=get_bias_dropout_add,
             # Router and experts read the same normed states; the MLP of a dense layer owns its norm.
             pre_mlp_layernorm=RMSNorm if experts else IdentityOp,
-            mlp=experts_spec() if experts else _mlp_spec(),
+            mlp=experts_spec(linears) if experts else _mlp_spec(linears),
             mlp_bda=get_bias_dropout_add,
         ),
     )
 
 
-def _mlp_spec() -> ModuleSpec:
+def _mlp_spec(linears: LinearModules) -> ModuleSpec:
     return ModuleSpec(
         module=MLP,
-        submodules=MLPSubmodules(linear_fc1=NormColumnParallelLinear, linear_fc2=RowParallelLinear),
+        submodules=MLPSubmodules(linear_fc1=linears.norm_column, linear_fc2=linears.row),
     )

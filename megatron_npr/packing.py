@@ -10,6 +10,7 @@ Shape legend: P prompt, R response, T tokens of a row (a multiple of `ROW_MULTIP
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -154,16 +155,18 @@ def _units(
     return units
 
 
-def row_length(plans: Sequence[RowPlan], bucket_of: int | None = None) -> int:
-    """T for all rows of a step (pipeline stages exchange equal shapes): the fullest row, rounded up.
+def row_length(plans: Sequence[RowPlan], *, multiple: int = 1, bucket_of: int | None = None) -> int:
+    """T for all rows of a step (pipeline stages exchange equal shapes): the fullest row, rounded up to a multiple of
+    `multiple` and of ROW_MULTIPLE.
 
     `bucket_of`: the largest row that may be; T is then one of few lengths below it, so that kernels which are compiled for a
     shape (FlexAttention on a GPU) are compiled seldom.
     """
     longest = max((plan.num_tokens for plan in plans), default=1)
     if bucket_of is not None:
-        return min(bucket_length(longest), -(-bucket_of // TILE) * TILE)
-    return -(-longest // ROW_MULTIPLE) * ROW_MULTIPLE
+        longest = min(bucket_length(longest), -(-bucket_of // TILE) * TILE)
+    step = math.lcm(ROW_MULTIPLE, multiple)
+    return -(-longest // step) * step
 
 
 def pack_row(

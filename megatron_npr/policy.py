@@ -22,9 +22,10 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch import Tensor
 from torch.nn import functional
 
-from megatron_npr.config import ParallelSettings, Recompute
+from megatron_npr.config import Fp8Settings, ParallelSettings, Recompute
 from megatron_npr.context_parallel import shard_bounds
 from megatron_npr.huggingface import HuggingFaceWeights
+from megatron_npr.linears import fp8_options, fuses_gradients, linear_modules
 from megatron_npr.logprobs import token_log_probs
 from megatron_npr.modules import LayoutRotaryEmbedding, RMSNorm, layer_spec
 from megatron_npr.parallel import World, megatron_context
@@ -92,7 +93,9 @@ class PolicyChunk(GPTModel):
             hidden_TBD = tensor_parallel.gather_from_sequence_parallel_region(hidden)
         else:
             hidden_TBD = tensor_parallel.copy_to_tensor_model_parallel_region(hidden)
-        weight = self.shared_embedding_or_output_weight()
+        # Megatron's shared_embedding_or_output_weight() gives the embedding on the first stage even where nothing is shared.
+        tied = self.model_config.tied_embeddings
+        weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
         first_row = self.world.tensor_rank * weight.shape[0]
         return token_log_probs(
             hidden_TBD[:, 0][predecessors],
@@ -146,6 +149,7 @@ def transformer_config(
     parallel: ParallelSettings,
     recompute: Recompute = "none",
     router_aux_loss: float = 0.0,
+    fp8: Fp8Settings | None = None,
 ) -> TransformerConfig:
     """Megatron's configuration of a model in this world."""
     for name, count in (
@@ -175,7 +179,7 @@ def transformer_config(
         bias_dropout_fusion=False,
         bias_activation_fusion=False,
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=fuses_gradients(world.device),
         use_cpu_initialization=world.device.type == "cpu",
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -198,6 +202,7 @@ def transformer_config(
         **(
             RECOMPUTE[recompute]
             | (_moe_settings(model, world, recompute, router_aux_loss) if model.num_experts else {})
+            | (fp8_options(fp8, num_layers=model.num_layers, stages=world.pipeline_size) if fp8 else {})
         ),
     )
 
@@ -250,6 +255,7 @@ def build_policy(
     parallel: ParallelSettings = NO_AXES,
     recompute: Recompute = "none",
     router_aux_loss: float = 0.0,
+    fp8: Fp8Settings | None = None,
 ) -> Policy:
     """The policy's part on this rank, randomly initialised; the sizes of the axes are those of `world`, `parallel` tells how
     layers and activations go with them."""
@@ -261,7 +267,13 @@ def build_policy(
             "sharded tokens"
         )
     config = transformer_config(
-        model, world, dtype=dtype, parallel=parallel, recompute=recompute, router_aux_loss=router_aux_loss
+        model,
+        world,
+        dtype=dtype,
+        parallel=parallel,
+        recompute=recompute,
+        router_aux_loss=router_aux_loss,
+        fp8=fp8,
     )
     with megatron_context():
         chunks = [_build_chunk(model, world, config, number) for number in range(world.virtual_size)]
@@ -275,7 +287,11 @@ def _build_chunk(model: ModelConfig, world: World, config: TransformerConfig, nu
         world=world,
         config=config,
         transformer_layer_spec=TransformerBlockSubmodules(
-            layer_specs=[layer_spec(qk_norm=model.qk_norm, experts=model.num_experts > 0)]
+            layer_specs=[
+                layer_spec(
+                    qk_norm=model.qk_norm, experts=model.num_experts > 0, linears=linear_modules(world.device)
+                )
+            ]
             * get_num_layers_to_build(config, stage),
             layer_norm=RMSNorm,
         ),

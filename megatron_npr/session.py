@@ -25,6 +25,7 @@ from megatron_npr.config import (
 )
 from megatron_npr.engine_grid import engine_group, engine_layout
 from megatron_npr.huggingface import HuggingFaceWeights, load_tokenizer, read_model_config
+from megatron_npr.linears import require_fp8
 from megatron_npr.parallel import World, init_world
 from megatron_npr.resharding import EngineLayout
 from megatron_npr.resharding.catalog import catalog
@@ -39,13 +40,14 @@ from npr_ext import num_threads
 from npr_ext.errors import UserError
 
 ONE_RANK = EngineLayout()
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class Session:
-    """One run on this rank."""
+    """One run on this rank; `config` is the whole resolved configuration."""
 
+    config: Section
     run: RunSettings
     model: ModelSettings
     parallel: ParallelSettings
@@ -81,10 +83,14 @@ def open_session(
         expert=parallel.ep,
         seed=run.seed,
     )
+    if model.dtype == "fp8":
+        require_fp8(world.device)
     if world.is_main:
         run.dir.mkdir(parents=True, exist_ok=True)
         (run.dir / "config.toml").write_text(to_toml(config))
-    return Session(run, model, parallel, world, tokenizer, vocabulary, Grammar(vocabulary), model_config)
+    return Session(
+        config, run, model, parallel, world, tokenizer, vocabulary, Grammar(vocabulary), model_config
+    )
 
 
 def _set_threads(threads: int) -> None:
@@ -160,6 +166,6 @@ def _sglang_backend(session: Session, settings: RolloutSettings) -> Backend:
         session.model_config,
         settings,
         eos_id=session.vocabulary.eos_id,
-        dtype={"fp32": "float32", "bf16": "bfloat16"}[session.model.dtype],
+        dtype=str(session.dtype).removeprefix("torch."),
         gpu=session.world.device.index or 0,
     )

@@ -17,6 +17,7 @@ from megatron_npr.advantage import grpo_advantages
 from megatron_npr.config import DapoSettings, Stage1Config
 from megatron_npr.learner import Learner, round_indices
 from megatron_npr.losses import LossSum, dapo_loss
+from megatron_npr.memory_policy import peak_memory
 from megatron_npr.monitor import mean, monitored
 from megatron_npr.packing import PackedRow, TrainSample
 from megatron_npr.problems import training_prompts
@@ -36,6 +37,8 @@ def run(config: Stage1Config) -> None:
             optimizer=config.optimizer,
             batch=config.batch,
             checkpoint=config.checkpoint,
+            fp8=config.fp8,
+            memory=config.memory,
             num_updates=config.train.steps * config.train.updates_per_step,
         )
         engine = learner.build_engine(config.rollout)
@@ -46,11 +49,13 @@ def run(config: Stage1Config) -> None:
                 chosen = round_indices(len(prompts), config.rollout.prompts_per_step, step, config.run.seed)
                 problems = [prompts[index] for index in chosen]
                 identity = (config.run.seed, "stage1", step)
-                groups = collect(engine, session.world, problems, config.rollout, identity=identity)
+                with peak_memory(session.world.device) as rollout_peak, learner.rollout_memory(engine):
+                    groups = collect(engine, session.world, problems, config.rollout, identity=identity)
                 scored = score(session.grammar, verifier, groups, [item.problem.answer for item in problems])
                 rewards = np.array([reward(item, config) for item in scored])
                 updates = split_updates(scored, rewards, config)
-                reports = [learner.trainer.step(update, objective, branching=False) for update in updates]
+                with peak_memory(session.world.device) as train_peak:
+                    reports = [learner.trainer.step(update, objective, branching=False) for update in updates]
                 learner.update_engine(engine)
                 monitor.step(
                     step,
@@ -69,6 +74,8 @@ def run(config: Stage1Config) -> None:
                     train_seconds=sum(report.seconds for report in reports),
                     imbalance=mean(report.imbalance for report in reports),
                     lr=learner.trainer.lr,
+                    rollout_memory_gb=rollout_peak.gb,
+                    train_memory_gb=train_peak.gb,
                 )
         learner.export(config.run.dir / "model")
 

@@ -29,6 +29,7 @@ def run(config: Stage2Config) -> None:
         optimizer=config.optimizer,
         batch=config.batch,
         checkpoint=config.checkpoint,
+        fp8=config.fp8,
         num_updates=total,
     )
     first = learner.first_step

@@ -16,6 +16,7 @@ from megatron_npr.advantage import Advantages, papo_advantages
 from megatron_npr.config import Stage3Config
 from megatron_npr.learner import Learner, round_indices
 from megatron_npr.losses import LossSum, papo_loss
+from megatron_npr.memory_policy import peak_memory
 from megatron_npr.monitor import mean, monitored
 from megatron_npr.packing import PackedRow
 from megatron_npr.problems import training_prompts
@@ -42,6 +43,8 @@ def run(config: Stage3Config) -> None:
             optimizer=config.optimizer,
             batch=config.batch,
             checkpoint=config.checkpoint,
+            fp8=config.fp8,
+            memory=config.memory,
             num_updates=config.train.steps,
         )
         engine = learner.build_engine(config.rollout)
@@ -51,7 +54,8 @@ def run(config: Stage3Config) -> None:
                 chosen = round_indices(len(prompts), config.rollout.prompts_per_step, step, config.run.seed)
                 problems = [prompts[index] for index in chosen]
                 identity = (config.run.seed, "stage3", step)
-                groups = collect(engine, session.world, problems, config.rollout, identity=identity)
+                with peak_memory(session.world.device) as rollout_peak, learner.rollout_memory(engine):
+                    groups = collect(engine, session.world, problems, config.rollout, identity=identity)
                 scored = score(session.grammar, verifier, groups, [item.problem.answer for item in problems])
                 kept = survivors(scored, config)
                 advantages = papo_advantages(
@@ -59,7 +63,8 @@ def run(config: Stage3Config) -> None:
                     np.array([item.group for item in kept]),
                     epsilon=config.papo.std_epsilon,
                 )
-                report = None if advantages.skip else update(learner, kept, advantages, config)
+                with peak_memory(session.world.device) as train_peak:
+                    report = None if advantages.skip else update(learner, kept, advantages, config)
                 learner.update_engine(engine)
                 monitor.step(
                     step,
@@ -79,6 +84,8 @@ def run(config: Stage3Config) -> None:
                     train_seconds=report.seconds if report else 0.0,
                     imbalance=report.imbalance if report else float("nan"),
                     lr=learner.trainer.lr,
+                    rollout_memory_gb=rollout_peak.gb,
+                    train_memory_gb=train_peak.gb,
                 )
         learner.export(config.run.dir / "model")
 

@@ -32,6 +32,7 @@ from torch import Tensor
 from megatron_npr.balance import attended_pairs, row_pairs, share_rows
 from megatron_npr.config import BatchSettings, OptimizerSettings
 from megatron_npr.context_parallel import shard_bounds
+from megatron_npr.linears import token_multiple
 from megatron_npr.losses import LossSum
 from megatron_npr.modules import LAYOUTS
 from megatron_npr.packing import PackedRow, RankRows, RowPlan, TrainSample, pack_row, plan_rows, row_length
@@ -132,7 +133,11 @@ class Trainer:
         all padding) and nearly as many attended pairs."""
         world, budget = self.world, self.batch.micro_batch_tokens
         plans = plan_rows(samples, row_tokens=budget, share_prompts=self.batch.share_prompts)
-        length = row_length(plans, budget if world.device.type == "cuda" else None)
+        length = row_length(
+            plans,
+            multiple=token_multiple(self.policy.config),
+            bucket_of=budget if world.device.type == "cuda" else None,
+        )
         pairs = [attended_pairs(sample, self.tags, branching=branching) for sample in samples]
         costs = [row_pairs(plan, samples, pairs, length=length) for plan in plans]
         shares = share_rows(costs, world.data_size)

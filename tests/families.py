@@ -11,14 +11,14 @@ FAMILIES = (*DENSE_FAMILIES, "qwen3_moe", "qwen3_moe unnormalised")
 EXPERTS = {"moe_intermediate_size": 48, "num_experts": 8, "num_experts_per_tok": 3}
 
 
-def save_family(name: str, folder: Path, *, num_key_value_heads: int = 2) -> Path:
-    """Four layers, a vocabulary (97) that no tensor-parallel size divides; biases and norms random too."""
+def save_family(name: str, folder: Path, *, vocab_size: int = 97, num_key_value_heads: int = 2) -> Path:
+    """Four layers, a vocabulary (of 97) that no tensor-parallel size divides; biases and norms random too."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     family, _, kind = name.partition(" ")
     config = AutoConfig.for_model(
         family,
-        vocab_size=97,
+        vocab_size=vocab_size,
         hidden_size=64,
         intermediate_size=96,
         num_hidden_layers=4,

@@ -35,13 +35,33 @@ class RunSettings(Section):
 
 class ModelSettings(Section):
     path: Path = Field(description="Hugging Face folder: config.json, *.safetensors, tokenizer.json")
-    dtype: Literal["fp32", "bf16"] = Field("bf16", description="number format of weights and activations")
+    dtype: Literal["fp32", "bf16", "fp8"] = Field(
+        "bf16",
+        description="of weights and activations; fp8 = bf16, the layers' projections trained in FP8 (see fp8)",
+    )
     recompute: Recompute = Field(
         "none", description="activations that backward computes again: selective = MLPs, full = whole layers"
     )
     router_aux_loss: NonNegativeFloat = Field(
         0.0, description="weight of the loss that balances experts (mixture-of-experts models); 0 = off"
     )
+
+
+class Fp8Settings(Section):
+    recipe: Literal["delayed", "tensorwise", "blockwise"] = Field(
+        "tensorwise", description="scales: from earlier steps, of the tensor at hand, of its blocks"
+    )
+    format: Literal["hybrid", "e4m3"] = Field("hybrid", description="hybrid = gradients in e5m2")
+    first_layers_bf16: NonNegativeInt = Field(0, description="layers at the beginning that stay in bf16")
+    last_layers_bf16: NonNegativeInt = Field(0, description="layers at the end that stay in bf16")
+
+    @model_validator(mode="after")
+    def _delayed_scales_are_of_all_layers(self) -> "Fp8Settings":
+        if self.recipe == "delayed" and (self.first_layers_bf16 or self.last_layers_bf16):
+            raise ValueError(
+                "fp8.recipe delayed scales all layers at once: first_layers_bf16 and last_layers_bf16 need another recipe"
+            )
+        return self
 
 
 class ParallelSettings(Section):
@@ -202,6 +222,17 @@ class SftSettings(Section):
 class CheckpointSettings(Section):
     every: NonNegativeInt = Field(10, description="steps between checkpoints; 0 = only at the end")
     keep: PositiveInt = Field(2, description="latest checkpoints that stay on disk")
+    async_save: bool = Field(
+        True, description="on a GPU: write while training goes on; without one every save waits"
+    )
+
+
+class MemorySettings(Section):
+    offload_optimizer: bool = Field(
+        False, description="optimizer state lies in (pinned) host memory during rollouts"
+    )
+    offload_gradients: bool = Field(False, description="gradient buffers are freed during rollouts")
+    release_kv: bool = Field(False, description="the engine's KV cache is freed while the policy trains")
 
 
 class LogSettings(Section):

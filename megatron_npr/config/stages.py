@@ -10,7 +10,9 @@ from megatron_npr.config.sections import (
     DapoSettings,
     DataSettings,
     EvalSettings,
+    Fp8Settings,
     LogSettings,
+    MemorySettings,
     ModelSettings,
     OptimizerSettings,
     PapoSettings,
@@ -30,6 +32,7 @@ class Stage1Config(Section):
 
     run: RunSettings = RunSettings(dir=Path("runs/stage1"))
     model: ModelSettings
+    fp8: Fp8Settings = Fp8Settings()
     parallel: ParallelSettings = ParallelSettings()
     data: DataSettings
     rollout: RolloutSettings = RolloutSettings(prompts_per_step=32, branching=False)
@@ -37,6 +40,7 @@ class Stage1Config(Section):
     batch: BatchSettings = BatchSettings()
     train: RlTrainSettings = RlTrainSettings(updates_per_step=32)
     dapo: DapoSettings = DapoSettings()
+    memory: MemorySettings = MemorySettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     log: LogSettings = LogSettings()
 
@@ -58,6 +62,7 @@ class Stage2Config(Section):
 
     run: RunSettings = RunSettings(dir=Path("runs/stage2"))
     model: ModelSettings
+    fp8: Fp8Settings = Fp8Settings()
     parallel: ParallelSettings = ParallelSettings()
     sft: SftSettings
     optimizer: OptimizerSettings = OptimizerSettings(
@@ -74,6 +79,7 @@ class Stage3Config(Section):
 
     run: RunSettings = RunSettings(dir=Path("runs/stage3"))
     model: ModelSettings
+    fp8: Fp8Settings = Fp8Settings()
     parallel: ParallelSettings = ParallelSettings()
     data: DataSettings
     rollout: RolloutSettings = RolloutSettings()
@@ -81,6 +87,7 @@ class Stage3Config(Section):
     batch: BatchSettings = BatchSettings()
     train: RlTrainSettings = RlTrainSettings()
     papo: PapoSettings = PapoSettings()
+    memory: MemorySettings = MemorySettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     log: LogSettings = LogSettings()
 

@@ -99,7 +99,7 @@ def plan_config(arguments: argparse.Namespace, cluster: Cluster) -> tuple[str, A
         engine_ep=(rollout.ep if rollout else None) or parallel.ep,
     )
     work = Workload(
-        bytes_per_weight=2 if config.model.dtype == "bf16" else 4,
+        bytes_per_weight=4 if config.model.dtype == "fp32" else 2,
         recompute=config.model.recompute,
         row_tokens=config.batch.micro_batch_tokens,
         kv_slots=0,

@@ -154,6 +154,8 @@ def resume_difference(trainer: Trainer, world: World, folder: Path, samples: lis
         folder / f"checkpoints_{os.getpid() if world.size == 1 else os.environ['TORCHELASTIC_RUN_ID']}",
         world,
         keep=1,
+        model_folder=folder,
+        config={},
     )
     path = checkpoints.save(3, trainer, {})
 

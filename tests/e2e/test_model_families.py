@@ -13,11 +13,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from megatron_npr.config import BatchSettings, OptimizerSettings
 from megatron_npr.huggingface import export_model, load_tokenizer, read_model_config
+from megatron_npr.packing import TrainSample
 from megatron_npr.parallel import World, init_world, megatron_context
 from megatron_npr.policy import build_policy, load_policy_weights
 from megatron_npr.reshard import full_weights
 from megatron_npr.session import read_shards
+from megatron_npr.trainer import Trainer
 from npr_engine.engine import Engine, EngineConfig
 from npr_engine.grammar import Grammar
 from npr_engine.model import InferenceModel
@@ -101,6 +104,32 @@ def test_the_policys_logits_are_transformers_own_and_its_weights_come_back_bit_f
     for name, weight in ours.items():
         assert weight.dtype == theirs[name].dtype and torch.equal(weight, theirs[name]), name
     assert read_model_config(tmp_path / "again") == config
+
+
+def test_trained_log_probs_are_transformers_own(
+    folder: Path, token_ids: Tensor, expected: Tensor, world: World
+) -> None:
+    policy = build_policy(read_model_config(folder), world)
+    load_policy_weights(policy, folder)
+    trainer = Trainer(
+        policy,
+        world,
+        optimizer=OptimizerSettings(),
+        batch=BatchSettings(),
+        tags=TAGS,
+        pad_id=0,
+        num_updates=1,
+    )
+    response = token_ids[4:].numpy().astype(np.int32)
+    sample = TrainSample(
+        token_ids[:4].numpy().astype(np.int32),
+        response,
+        np.ones(len(response), np.bool_),
+        np.zeros(len(response), np.float32),
+    )
+    (ours,) = trainer.log_probs([sample], branching=False)
+    theirs = expected[3:-1].log_softmax(-1).gather(1, token_ids[4:, None])[:, 0]
+    np.testing.assert_allclose(ours, theirs.numpy(), atol=1e-4)
 
 
 def test_smollm2_greedily_continues_as_transformers_does(smollm2: Path, world: World) -> None:

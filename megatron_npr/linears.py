@@ -1,0 +1,168 @@
+"""Which linear layers, Adam and gradient accumulation a run has: Transformer Engine's or apex's where they are installed.
+
+device ──► linear_modules ──► layer spec     (the same parameter names either way, so checkpoints do not know)
+FP8 settings ──► require_fp8 ──► fp8_options ──► Megatron's TransformerConfig
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from megatron.core import optimizer as megatron_optimizer
+from megatron.core.extensions import transformer_engine as engine_layers
+from megatron.core.tensor_parallel import layers as megatron_layers
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from megatron.core.utils import get_te_version
+from torch import Tensor
+from torch.nn import functional
+
+from megatron_npr.config import Fp8Settings
+from npr_ext.errors import UserError
+
+
+def mark_sequence_parallel(weight: torch.nn.Parameter, config: TransformerConfig) -> None:
+    """Megatron all-reduces the gradient of weights so marked over the tensor group (each rank saw a part of the tokens)."""
+    weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+class NormColumnParallelLinear(ColumnParallelLinear):
+    """RMSNorm then ColumnParallelLinear, with Transformer Engine's names (`layer_norm_weight`, `weight`, `bias`)."""
+
+    def __init__(
+        self, input_size: int, output_size: int, *, config: TransformerConfig, **kwargs: Any
+    ) -> None:
+        super().__init__(input_size, output_size, config=config, **kwargs)
+        self.layer_norm_weight = torch.nn.Parameter(torch.ones(input_size, dtype=config.params_dtype))
+        mark_sequence_parallel(self.layer_norm_weight, config)
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        normed = functional.rms_norm(
+            hidden, (hidden.shape[-1],), self.layer_norm_weight, self.config.layernorm_epsilon
+        )
+        output: tuple[Tensor, Tensor | None] = super().forward(normed, *args, **kwargs)
+        return output
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> Any:
+        """Weight and bias are sharded on dim 0, the norm is replicated."""
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            {"weight": 0, "bias": 0},
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=metadata["dp_cp_group"] if metadata else None,
+        )
+
+
+@dataclass(frozen=True)
+class LinearModules:
+    """Classes of the layers' projections. `norm_column` has the RMSNorm before it."""
+
+    library: str
+    norm_column: type[torch.nn.Module]
+    column: type[torch.nn.Module]
+    row: type[torch.nn.Module]
+
+
+OWN = LinearModules("Megatron-Core", NormColumnParallelLinear, ColumnParallelLinear, RowParallelLinear)
+TRANSFORMER_ENGINE = LinearModules(
+    "Transformer Engine",
+    engine_layers.TELayerNormColumnParallelLinear,
+    engine_layers.TEColumnParallelLinear,
+    engine_layers.TERowParallelLinear,
+)
+
+
+def linear_modules(device: torch.device) -> LinearModules:
+    """Transformer Engine's on a GPU where it is installed, our own elsewhere."""
+    return TRANSFORMER_ENGINE if device.type == "cuda" and engine_layers.HAVE_TE else OWN
+
+
+def fuses_gradients(device: torch.device) -> bool:
+    """Whether weight gradients are added to the fp32 buffer by the GEMM itself (apex's fused_weight_gradient_mlp_cuda)."""
+    return device.type == "cuda" and bool(megatron_layers._grad_accum_fusion_available)
+
+
+def describe(device: torch.device) -> str:
+    """One line: whose linear layers, Adam and gradient accumulation run on this device."""
+    adam = megatron_optimizer.Adam.__module__.split(".")[0]
+    fused = {"transformer_engine": "Transformer Engine, fused", "apex": "apex, fused"}.get(adam, adam)
+    accumulation = "in the GEMM (apex)" if fuses_gradients(device) else "after the GEMM"
+    library = linear_modules(device).library
+    return f"linear layers: {library}; Adam: {fused}; gradient accumulation: {accumulation}"
+
+
+_SMALLEST_GPU = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0)}
+
+
+def fp8_obstacle(
+    recipe: str, device: str, capability: tuple[int, int] | None, engine_version: str | None
+) -> str | None:
+    """Why FP8 training cannot run, None if it can. `capability` is None where `device` is no GPU."""
+    needed = _SMALLEST_GPU[recipe]
+    obstacles = []
+    if capability is None or capability < needed:
+        compute = f"has compute capability {'.'.join(map(str, capability))}" if capability else "is no GPU"
+        obstacles.append(f"{device} {compute}, recipe {recipe} needs {'.'.join(map(str, needed))}")
+    if engine_version is None:
+        obstacles.append("the package transformer-engine is not installed (extra gpu)")
+    return "; ".join(obstacles) or None
+
+
+def require_fp8(device: torch.device, recipe: str = "tensorwise") -> None:
+    """UserError where FP8 training cannot run on this device, with device and package."""
+    gpu = device.type == "cuda"
+    obstacle = fp8_obstacle(
+        recipe,
+        torch.cuda.get_device_name(device) if gpu else "cpu",
+        torch.cuda.get_device_capability(device) if gpu else None,
+        str(get_te_version()) if engine_layers.HAVE_TE else None,
+    )
+    if obstacle is not None:
+        raise UserError(f"model.dtype = 'fp8' cannot run here: {obstacle}; use bf16")
+
+
+NO_FP8: Mapping[str, Any] = MappingProxyType({})
+
+
+def fp8_options(settings: Fp8Settings, *, num_layers: int, stages: int) -> dict[str, Any]:
+    """Megatron's settings of FP8 training. UserError where the layers kept in bf16 do not lie in one pipeline stage each."""
+    for end in ("first", "last"):
+        count = settings.model_dump()[f"{end}_layers_bf16"]
+        if count > num_layers // stages:
+            raise UserError(
+                f"fp8.{end}_layers_bf16 = {count} is more than the {num_layers // stages} layers of a pipeline stage"
+            )
+    return {
+        "fp8": settings.format,
+        "fp8_recipe": settings.recipe,
+        # The history of Transformer Engine's own recipe; the other recipes look at the tensor at hand.
+        "fp8_amax_history_len": 1024,
+        "fp8_amax_compute_algo": "max",
+        "first_last_layers_bf16": settings.first_layers_bf16 + settings.last_layers_bf16 > 0,
+        "num_layers_at_start_in_bf16": settings.first_layers_bf16,
+        "num_layers_at_end_in_bf16": settings.last_layers_bf16,
+    }
+
+
+FP8_TOKENS = 16
+"""Rows and columns of an FP8 GEMM are multiples of it (cuBLAS)."""
+
+
+def token_multiple(config: TransformerConfig) -> int:
+    """What the length of a row has to be a multiple of, so that each rank's share of it suits the GEMMs."""
+    shares = config.context_parallel_size * (
+        config.tensor_model_parallel_size if config.sequence_parallel else 1
+    )
+    return FP8_TOKENS * shares if config.fp8 else 1

@@ -1,0 +1,149 @@
+"""Trainer and engine take turns with the memory: nothing that they compute depends on it, and it is really given back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_npr import stage3
+from megatron_npr.config import (
+    BatchSettings,
+    MemorySettings,
+    OptimizerSettings,
+    Stage3Config,
+    load_config,
+)
+from megatron_npr.demo.base import FOLDER
+from megatron_npr.huggingface import read_model_config
+from megatron_npr.losses import sft_loss
+from megatron_npr.memory_policy import TrainerMemory, gradient_buffers, optimizer_tensors, peak_memory
+from megatron_npr.parallel import World, init_world
+from megatron_npr.policy import build_policy, load_policy_weights
+from megatron_npr.trainer import Trainer
+from tests.distributed.parity_worker import TAGS, branching_samples
+from tests.families import save_family
+
+DEMO = Path(__file__).parents[2] / "configs" / "demo" / "stage3.toml"
+EVERYTHING = MemorySettings(offload_optimizer=True, offload_gradients=True, release_kv=True)
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    """Left open: Megatron's groups are made once a process."""
+    return init_world()
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_family("qwen3 untied", tmp_path_factory.mktemp("model"))
+
+
+def new_trainer(world: World, model_folder: Path, dtype: torch.dtype) -> Trainer:
+    policy = build_policy(read_model_config(model_folder), world, dtype=dtype)
+    load_policy_weights(policy, model_folder)
+    return Trainer(
+        policy,
+        world,
+        optimizer=OptimizerSettings(lr=1e-2),
+        batch=BatchSettings(micro_batch_tokens=128),
+        tags=TAGS,
+        pad_id=0,
+        num_updates=10,
+    )
+
+
+def step(trainer: Trainer) -> float:
+    return trainer.step(branching_samples(), lambda lp, row: sft_loss(lp), branching=True).loss
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "settings", [MemorySettings(offload_optimizer=True), MemorySettings(offload_gradients=True), EVERYTHING]
+)
+def test_training_that_gives_its_memory_away_between_steps_is_the_same_bit_for_bit(
+    settings: MemorySettings, dtype: torch.dtype, world: World, model_folder: Path
+) -> None:
+    stays, goes = (new_trainer(world, model_folder, dtype) for _ in range(2))
+    memory = TrainerMemory(goes, settings)
+    for _ in range(3):
+        memory.leave()  # the first time before there is any optimizer state
+        memory.come_back()
+        assert step(stays) == step(goes)
+    for one, other in zip(stays.policy.parameters(), goes.policy.parameters(), strict=True):
+        assert torch.equal(one, other)
+    for mine, theirs in zip(optimizer_tensors(stays), optimizer_tensors(goes), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("dtype, bytes_a_weight", [(torch.float32, 8), (torch.bfloat16, 12)])
+def test_adams_moments_and_fp32_weights_leave_and_the_policys_own_weights_stay(
+    dtype: torch.dtype, bytes_a_weight: int, world: World, model_folder: Path
+) -> None:
+    trainer = new_trainer(world, model_folder, dtype)
+    step(trainer)
+    num_weights = sum(weight.numel() for weight in trainer.policy.parameters())
+    before = [weight.clone() for weight in trainer.policy.parameters()]
+    memory = TrainerMemory(trainer, EVERYTHING)
+    freed = memory.leave()
+    gradients = sum(4 * buffer.numel() for buffer in gradient_buffers(trainer))
+    assert gradients >= 4 * num_weights
+    assert freed == pytest.approx(bytes_a_weight * num_weights + gradients, rel=1e-3)
+    away = optimizer_tensors(trainer) + gradient_buffers(trainer)
+    assert len(away) > 3 and all(tensor.untyped_storage().nbytes() == 0 for tensor in away)
+    assert all(
+        torch.equal(one, other) for one, other in zip(before, trainer.policy.parameters(), strict=True)
+    )
+    memory.come_back()
+    assert all(tensor.untyped_storage().nbytes() for tensor in away)
+    assert not any(buffer.any() for buffer in gradient_buffers(trainer))
+
+
+def test_the_peak_of_a_phase_is_its_own() -> None:
+    size = 200_000_000
+    with peak_memory(torch.device("cpu")) as large:
+        torch.ones(size, dtype=torch.uint8)
+    with peak_memory(torch.device("cpu")) as small:
+        pass
+    with peak_memory(torch.device("cpu")) as again:
+        torch.ones(size // 2, dtype=torch.uint8)
+    assert large.num_bytes - small.num_bytes > 0.9 * size
+    assert 0.4 * size < again.num_bytes - small.num_bytes < 0.6 * size
+
+
+def figures(folder: Path, *overrides: str) -> list[dict[str, float]]:
+    """Two rounds of stage 3 on the demo's base model."""
+    words = [
+        "--run.dir",
+        str(folder),
+        "--model.path",
+        str(FOLDER),
+        "--run.threads",
+        "1",
+        "--train.steps",
+        "2",
+    ]
+    words += [
+        "--rollout.prompts_per_step",
+        "8",
+        "--rollout.samples_per_prompt",
+        "4",
+        "--log.progress",
+        "false",
+    ]
+    words += ["--optimizer.warmup_steps", "0"]
+    stage3.run(load_config(Stage3Config, DEMO, [*words, *overrides]))
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_stage_three_is_the_same_with_every_saving_on(tmp_path: Path) -> None:
+    savings = [f"--memory.{name}=true" for name in MemorySettings.model_fields]
+    usual, saving = figures(tmp_path / "usual"), figures(tmp_path / "saving", *savings)
+    assert len(usual) == 2 and any(line["grad_norm"] > 0 for line in usual), "a round that trains"
+    for mine, theirs in zip(usual, saving, strict=True):
+        assert mine["rollout_memory_gb"] > 0.1 and mine["train_memory_gb"] > 0.1
+        for name in ("loss", "grad_norm", "accuracy", "format_valid", "response_tokens", "nll"):
+            assert mine[name] == theirs[name] or mine[name] != mine[name], name
