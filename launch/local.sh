@@ -15,8 +15,8 @@ if [[ -n ${NPR_SLURM_TASK:-} ]]; then # one of the processes that srun started b
     export LOCAL_WORLD_SIZE=$((SLURM_NTASKS / SLURM_JOB_NUM_NODES))
     exec "${wrap[@]}" "$python" -m megatron_npr "$@"
 elif [[ -n ${SLURM_JOB_ID:-} ]]; then # the batch script: the first node is where all processes meet
-    MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-    export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000)) NPR_SLURM_TASK=1
+    nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST") # no pipe into head: it would break scontrol's, and end the job
+    export MASTER_ADDR=${nodes%%$'\n'*} MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000)) NPR_SLURM_TASK=1
     exec srun --kill-on-bad-exit=1 "$root/launch/local.sh" "$@"
 elif [[ ${NPROC:-1} -gt 1 ]]; then
     exec "$python" -m torch.distributed.run --standalone --nproc-per-node "$NPROC" \

@@ -69,7 +69,7 @@ def test_a_slurm_job_starts_one_process_a_task_that_meet_on_the_first_node(tmp_p
     spool = tmp_path / "spool"
     spool.mkdir()
     shutil.copy(ROOT / "launch/stage2.sh", spool / "slurm_script")
-    executable(tmp_path / "scontrol", '#!/usr/bin/env bash\nprintf "%s\\n" node07 node08\n')
+    executable(tmp_path / "scontrol", "#!/usr/bin/env bash\nprintf 'node%02d\\n' {7..9999}\n")
     executable(
         tmp_path / "srun",
         '#!/usr/bin/env bash\nshift\nfor task in 0 1 2 3; do SLURM_PROCID=$task SLURM_LOCALID=$((task % 2)) "$@"; done\n',
