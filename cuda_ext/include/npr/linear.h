@@ -153,9 +153,9 @@ class PanelLinear {
   static constexpr int kPerLane = Products::kPerLane;
   static constexpr int kMaxVectors = 3;
   static constexpr int kUnroll = 4;
-  // Steps that are summed in a row: the rounding error grows with them. Adding up the parts costs 1 to 2 % of the time;
+  // Steps that are summed in a row: the rounding error grows with them. Adding up the parts costs some 6 % of the sums;
   // without it, the logits of a model with 1536 features inside have 2 to 10 times the error of a library's GEMM.
-  static constexpr int64_t kSummands = 64;
+  static constexpr int64_t kSummands = 16;
 
  public:
   static constexpr int kOutputs = std::max(1, kLanes<T> / 2);  // of a tile
