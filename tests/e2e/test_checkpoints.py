@@ -145,6 +145,17 @@ def test_where_nothing_whole_is_left_the_user_is_told_what_to_do(
         checkpoints_in(copied, world, model_folder).resume(trainer)
 
 
+def test_a_run_that_never_completed_a_checkpoint_begins_anew(
+    tmp_path: Path, world: World, model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "step_000001.writing").mkdir()
+    checkpoints, trainer = checkpoints_in(tmp_path, world, model_folder), new_trainer(world, model_folder)
+    assert checkpoints.resume(trainer) is None
+    assert "step_000001.writing: the save was interrupted" in capsys.readouterr().err
+    checkpoints.save(2, trainer, {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_000002"]
+
+
 def test_a_folder_without_checkpoints_is_a_new_run(tmp_path: Path, world: World, model_folder: Path) -> None:
     assert (
         checkpoints_in(tmp_path / "none", world, model_folder).resume(new_trainer(world, model_folder))
@@ -221,7 +232,9 @@ def test_nothing_that_a_checkpoint_names_is_run(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_model_survives_folder_to_checkpoint_to_folder_bit_for_bit(family: str, tmp_path: Path) -> None:
+def test_a_model_survives_folder_to_checkpoint_to_folder_bit_for_bit(
+    family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     source = save_family(family, tmp_path / "source")
     world = init_world()
     run = tmp_path / "run"
@@ -236,6 +249,8 @@ def test_a_model_survives_folder_to_checkpoint_to_folder_bit_for_bit(family: str
         ours, theirs = (load_file(folder / "model.safetensors") for folder in (target, source))
         assert set(ours) == set(theirs)
         assert all(torch.equal(weight, theirs[name]) for name, weight in ours.items())
+    assert main(["convert", "--from", str(run), "--to", str(tmp_path / "no"), "--fp8"]) == 2
+    assert "--fp8 does not go with a checkpoint" in capsys.readouterr().err
     assert (tmp_path / "export0" / "config.json").read_text() == (source / "config.json").read_text()
     with pytest.raises(UserError, match="exists already"):
         convert_checkpoint(run, tmp_path / "export0")
