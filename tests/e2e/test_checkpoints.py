@@ -22,6 +22,7 @@ from megatron_npr.config import BatchSettings, OptimizerSettings
 from megatron_npr.huggingface import read_model_config
 from megatron_npr.losses import sft_loss
 from megatron_npr.manifest import DamagedCheckpointError, file_sum, read_manifest, write_manifest
+from megatron_npr.memory_policy import optimizer_tensors
 from megatron_npr.parallel import World, init_world
 from megatron_npr.policy import build_policy, load_policy_weights
 from megatron_npr.trainer import Trainer
@@ -43,8 +44,8 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_family("qwen3 tied", tmp_path_factory.mktemp("model"))
 
 
-def new_trainer(world: World, model_folder: Path) -> Trainer:
-    policy = build_policy(read_model_config(model_folder), world)
+def new_trainer(world: World, model_folder: Path, dtype: torch.dtype = torch.float32) -> Trainer:
+    policy = build_policy(read_model_config(model_folder), world, dtype=dtype)
     load_policy_weights(policy, model_folder)
     return Trainer(
         policy,
@@ -200,6 +201,23 @@ def test_an_asynchronous_save_holds_the_state_of_its_own_step(
     resumed = new_trainer(world, model_folder)
     assert checkpoints_in(tmp_path, world, model_folder).resume(resumed) == (1, {})
     assert [step(resumed), step(resumed)] == uninterrupted
+
+
+@pytest.mark.parametrize("family", ["qwen3 tied", "qwen3_moe"])
+def test_sixteen_bit_training_resumes_bit_for_bit_with_its_fp32_weights(
+    family: str, tmp_path: Path, world: World
+) -> None:
+    source = save_family(family, tmp_path / "source")
+    trainer = new_trainer(world, source, torch.bfloat16)
+    checkpoints = checkpoints_in(tmp_path / "checkpoints", world, source)
+    step(trainer)
+    checkpoints.save(1, trainer, {})
+    uninterrupted = [step(trainer), step(trainer)]
+    resumed = new_trainer(world, source, torch.bfloat16)
+    assert checkpoints.resume(resumed) == (1, {})
+    assert [step(resumed), step(resumed)] == uninterrupted
+    for one, other in zip(optimizer_tensors(trainer), optimizer_tensors(resumed), strict=True):
+        assert torch.equal(one, other)
 
 
 class Hostile:
