@@ -21,6 +21,7 @@ from torch import Tensor
 
 from npr_ext import BranchLayout, TagIds, branch_layout
 from npr_ext.errors import UserError
+from npr_ext.layout import TILE, bucket_length
 
 ROW_MULTIPLE = 64
 
@@ -89,6 +90,14 @@ class PackedRow:
 
 
 @dataclass(frozen=True)
+class RankRows:
+    """The rows of one rank in a step; `imbalance`: attended pairs of the busiest data-parallel rank over their mean."""
+
+    rows: list[PackedRow]
+    imbalance: float
+
+
+@dataclass(frozen=True)
 class RowPlan:
     """Groups of sample indices that stand in one row; each group is one prompt segment and its responses."""
 
@@ -146,12 +155,17 @@ def _units(
     return units
 
 
-def row_length(plans: Sequence[RowPlan], multiple: int = 1) -> int:
-    """T for all rows of a step (pipeline stages exchange equal shapes): the fullest row, rounded up to a multiple of
-    `multiple` and of ROW_MULTIPLE."""
-    longest = max((plan.num_tokens for plan in plans), default=1)
+def row_length(plans: Sequence[RowPlan], bucket_of: int | None = None, *, multiple: int = 1) -> int:
+    """T for all rows of a step (pipeline stages exchange equal shapes): the fullest row, rounded up.
+
+    `bucket_of`: the largest row that may be; T is then one of few lengths below it, so that kernels which are compiled for a
+    shape (FlexAttention on a GPU) are compiled seldom. `multiple`: T is one of it, whatever else it is.
+    """
+    length = max((plan.num_tokens for plan in plans), default=1)
+    if bucket_of is not None:
+        length = min(bucket_length(length), -(-bucket_of // TILE) * TILE)
     step = math.lcm(ROW_MULTIPLE, multiple)
-    return -(-longest // step) * step
+    return -(-length // step) * step
 
 
 def pack_row(

@@ -64,7 +64,7 @@ class World:
         return self.pipeline_rank == self.pipeline_size - 1
 
 
-def check_sizes(world_size: int, *, tensor: int, pipeline: int, context: int, expert: int) -> None:
+def check_sizes(world_size: int, *, tensor: int, pipeline: int, context: int, expert: int = 1) -> None:
     """UserError unless tensor x pipeline x context divides the world, and expert the ranks of a pipeline stage."""
     model_size = tensor * pipeline * context
     if world_size % model_size:

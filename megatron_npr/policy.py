@@ -49,10 +49,10 @@ class PolicyChunk(GPTModel):
         self.rotary_pos_emb = LayoutRotaryEmbedding(model_config.head_dim, model_config.rope_theta)
 
     def logits(self, token_ids: Tensor, layout_5T: Tensor) -> Tensor:
-        """Vocab-parallel logits [1, T / cp, V / tp] of this rank's share (last stage); for tests and small models."""
+        """Vocab-parallel logits [1, T / cp, V / tp] of this rank's share (last stage); for tests and small models. With
+        experts, call it within `megatron_context`."""
         own = slice(*self._own_tokens(token_ids))
-        with megatron_context():
-            output: Tensor = self(token_ids[:, own], layout_5T[:1, own], layout_5T)
+        output: Tensor = self(token_ids[:, own], layout_5T[:1, own], layout_5T)
         return output
 
     def _own_tokens(self, token_ids: Tensor) -> tuple[int, int]:
@@ -93,8 +93,8 @@ class PolicyChunk(GPTModel):
             hidden_TBD = tensor_parallel.gather_from_sequence_parallel_region(hidden)
         else:
             hidden_TBD = tensor_parallel.copy_to_tensor_model_parallel_region(hidden)
-        # Megatron's shared_embedding_or_output_weight() gives the embedding on the first stage even where nothing is shared.
-        tied = self.model_config.tied_embeddings
+        # Untied, Megatron's method of that name gives the input embedding wherever this chunk has one.
+        tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
         first_row = self.world.tensor_rank * weight.shape[0]
         return token_log_probs(

@@ -72,6 +72,7 @@ def run(config: Stage1Config) -> None:
                     grad_norm=mean(report.grad_norm for report in reports),
                     clipped=mean(report.watched["clipped"] for report in reports),
                     train_seconds=sum(report.seconds for report in reports),
+                    imbalance=mean(report.imbalance for report in reports),
                     lr=learner.trainer.lr,
                     rollout_memory_gb=rollout_peak.gb,
                     train_memory_gb=train_peak.gb,

@@ -44,6 +44,7 @@ def run(config: Stage2Config) -> None:
                 loss=report.loss,
                 grad_norm=report.grad_norm,
                 train_seconds=report.seconds,
+                imbalance=report.imbalance,
                 lr=report.lr,
             )
     learner.export(config.run.dir / "model")

@@ -82,6 +82,7 @@ def run(config: Stage3Config) -> None:
                     grad_norm=report.grad_norm if report else float("nan"),
                     nll=report.watched["nll"] if report else float("nan"),
                     train_seconds=report.seconds if report else 0.0,
+                    imbalance=report.imbalance if report else float("nan"),
                     lr=learner.trainer.lr,
                     rollout_memory_gb=rollout_peak.gb,
                     train_memory_gb=train_peak.gb,

@@ -1,7 +1,7 @@
 """One optimizer step of the policy through Megatron's schedules, DDP and distributed optimizer.
 
-    TrainSample* ─► plan_rows ─► pack_row (a row = a micro-batch) ─► Megatron forward/backward schedule ─► one global
-    token mean (finalize_model_grads) ─► clip ─► distributed optimizer ─► StepReport
+    TrainSample* ─► plan_rows ─► share_rows ─► pack_row (a row = a micro-batch) ─► Megatron forward/backward schedule ─►
+    one global token mean (finalize_model_grads) ─► clip ─► distributed optimizer ─► StepReport
 
 Every rank is given the SAME list of samples and takes its data-parallel share of the rows, so the result does not depend on
 the layout of processes.
@@ -29,12 +29,13 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from numpy.typing import NDArray
 from torch import Tensor
 
+from megatron_npr.balance import attended_pairs, row_pairs, share_rows
 from megatron_npr.config import BatchSettings, OptimizerSettings
 from megatron_npr.context_parallel import shard_bounds
 from megatron_npr.linears import token_multiple
 from megatron_npr.losses import LossSum
 from megatron_npr.modules import LAYOUTS
-from megatron_npr.packing import PackedRow, RowPlan, TrainSample, pack_row, plan_rows, row_length
+from megatron_npr.packing import PackedRow, RankRows, RowPlan, TrainSample, pack_row, plan_rows, row_length
 from megatron_npr.parallel import World, megatron_context
 from megatron_npr.policy import Policy
 from npr_ext import TagIds
@@ -45,7 +46,8 @@ Objective = Callable[[Tensor, PackedRow], LossSum]
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one update did. `loss` and `watched` are means over the trained tokens of the global batch."""
+    """What one update did. `loss` and `watched` are means over the trained tokens of the global batch; `imbalance`: attended
+    pairs of the busiest data-parallel rank over their mean."""
 
     loss: float
     grad_norm: float
@@ -54,6 +56,7 @@ class StepReport:
     num_tokens: int
     num_rows: int
     seconds: float
+    imbalance: float
     watched: dict[str, float]
 
 
@@ -99,7 +102,8 @@ class Trainer:
         and cost nothing.
         """
         began = time.perf_counter()
-        rows = self.pack(samples, branching=branching)
+        packed = self.pack(samples, branching=branching)
+        rows = packed.rows
         totals = self.accumulate(rows, objective, idle_targets=idle_targets)
         with megatron_context():
             self.schedule.step(increment=1)
@@ -113,6 +117,7 @@ class Trainer:
             num_tokens=int(totals["tokens"]),
             num_rows=len(rows) * self.world.data_size,
             seconds=time.perf_counter() - began,
+            imbalance=packed.imbalance,
             watched={
                 name: totals[name] / count for name in totals if name not in ("loss", "targets", "tokens")
             },
@@ -123,25 +128,32 @@ class Trainer:
         """Learning rate of the latest update."""
         return float(max(group["lr"] for group in self.optimizer.param_groups))
 
-    def pack(self, samples: Sequence[TrainSample], *, branching: bool) -> list[PackedRow]:
+    def pack(self, samples: Sequence[TrainSample], *, branching: bool) -> RankRows:
         """This rank's rows, with the targets that it computes; every data-parallel rank gets equally many (the last may be
-        all padding)."""
-        plans = plan_rows(
-            samples, row_tokens=self.batch.micro_batch_tokens, share_prompts=self.batch.share_prompts
+        all padding) and nearly as many attended pairs."""
+        world, budget = self.world, self.batch.micro_batch_tokens
+        plans = plan_rows(samples, row_tokens=budget, share_prompts=self.batch.share_prompts)
+        length = row_length(
+            plans,
+            budget if world.device.type == "cuda" else None,
+            multiple=token_multiple(self.policy.config),
         )
-        length = row_length(plans, token_multiple(self.policy.config))
+        pairs = [attended_pairs(sample, self.tags, branching=branching) for sample in samples]
+        costs = [row_pairs(plan, samples, pairs, length=length) for plan in plans]
+        shares = share_rows(costs, world.data_size)
         # The interleaved schedule runs micro-batches in groups of as many as there are stages.
-        group = self.world.data_size * (self.world.pipeline_size if self.world.virtual_size > 1 else 1)
-        plans += [RowPlan((), 0)] * (-len(plans) % group)
-        mine = plans[self.world.data_rank :: self.world.data_size]
-        own_tokens = shard_bounds(length, self.world.context_rank, self.world.context_size)
+        group = world.pipeline_size if world.virtual_size > 1 else 1
+        count = -(-max(map(len, shares.rows)) // group) * group
+        mine = [plans[row] for row in shares.rows[world.data_rank]]
+        mine += [RowPlan((), 0)] * (count - len(mine))
         rows = [
             pack_row(samples, plan, length=length, tags=self.tags, branching=branching, pad_id=self.pad_id)
             for plan in mine
         ]
-        return (
-            rows if self.world.context_size == 1 else [row.with_predecessors_in(*own_tokens) for row in rows]
-        )
+        if world.context_size > 1:
+            own_tokens = shard_bounds(length, world.context_rank, world.context_size)
+            rows = [row.with_predecessors_in(*own_tokens) for row in rows]
+        return RankRows(rows, shares.imbalance)
 
     def accumulate(
         self, rows: Sequence[PackedRow], objective: Objective, *, idle_targets: int = 0
@@ -160,7 +172,7 @@ class Trainer:
 
     def log_probs(self, samples: Sequence[TrainSample], *, branching: bool) -> list[NDArray[np.float32]]:
         """Log-prob of every trained token under the current weights, NaN elsewhere; on every rank, in input order."""
-        rows = self.pack(samples, branching=branching)
+        rows = self.pack(samples, branching=branching).rows
         self.policy.eval()
         outputs = self._run(rows, _log_probs_of_row, forward_only=True)
         found: list[tuple[Tensor, Tensor, Tensor]] = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from megatron_npr.config import BatchSettings, OptimizerSettings
 from megatron_npr.huggingface import export_model, load_tokenizer, read_model_config
 from megatron_npr.packing import TrainSample
-from megatron_npr.parallel import World, init_world
+from megatron_npr.parallel import World, init_world, megatron_context
 from megatron_npr.policy import build_policy, load_policy_weights
 from megatron_npr.reshard import full_weights
 from megatron_npr.session import read_shards
@@ -85,16 +86,25 @@ def test_the_engine_in_float64_differs_from_transformers_only_by_rounding(
     assert float((engine_logits(model, token_ids) - exact).abs().max()) <= 1e-4
 
 
-def test_the_policys_logits_are_transformers_own_and_its_weights_come_back_bit_for_bit(
+def test_the_policys_logits_and_log_probs_are_transformers_own_and_its_weights_come_back_bit_for_bit(
     folder: Path, token_ids: Tensor, expected: Tensor, world: World, tmp_path: Path
 ) -> None:
     config = read_model_config(folder)
     policy = build_policy(config, world).eval()
     load_policy_weights(policy, folder)
     layout = branch_layout(token_ids, tags=TAGS, prompt_lengths=4, branching=False).as_tensor()
-    with torch.no_grad():
+    # Megatron's dispatcher of experts names CUDA; dense models run without the CPU runtime, and by torch's own products.
+    runtime = megatron_context() if config.num_experts else contextlib.nullcontext()
+    with torch.no_grad(), runtime:
         logits = policy.logits(token_ids[None], layout)[0]
     assert float((logits - expected).abs().max()) <= 1e-4
+    targets = torch.arange(4, len(token_ids))
+    with torch.no_grad(), megatron_context():
+        found = policy.chunks[0](
+            token_ids[None], layout[:1], layout, labels=token_ids[None], loss_mask=targets
+        )
+    wanted = expected.log_softmax(-1)[targets - 1, token_ids[targets]]
+    torch.testing.assert_close(found, wanted, rtol=0, atol=2e-4)
     export_model(full_weights(policy), config, folder, tmp_path / "again")
     ours, theirs = (load_file(place / "model.safetensors") for place in (tmp_path / "again", folder))
     assert set(ours) == set(theirs)

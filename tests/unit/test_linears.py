@@ -153,5 +153,5 @@ def test_rows_suit_fp8_gemms_on_every_rank(world: World) -> None:
     assert token_multiple(config) == 16
     config.context_parallel_size, config.tensor_model_parallel_size, config.sequence_parallel = 3, 4, True
     assert token_multiple(config) == 16 * 3 * 4
-    length = row_length([RowPlan((), 700)], token_multiple(config))
+    length = row_length([RowPlan((), 700)], multiple=token_multiple(config))
     assert length == 768 and length % 64 == 0
