@@ -109,24 +109,25 @@ class Checkpoints:
                 self._queue.maybe_finalize_async_calls(blocking=wait)
 
     def resume(self, trainer: Trainer) -> tuple[int, dict[str, Any]] | None:
-        """Restore the newest whole checkpoint in place; (step, progress), or None where there is none at all.
+        """Restore the newest whole checkpoint in place; (step, progress), or None where none was ever completed.
 
-        What is damaged or half written is named in a line and skipped. UserError where nothing whole is left.
+        What is damaged or half written is named in a line and skipped. UserError where all that were complete are damaged.
         """
-        skipped = [f"{path.name}: the save was interrupted" for path in self._folder.glob("step_*.writing")]
+        interrupted = sorted(self._folder.glob("step_*.writing"))
+        damaged: list[str] = []
         restored = None
         for path in self.candidates():
             try:
                 restored = self.load(path, trainer)
                 break
             except DamagedCheckpointError as error:
-                skipped.append(str(error))
+                damaged.append(str(error))
         if self._world.is_main:
-            for line in skipped:
+            for line in [f"{path.name}: the save was interrupted" for path in interrupted] + damaged:
                 print(f"npr: checkpoint skipped: {line}", file=sys.stderr, flush=True)
-        if skipped and restored is None:
+        if damaged and restored is None:
             raise UserError(
-                f"no whole checkpoint is left in {self._folder} ({skipped[0]}): restore one from a copy, "
+                f"no whole checkpoint is left in {self._folder} ({damaged[0]}): restore one from a copy, "
                 "or remove the folder and start again"
             )
         return restored
@@ -199,10 +200,10 @@ class Checkpoints:
         _sync_folder(self._folder)
 
     def _drop_old(self, newest: Path) -> None:
-        """Keep the last few. Those of later steps are of another history of the run and go first."""
+        """Keep the last few. Those of later steps are of another history of the run and go first; so do broken-off saves."""
         paths = (path for path in self._folder.glob("step_??????") if path.is_dir())
         order = sorted(paths, key=lambda path: (path.name <= newest.name, path.name))
-        for path in order[: -self._keep]:
+        for path in (*order[: -self._keep], *self._folder.glob("step_*.writing")):
             shutil.rmtree(path)
 
 

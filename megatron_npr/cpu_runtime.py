@@ -46,7 +46,8 @@ def _suits_linear(left: torch.Tensor, right: torch.Tensor) -> bool:
     return (
         right.dim() == 2
         and left.dim() >= 2
-        and right.shape[0] <= _LONGEST_SUM
+        and 0 < right.shape[0] <= _LONGEST_SUM  # 0: the weight gradient of an expert that got no token
+        and left.numel() > 0
         and not (torch.is_grad_enabled() and (left.requires_grad or right.requires_grad))
     )
 

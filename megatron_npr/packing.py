@@ -155,18 +155,17 @@ def _units(
     return units
 
 
-def row_length(plans: Sequence[RowPlan], *, multiple: int = 1, bucket_of: int | None = None) -> int:
-    """T for all rows of a step (pipeline stages exchange equal shapes): the fullest row, rounded up to a multiple of
-    `multiple` and of ROW_MULTIPLE.
+def row_length(plans: Sequence[RowPlan], bucket_of: int | None = None, *, multiple: int = 1) -> int:
+    """T for all rows of a step (pipeline stages exchange equal shapes): the fullest row, rounded up.
 
     `bucket_of`: the largest row that may be; T is then one of few lengths below it, so that kernels which are compiled for a
-    shape (FlexAttention on a GPU) are compiled seldom.
+    shape (FlexAttention on a GPU) are compiled seldom. `multiple`: T is one of it, whatever else it is.
     """
-    longest = max((plan.num_tokens for plan in plans), default=1)
+    length = max((plan.num_tokens for plan in plans), default=1)
     if bucket_of is not None:
-        longest = min(bucket_length(longest), -(-bucket_of // TILE) * TILE)
+        length = min(bucket_length(length), -(-bucket_of // TILE) * TILE)
     step = math.lcm(ROW_MULTIPLE, multiple)
-    return -(-longest // step) * step
+    return -(-length // step) * step
 
 
 def pack_row(

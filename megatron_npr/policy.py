@@ -93,8 +93,8 @@ class PolicyChunk(GPTModel):
             hidden_TBD = tensor_parallel.gather_from_sequence_parallel_region(hidden)
         else:
             hidden_TBD = tensor_parallel.copy_to_tensor_model_parallel_region(hidden)
-        # Megatron's shared_embedding_or_output_weight() gives the embedding on the first stage even where nothing is shared.
-        tied = self.model_config.tied_embeddings
+        # Untied, Megatron's method of that name gives the input embedding wherever this chunk has one.
+        tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
         first_row = self.world.tensor_rank * weight.shape[0]
         return token_log_probs(

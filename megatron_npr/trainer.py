@@ -135,8 +135,8 @@ class Trainer:
         plans = plan_rows(samples, row_tokens=budget, share_prompts=self.batch.share_prompts)
         length = row_length(
             plans,
+            budget if world.device.type == "cuda" else None,
             multiple=token_multiple(self.policy.config),
-            bucket_of=budget if world.device.type == "cuda" else None,
         )
         pairs = [attended_pairs(sample, self.tags, branching=branching) for sample in samples]
         costs = [row_pairs(plan, samples, pairs, length=length) for plan in plans]

@@ -22,6 +22,7 @@ from megatron_npr.config import BatchSettings, OptimizerSettings
 from megatron_npr.huggingface import read_model_config
 from megatron_npr.losses import sft_loss
 from megatron_npr.manifest import DamagedCheckpointError, file_sum, read_manifest, write_manifest
+from megatron_npr.memory_policy import optimizer_tensors
 from megatron_npr.parallel import World, init_world
 from megatron_npr.policy import build_policy, load_policy_weights
 from megatron_npr.trainer import Trainer
@@ -43,8 +44,8 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_family("qwen3 tied", tmp_path_factory.mktemp("model"))
 
 
-def new_trainer(world: World, model_folder: Path) -> Trainer:
-    policy = build_policy(read_model_config(model_folder), world)
+def new_trainer(world: World, model_folder: Path, dtype: torch.dtype = torch.float32) -> Trainer:
+    policy = build_policy(read_model_config(model_folder), world, dtype=dtype)
     load_policy_weights(policy, model_folder)
     return Trainer(
         policy,
@@ -145,6 +146,17 @@ def test_where_nothing_whole_is_left_the_user_is_told_what_to_do(
         checkpoints_in(copied, world, model_folder).resume(trainer)
 
 
+def test_a_run_that_never_completed_a_checkpoint_begins_anew(
+    tmp_path: Path, world: World, model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "step_000001.writing").mkdir()
+    checkpoints, trainer = checkpoints_in(tmp_path, world, model_folder), new_trainer(world, model_folder)
+    assert checkpoints.resume(trainer) is None
+    assert "step_000001.writing: the save was interrupted" in capsys.readouterr().err
+    checkpoints.save(2, trainer, {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_000002"]
+
+
 def test_a_folder_without_checkpoints_is_a_new_run(tmp_path: Path, world: World, model_folder: Path) -> None:
     assert (
         checkpoints_in(tmp_path / "none", world, model_folder).resume(new_trainer(world, model_folder))
@@ -191,6 +203,23 @@ def test_an_asynchronous_save_holds_the_state_of_its_own_step(
     assert [step(resumed), step(resumed)] == uninterrupted
 
 
+@pytest.mark.parametrize("family", ["qwen3 tied", "qwen3_moe"])
+def test_sixteen_bit_training_resumes_bit_for_bit_with_its_fp32_weights(
+    family: str, tmp_path: Path, world: World
+) -> None:
+    source = save_family(family, tmp_path / "source")
+    trainer = new_trainer(world, source, torch.bfloat16)
+    checkpoints = checkpoints_in(tmp_path / "checkpoints", world, source)
+    step(trainer)
+    checkpoints.save(1, trainer, {})
+    uninterrupted = [step(trainer), step(trainer)]
+    resumed = new_trainer(world, source, torch.bfloat16)
+    assert checkpoints.resume(resumed) == (1, {})
+    assert [step(resumed), step(resumed)] == uninterrupted
+    for one, other in zip(optimizer_tensors(trainer), optimizer_tensors(resumed), strict=True):
+        assert torch.equal(one, other)
+
+
 class Hostile:
     """Unpickled, it would make a folder."""
 
@@ -221,7 +250,9 @@ def test_nothing_that_a_checkpoint_names_is_run(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_model_survives_folder_to_checkpoint_to_folder_bit_for_bit(family: str, tmp_path: Path) -> None:
+def test_a_model_survives_folder_to_checkpoint_to_folder_bit_for_bit(
+    family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     source = save_family(family, tmp_path / "source")
     world = init_world()
     run = tmp_path / "run"
@@ -236,6 +267,8 @@ def test_a_model_survives_folder_to_checkpoint_to_folder_bit_for_bit(family: str
         ours, theirs = (load_file(folder / "model.safetensors") for folder in (target, source))
         assert set(ours) == set(theirs)
         assert all(torch.equal(weight, theirs[name]) for name, weight in ours.items())
+    assert main(["convert", "--from", str(run), "--to", str(tmp_path / "no"), "--fp8"]) == 2
+    assert "--fp8 does not go with a checkpoint" in capsys.readouterr().err
     assert (tmp_path / "export0" / "config.json").read_text() == (source / "config.json").read_text()
     with pytest.raises(UserError, match="exists already"):
         convert_checkpoint(run, tmp_path / "export0")

@@ -86,7 +86,7 @@ def test_the_engine_in_float64_differs_from_transformers_only_by_rounding(
     assert float((engine_logits(model, token_ids) - exact).abs().max()) <= 1e-4
 
 
-def test_the_policys_logits_are_transformers_own_and_its_weights_come_back_bit_for_bit(
+def test_the_policys_logits_and_log_probs_are_transformers_own_and_its_weights_come_back_bit_for_bit(
     folder: Path, token_ids: Tensor, expected: Tensor, world: World, tmp_path: Path
 ) -> None:
     config = read_model_config(folder)
@@ -98,6 +98,13 @@ def test_the_policys_logits_are_transformers_own_and_its_weights_come_back_bit_f
     with torch.no_grad(), runtime:
         logits = policy.logits(token_ids[None], layout)[0]
     assert float((logits - expected).abs().max()) <= 1e-4
+    targets = torch.arange(4, len(token_ids))
+    with torch.no_grad(), megatron_context():
+        found = policy.chunks[0](
+            token_ids[None], layout[:1], layout, labels=token_ids[None], loss_mask=targets
+        )
+    wanted = expected.log_softmax(-1)[targets - 1, token_ids[targets]]
+    torch.testing.assert_close(found, wanted, rtol=0, atol=2e-4)
     export_model(full_weights(policy), config, folder, tmp_path / "again")
     ours, theirs = (load_file(place / "model.safetensors") for place in (tmp_path / "again", folder))
     assert set(ours) == set(theirs)
