@@ -21,7 +21,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
 
-from megatron_npr.optimizer_state import allocate_optimizer_state, repaired_optimizer_state
+from megatron_npr.optimizer_state import allocate_optimizer_state, regrouped_state, repaired_optimizer_state
 from megatron_npr.parallel import World, megatron_context
 from megatron_npr.policy import PolicyChunk
 from megatron_npr.trainer import Trainer
@@ -98,7 +98,7 @@ class Checkpoints:
             for key, chunk in _chunks(trainer).items():
                 chunk.load_state_dict(state[key])
             with repaired_optimizer_state():
-                trainer.optimizer.load_state_dict(state["optimizer"])
+                trainer.optimizer.load_state_dict(regrouped_state(state["optimizer"], trainer.optimizer))
             trainer.schedule.load_state_dict(state["schedule"])
         torch.set_rng_state(state["torch_rng"])
         return int(manifest["step"]), manifest["progress"]
