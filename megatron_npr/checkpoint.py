@@ -38,7 +38,7 @@ from megatron_npr.manifest import (
     versions,
     write_manifest,
 )
-from megatron_npr.optimizer_state import allocate_optimizer_state, repaired_optimizer_state
+from megatron_npr.optimizer_state import allocate_optimizer_state, regrouped_state, repaired_optimizer_state
 from megatron_npr.parallel import World, megatron_context
 from megatron_npr.pickled_files import check_pickled_files
 from megatron_npr.policy import Policy, PolicyChunk
@@ -160,7 +160,7 @@ class Checkpoints:
             for key, chunk in _chunks(trainer.policy).items():
                 chunk.load_state_dict(state[key])
             with repaired_optimizer_state():
-                trainer.optimizer.load_state_dict(state["optimizer"])
+                trainer.optimizer.load_state_dict(regrouped_state(state["optimizer"], trainer.optimizer))
             trainer.schedule.load_state_dict(state["schedule"])
         torch.set_rng_state(state["torch_rng"])
         return manifest.step, dict(manifest.progress)

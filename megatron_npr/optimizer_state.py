@@ -70,6 +70,27 @@ def allocate_optimizer_state(optimizer: MegatronOptimizer) -> None:
                 state["step"].zero_()
 
 
+def regrouped_state(loaded: dict[Any, Any], optimizer: MegatronOptimizer) -> dict[Any, Any]:
+    """A loaded optimizer state for as many optimizers as this layout has.
+
+    Megatron keeps experts in an optimizer of their own under expert parallelism and in the common one without. Their tensors
+    are found by name either way; steps and groups are saved an optimizer, and are the same for both.
+    """
+    parts = optimizer.chained_optimizers
+    saved = [loaded[key] for key in (0, 1) if "optimizer" in loaded.get(key, {})] or [loaded]
+    if len(saved) == len(parts):
+        return loaded
+    made = {}
+    for number, part in enumerate(parts):
+        state = part.state_dict()
+        for group in state["optimizer"]["param_groups"]:
+            group["step"] = saved[0]["optimizer"]["param_groups"][0]["step"]
+        tensors = loaded if len(parts) == 1 else loaded[number]
+        kept = {"param_state_sharding_type": saved[0]["param_state_sharding_type"]}
+        made[number] = state | kept | {"param_state": tensors["param_state"]}
+    return made[0] if len(parts) == 1 else made
+
+
 def _padded(joined: torch.Tensor, buffer: Any) -> torch.Tensor:
     """Unpadded buckets end to end -> each at its own offset of the buffer."""
     padded = joined.new_zeros(buffer.numel)

@@ -55,6 +55,6 @@ def test_rows_in_buckets_hold_the_fullest_row_and_stay_within_the_budgets_tiles(
     samples: list[TrainSample], row_tokens: int
 ) -> None:
     plans = plan_rows(samples, row_tokens=row_tokens, share_prompts=True)
-    length = row_length(plans, bucket_of=row_tokens)
+    length = row_length(plans, row_tokens)
     assert length % 128 == 0
     assert max(plan.num_tokens for plan in plans) <= length < row_tokens + 128
