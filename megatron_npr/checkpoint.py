@@ -88,10 +88,13 @@ class Checkpoints:
                 content_metadata=_storable(metadata),
                 async_sharded_save=True,
             )
-            assert isinstance(request, AsyncRequest) and request.async_fn is not None
-            request = request._replace(
-                async_fn=partial(_write_and_sum, request.async_fn, staging, self._world.rank)
-            )
+            assert isinstance(request, AsyncRequest)
+            if (
+                request.async_fn is not None
+            ):  # a rank whose tensors others hold, too, may have nothing to write
+                request = request._replace(
+                    async_fn=partial(_write_and_sum, request.async_fn, staging, self._world.rank)
+                )
             unsummed = Manifest(
                 step, dataclasses.asdict(trainer.policy.model_config), self._config, progress, versions(), {}
             )
