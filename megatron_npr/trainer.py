@@ -138,8 +138,10 @@ class Trainer:
             budget if world.device.type == "cuda" else None,
             multiple=token_multiple(self.policy.config),
         )
-        pairs = [attended_pairs(sample, self.tags, branching=branching) for sample in samples]
-        costs = [row_pairs(plan, samples, pairs, length=length) for plan in plans]
+        costs = [1] * len(plans)
+        if world.data_size > 1:
+            pairs = [attended_pairs(sample, self.tags, branching=branching) for sample in samples]
+            costs = [row_pairs(plan, samples, pairs, length=length) for plan in plans]
         shares = share_rows(costs, world.data_size)
         # The interleaved schedule runs micro-batches in groups of as many as there are stages.
         group = world.pipeline_size if world.virtual_size > 1 else 1
