@@ -52,6 +52,7 @@ class Learner:
         num_updates: int,
         fp8: Fp8Settings = USUAL_FP8,
         memory: MemorySettings = USUAL_MEMORY,
+        late_gather: bool = False,
     ) -> None:
         self.session, self._every, self._memory = session, checkpoint.every, memory
         if session.model.dtype == "fp8":
@@ -76,6 +77,7 @@ class Learner:
             tags=session.vocabulary.tags,
             pad_id=session.pad_id,
             num_updates=num_updates,
+            late_gather=late_gather,
         )
         self.checkpoints = Checkpoints(
             session.run.dir / "checkpoints",
@@ -104,6 +106,7 @@ class Learner:
 
     def update_engine(self, engine: Backend) -> Exchanged:
         """After an optimizer step: the next rollout uses the new weights. Our engine reads the very tensors."""
+        self.trainer.gather()
         report = self.weights.update()
         engine.update_weights(self.weights.tensors, report.version)
         return report
@@ -116,6 +119,7 @@ class Learner:
                 stopping = stop.agreed()
                 due = self._every > 0 and (step + 1) % self._every == 0
                 if stopping or due or step + 1 == total:
+                    self.trainer.gather()
                     self.checkpoints.save(step + 1, self.trainer, {})
                 self.checkpoints.finish(wait=stopping or step + 1 == total)
                 if stopping and step + 1 < total:
@@ -123,6 +127,7 @@ class Learner:
 
     def export(self, target: Path) -> None:
         """Write the policy as a Hugging Face folder; collective."""
+        self.trainer.gather()
         full = full_weights(self.trainer.policy)
         if self.session.world.is_main:
             export_model(full, self.session.model_config, self.session.model.path, target)

@@ -55,6 +55,14 @@ class PolicyChunk(GPTModel):
         output: Tensor = self(token_ids[:, own], layout_5T[:1, own], layout_5T)
         return output
 
+    @property
+    def head_weight(self) -> Tensor:
+        """Rows of the vocabulary that the hidden states are multiplied with, [V / tp, D] (last stage)."""
+        # Untied, Megatron's method of that name gives the input embedding wherever this chunk has one.
+        tied = self.share_embeddings_and_output_weights
+        weight: Tensor = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        return weight
+
     def _own_tokens(self, token_ids: Tensor) -> tuple[int, int]:
         return shard_bounds(token_ids.shape[1], self.world.context_rank, self.world.context_size)
 
@@ -93,9 +101,7 @@ class PolicyChunk(GPTModel):
             hidden_TBD = tensor_parallel.gather_from_sequence_parallel_region(hidden)
         else:
             hidden_TBD = tensor_parallel.copy_to_tensor_model_parallel_region(hidden)
-        # Untied, Megatron's method of that name gives the input embedding wherever this chunk has one.
-        tied = self.share_embeddings_and_output_weights
-        weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        weight = self.head_weight
         first_row = self.world.tensor_rank * weight.shape[0]
         return token_log_probs(
             hidden_TBD[:, 0][predecessors],

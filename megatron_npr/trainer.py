@@ -37,7 +37,7 @@ from megatron_npr.losses import LossSum
 from megatron_npr.modules import LAYOUTS
 from megatron_npr.packing import PackedRow, RankRows, RowPlan, TrainSample, pack_row, plan_rows, row_length
 from megatron_npr.parallel import World, megatron_context
-from megatron_npr.policy import Policy
+from megatron_npr.policy import Policy, PolicyChunk
 from npr_ext import TagIds
 
 Objective = Callable[[Tensor, PackedRow], LossSum]
@@ -73,14 +73,23 @@ class Trainer:
         tags: TagIds,
         pad_id: int,
         num_updates: int,
+        late_gather: bool = False,
     ) -> None:
+        """`late_gather`: where communication overlaps, the next forward pass gathers the new weights, layer by layer; before
+        anything else reads them, call `gather`."""
         self.policy, self.world, self.batch, self.tags, self.pad_id = policy, world, batch, tags, pad_id
+        overlap = world.device.type == "cuda" if optimizer.overlap is None else optimizer.overlap
+        self._late_gather = late_gather and overlap
         with megatron_context():
             self.chunks = [
                 DistributedDataParallel(
                     config=policy.config,
                     ddp_config=DistributedDataParallelConfig(
-                        use_distributed_optimizer=True, grad_reduce_in_fp32=True, overlap_grad_reduce=False
+                        use_distributed_optimizer=True,
+                        grad_reduce_in_fp32=True,
+                        overlap_grad_reduce=overlap,
+                        overlap_param_gather=self._late_gather,
+                        bucket_size=optimizer.bucket_size,
                     ),
                     module=chunk,
                     disable_bucketing=number
@@ -88,10 +97,17 @@ class Trainer:
                 )
                 for number, chunk in enumerate(policy.chunks)
             ]
-            self.optimizer = _build_optimizer(self.chunks, policy, optimizer)
+            self.optimizer = _build_optimizer(self.chunks, policy, optimizer, late_gather=self._late_gather)
             self.schedule = _build_schedule(self.optimizer, optimizer, num_updates)
         policy.config.finalize_model_grads_func = finalize_model_grads
         policy.config.grad_scale_func = self.optimizer.scale_loss
+        if overlap:  # gradients travel in the last micro-batch's backward pass
+            policy.config.no_sync_func = [chunk.no_sync for chunk in self.chunks]
+            if len(self.chunks) == 1:
+                (policy.config.no_sync_func,) = policy.config.no_sync_func
+        if self._late_gather:
+            for wrapped, chunk in zip(self.chunks, policy.chunks, strict=True):
+                _gather_head_in_time(wrapped, chunk)
 
     def step(
         self, samples: Sequence[TrainSample], objective: Objective, *, branching: bool, idle_targets: int = 0
@@ -122,6 +138,13 @@ class Trainer:
                 name: totals[name] / count for name in totals if name not in ("loss", "targets", "tokens")
             },
         )
+
+    def gather(self) -> None:
+        """The new weights are whole on every rank; collective. Needed with `late_gather` alone."""
+        if self._late_gather:
+            with megatron_context():
+                for chunk in self.chunks:
+                    chunk.start_param_sync(force_sync=True)
 
     @property
     def lr(self) -> float:
@@ -174,6 +197,7 @@ class Trainer:
 
     def log_probs(self, samples: Sequence[TrainSample], *, branching: bool) -> list[NDArray[np.float32]]:
         """Log-prob of every trained token under the current weights, NaN elsewhere; on every rank, in input order."""
+        self.gather()
         rows = self.pack(samples, branching=branching).rows
         self.policy.eval()
         outputs = self._run(rows, _log_probs_of_row, forward_only=True)
@@ -262,8 +286,15 @@ def _log_probs_of_row(log_probs: Tensor, row: PackedRow) -> tuple[Tensor, Tensor
     return log_probs.sum(), count, {"log_probs": log_probs.detach()}
 
 
+def _gather_head_in_time(wrapped: DistributedDataParallel, chunk: PolicyChunk) -> None:
+    """Log-probs read the head's weight itself, so Megatron's hook on its module does not wait for it."""
+    if chunk.post_process:
+        group = wrapped.param_to_bucket_group[chunk.head_weight]
+        chunk.decoder.final_layernorm.register_forward_pre_hook(lambda *_: group.finish_param_sync())
+
+
 def _build_optimizer(
-    chunks: list[torch.nn.Module], policy: Policy, settings: OptimizerSettings
+    chunks: list[torch.nn.Module], policy: Policy, settings: OptimizerSettings, *, late_gather: bool
 ) -> MegatronOptimizer:
     config = OptimizerConfig(
         optimizer="adam",
@@ -275,6 +306,7 @@ def _build_optimizer(
         adam_eps=settings.eps,
         clip_grad=settings.grad_clip,
         use_distributed_optimizer=True,
+        overlap_param_gather=late_gather,
         bf16=policy.config.bf16,
         params_dtype=policy.config.params_dtype,
     )

@@ -160,6 +160,14 @@ class OptimizerSettings(Section):
     beta2: Fraction = Field(0.999, description="decay of the second moment")
     eps: PositiveFloat = Field(1e-8, description="added to the root of the second moment")
     grad_clip: NonNegativeFloat = Field(1.0, description="largest global gradient norm; 0 = off")
+    overlap: bool | None = Field(
+        None,
+        description="reduce gradients, and in stage 2 gather weights, beside the computation; unset: on a GPU",
+    )
+    bucket_size: PositiveInt | None = Field(
+        None,
+        description="parameters that travel together where communication overlaps; unset: Megatron's choice",
+    )
 
     @model_validator(mode="after")
     def _decay_goes_down(self) -> "OptimizerSettings":
