@@ -1,10 +1,16 @@
 """What all tests share: the skip rules of the markers, the folder of the `shared` ones, how hypothesis judges."""
 
+from __future__ import annotations
+
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+if TYPE_CHECKING:
+    from megatron_npr.parallel import World
 
 # As `make test` sets it: small tensors gain nothing from a second thread, threads that wait for a busy core lose much,
 # and the model that the engine's tests train has the same weights everywhere. Tests of threads set their number.
@@ -38,15 +44,32 @@ def shared_folder() -> Path:
     return SHARED
 
 
+@pytest.fixture(scope="module")
+def world() -> World:
+    """Of this process alone. Left open: Megatron's groups are made once a process."""
+    from megatron_npr.parallel import init_world
+
+    return init_world()
+
+
 @pytest.fixture(scope="session")
-def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SmolLM2-135M-Instruct as a Hugging Face folder with the tags; skips where its packages are missing."""
-    from megatron_npr.convert import convert_gguf
+def smollm2_gguf() -> Path:
+    """SmolLM2-135M-Instruct as the GGUF file of its package; skips where the packages of the extra smollm2 are missing."""
+    from megatron_npr.gguf_file import find_gguf
     from npr_ext.errors import UserError
 
-    folder = tmp_path_factory.mktemp("smollm2") / "model"
+    pytest.importorskip("gguf", reason="gguf is not installed (extra smollm2)")
     try:
-        convert_gguf("smollm2", folder)
+        return find_gguf("smollm2")
     except UserError as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same as a Hugging Face folder with the tags."""
+    from megatron_npr.convert import convert_gguf
+
+    folder = tmp_path_factory.mktemp("smollm2") / "model"
+    convert_gguf(str(smollm2_gguf), folder)
     return folder

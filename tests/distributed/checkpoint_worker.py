@@ -1,7 +1,8 @@
-"""One process of a run that is stopped and resumed under another layout; the losses after that as JSON from rank 0.
+"""One process of a run that is stopped and resumed under another layout; as JSON the figures of the two steps after that.
 
-Started by `test_checkpoint_layouts.py` through torchrun: checkpoint_worker.py TP PP FOLDER OUT. Without a checkpoint in the
-folder it trains three steps and saves one; with one it resumes; then it takes two more steps.
+Started by `test_checkpoint_layouts.py`: checkpoint_worker.py PARALLEL MODEL CHECKPOINTS OUT, where PARALLEL is the JSON of
+`[parallel]`. Without a checkpoint in the folder it trains three steps and saves one; with one it resumes; then it takes two
+more steps.
 """
 
 from __future__ import annotations
@@ -12,53 +13,39 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from parity_worker import TAGS, branching_samples
 
 from megatron_npr.checkpoint import Checkpoints
-from megatron_npr.config import BatchSettings, OptimizerSettings
-from megatron_npr.huggingface import read_model_config
-from megatron_npr.losses import sft_loss
+from megatron_npr.config import OptimizerSettings, ParallelSettings
 from megatron_npr.parallel import World, world_of
-from megatron_npr.policy import build_policy, load_policy_weights
-from megatron_npr.trainer import Trainer
+from tests.training import axes, new_trainer, step
+
+OPTIMIZER = OptimizerSettings(lr=1e-2, schedule="cosine", warmup_steps=2)
+PROGRESS = {"cursor": 18}
 
 
-def losses(world: World, folder: Path) -> list[float]:
-    """Of the two steps after the checkpoint."""
-    policy = build_policy(read_model_config(folder), world)
-    load_policy_weights(policy, folder)
-    trainer = Trainer(
-        policy,
-        world,
-        optimizer=OptimizerSettings(lr=1e-2, schedule="cosine", warmup_steps=2),
-        batch=BatchSettings(micro_batch_tokens=128),
-        tags=TAGS,
-        pad_id=0,
-        num_updates=10,
-    )
-    checkpoints = Checkpoints(folder / "checkpoints", world, keep=2, model_folder=folder, config={})
-
-    def step() -> float:
-        samples = branching_samples()
-        return trainer.step(samples, lambda lp, row: sft_loss(lp), branching=True).loss
-
+def figures(
+    world: World, parallel: ParallelSettings, model: Path, folder: Path
+) -> list[tuple[float, float, float]]:
+    """Loss, gradient norm and rate of the two steps after the checkpoint."""
+    trainer = new_trainer(world, model, optimizer=OPTIMIZER, parallel=parallel)
+    checkpoints = Checkpoints(folder, world, keep=2, model_folder=model, config={})
     restored = checkpoints.resume(trainer)
     if restored is None:
         for _ in range(3):
-            step()
-        checkpoints.save(3, trainer, {"cursor": 18})
+            step(trainer)
+        checkpoints.save(3, trainer, PROGRESS)
     else:
-        assert restored == (3, {"cursor": 18})
-    return [step(), step()]
+        assert restored == (3, PROGRESS)
+    return [step(trainer), step(trainer)]
 
 
 def main() -> None:
-    """Train in one world and write rank 0's figures."""
+    parallel = ParallelSettings(**json.loads(sys.argv[1]))
     torch.set_num_threads(1)
-    with world_of(tensor=int(sys.argv[1]), pipeline=int(sys.argv[2])) as world:
-        figures = losses(world, Path(sys.argv[3]))
+    with world_of(**axes(parallel)) as world:
+        found = figures(world, parallel, Path(sys.argv[2]), Path(sys.argv[3]))
         if world.is_main:
-            Path(sys.argv[4]).write_text(json.dumps(figures))
+            Path(sys.argv[4]).write_text(json.dumps(found))
         dist.barrier()
 
 

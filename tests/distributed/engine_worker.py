@@ -1,6 +1,6 @@
 """One rank of a tensor-parallel engine; rank 0 writes the rollouts as JSON.
 
-Started by `test_engine_tensor_parallel.py` through torchrun: engine_worker.py WEIGHTS OUT
+Started by `test_engine_tensor_parallel.py`: engine_worker.py WEIGHTS OUT
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """One process of a world that holds each model of a list: logits against transformers', weights gathered again.
 
-Started by `test_model_families.py` through torchrun: family_worker.py TP PP OUT FOLDER...
+Started by `test_model_families.py`: family_worker.py TP PP FOLDER... OUT
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from parity_worker import logits_difference
 from safetensors.torch import load_file
 
 from megatron_npr.config import ParallelSettings
@@ -19,6 +18,7 @@ from megatron_npr.huggingface import export_tensors, read_model_config
 from megatron_npr.parallel import World, world_of
 from megatron_npr.policy import build_policy, load_policy_weights
 from megatron_npr.reshard import full_weights
+from tests.distributed.parity_worker import logits_difference
 
 
 def measure(world: World, folder: Path) -> dict[str, float]:
@@ -41,9 +41,9 @@ def main() -> None:
     """Measure all folders in one world and write rank 0's figures."""
     torch.set_num_threads(1)
     with world_of(tensor=int(sys.argv[1]), pipeline=int(sys.argv[2])) as world:
-        figures = [measure(world, Path(folder)) for folder in sys.argv[4:]]
+        figures = [measure(world, Path(folder)) for folder in sys.argv[3:-1]]
         if world.is_main:
-            Path(sys.argv[3]).write_text(json.dumps(figures))
+            Path(sys.argv[-1]).write_text(json.dumps(figures))
         dist.barrier()
 
 

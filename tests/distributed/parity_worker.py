@@ -1,7 +1,7 @@
 """One process of a parity world: the same model, batch and updates under any layout; figures as JSON from rank 0.
 
-Started by `test_parallel_parity.py` through torchrun: parity_worker.py TABLES FOLDER OUT, where TABLES is the JSON of
-`[parallel]` and `[model] recompute`.
+Started by `test_parallel_parity.py`: parity_worker.py TABLES FOLDER OUT, where TABLES is the JSON of `[parallel]` and
+`[model] recompute`.
 """
 
 from __future__ import annotations
@@ -28,33 +28,8 @@ from megatron_npr.parallel import World, megatron_context, world_of
 from megatron_npr.policy import build_policy, load_policy_weights
 from megatron_npr.reshard import full_weights
 from megatron_npr.trainer import Trainer
-from npr_ext import TagIds, branch_layout
-
-TAGS = TagIds(*range(2, 10))
-
-
-def branching_samples() -> list[TrainSample]:
-    """Six responses with one block of two to three branches each, three prompts."""
-    rng = np.random.default_rng(5)
-
-    def text(count: int) -> list[int]:
-        return [int(token) for token in rng.integers(12, 96, count)]
-
-    samples = []
-    for index in range(6):
-        prompt = np.array([11, 20 + index // 2, 30, 10], np.int32)
-        branches = 2 + index % 2
-        response = [TAGS.guideline]
-        for _ in range(branches):
-            response += [TAGS.plan, *text(3), TAGS.plan_end]
-        response += [TAGS.guideline_end]
-        for branch in range(branches):
-            response += [10, TAGS.step, *text(4 + 3 * branch), TAGS.step_end]
-        response += [10, TAGS.takeaway, *text(4), TAGS.takeaway_end, *text(3), 1]
-        ids = np.array(response, np.int32)
-        trained = rng.random(len(ids)) > 0.1
-        samples.append(TrainSample(prompt, ids, trained, np.zeros(len(ids), np.float32), float(rng.normal())))
-    return samples
+from npr_ext import branch_layout
+from tests.training import TAGS, axes, branching_samples
 
 
 def measure(world: World, folder: Path, parallel: ParallelSettings, recompute: Recompute) -> dict[str, Any]:
@@ -175,13 +150,7 @@ def main() -> None:
     tables, folder, out = json.loads(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
     parallel = ParallelSettings(**tables["parallel"])
     torch.set_num_threads(1)
-    with world_of(
-        tensor=parallel.tp,
-        pipeline=parallel.pp,
-        context=parallel.cp,
-        virtual=parallel.vpp,
-        expert=parallel.ep,
-    ) as world:
+    with world_of(**axes(parallel)) as world:
         figures = measure(world, folder, parallel, tables["recompute"])
         if world.is_main:
             out.write_text(json.dumps(figures))

@@ -1,9 +1,9 @@
 """One process of a world that walks through layouts: the engine's logits over the trainer's weights, before and after an
 update.
 
-Started by `test_resharding_into_the_engine.py` through torchrun: reshard_worker.py CASES FOLDER OUT, where CASES is JSON
-[[[parallel], rollout.tp, rollout.ep], ...]. FOLDER/expected.pt holds token ids, the logits over them, and those after
-`GROWTH`.
+Started by `test_resharding_into_the_engine.py`: reshard_worker.py CASES FOLDER OUT, where CASES is JSON:
+[{"parallel": {...}, "tp": engine's, "ep": engine's}, ...]. FOLDER/expected.pt holds token ids, the logits over them, and
+those after `GROWTH`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from megatron_npr.policy import build_policy, load_policy_weights, local_weights
 from megatron_npr.reshard import EngineWeights
 from npr_engine.model import InferenceModel
 from tests.engine_logits import engine_logits
+from tests.training import axes
 
 GROWTH = 1.25
 """The "training step" of every case: all weights times this."""
@@ -39,13 +40,7 @@ def walk(case: dict[str, Any], folder: Path, expected: tuple[Tensor, Tensor, Ten
     """Largest relative logit error of any rank before and after the update, and the bytes that the update moved in all."""
     token_ids, before, after = expected
     parallel = ParallelSettings(**case["parallel"])
-    world = init_world(
-        tensor=parallel.tp,
-        pipeline=parallel.pp,
-        context=parallel.cp,
-        virtual=parallel.vpp,
-        expert=parallel.ep,
-    )
+    world = init_world(**axes(parallel))
     config = read_model_config(folder)
     policy = build_policy(config, world, parallel=parallel)
     load_policy_weights(policy, folder)

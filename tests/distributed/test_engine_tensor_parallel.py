@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,8 +12,8 @@ import torch
 
 from npr_engine.model import ModelConfig
 from npr_engine.testing import PIECES, block, encode
+from tests.distributed.launch import run_worker
 
-WORKER = Path(__file__).with_name("engine_worker.py")
 CONFIG = ModelConfig(
     num_layers=2,
     hidden_size=32,
@@ -63,33 +60,17 @@ def random_weights() -> dict[str, torch.Tensor]:
     return weights
 
 
-def rollouts(processes: int, folder: Path) -> list[Any]:
-    out = folder / f"{processes}.json"
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={processes}",
-    ]
-    result = subprocess.run(
-        [*launcher, str(WORKER), str(folder / "weights.pt"), str(out)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    loaded: list[Any] = json.loads(out.read_text())
-    return loaded
+def rollouts(processes: int, weights: Path) -> list[Any]:
+    found: list[Any] = json.loads(run_worker("engine_worker", (weights,), processes))
+    return found
 
 
 def test_two_ranks_decode_what_one_decodes(tmp_path: Path) -> None:
     assert CONFIG.vocab_size % 2, "the vocabulary has to be padded"
     prompts = [encode("ab"), encode("<guideline>\n<plan>1: a</plan>\n"), encode("12+3=")] * 4
-    torch.save((CONFIG, random_weights(), prompts), tmp_path / "weights.pt")
-    one, two = rollouts(1, tmp_path), rollouts(2, tmp_path)
+    weights = tmp_path / "weights.pt"
+    torch.save((CONFIG, random_weights(), prompts), weights)
+    one, two = rollouts(1, weights), rollouts(2, weights)
     for (tokens, logprobs, reason), (tokens2, logprobs2, reason2) in zip(one, two, strict=True):
         assert (tokens, reason) == (tokens2, reason2)
         np.testing.assert_allclose(logprobs, logprobs2, atol=1e-6)

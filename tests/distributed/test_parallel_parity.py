@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from tests.distributed.launch import run_worker
 from tests.families import save_family
 
-WORKER = Path(__file__).with_name("parity_worker.py")
+Measure = Callable[[str], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,6 @@ LAYOUTS = {
     "dp2": Case(2, {}),
     "full recompute": Case(1, {}, "full"),
     "cp2 with full recompute": Case(2, {"cp": 2}, "full"),
-}
-EXPERT_LAYOUTS = {
     "experts on one process": Case(1, {}, model="moe"),
     "ep2": Case(2, {"ep": 2}, model="moe"),
 }
@@ -64,6 +62,8 @@ SLOW_LAYOUTS = {
     "pp2 x ep2": Case(4, {"pp": 2, "ep": 2}, model="moe"),
     "ep2 x dp2": Case(4, {"ep": 2}, model="moe"),
 }
+CASES = LAYOUTS | SLOW_LAYOUTS
+REFERENCES = {"dense": "one process", "moe": "experts on one process"}
 
 
 @pytest.fixture(scope="session")
@@ -99,38 +99,24 @@ def folders(tiny_folder: Path, experts_folder: Path) -> dict[str, Path]:
     return {"dense": tiny_folder, "moe": experts_folder}
 
 
-def measure(name: str, case: Case, folder: Path) -> dict[str, Any]:
-    out = folder / f"{name.replace(' ', '_')}.json"
-    if not out.exists():
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc-per-node={case.processes}",
-        ]
+@pytest.fixture(scope="session")
+def measure(folders: dict[str, Path]) -> Measure:
+    """Figures of a layout by its name; each is measured once, for all are held against one process."""
+
+    @cache
+    def measured(name: str) -> dict[str, Any]:
+        case = CASES[name]
         tables = json.dumps({"parallel": case.parallel, "recompute": case.recompute})
-        arguments = [str(WORKER), tables, str(folder), str(out)]
-        result = subprocess.run(
-            command + arguments,
-            capture_output=True,
-            check=False,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            timeout=300,
+        figures: dict[str, Any] = json.loads(
+            run_worker("parity_worker", (tables, folders[case.model]), case.processes)
         )
-        assert result.returncode == 0, result.stderr[-3000:]
-    figures: dict[str, Any] = json.loads(out.read_text())
-    return figures
+        return figures
+
+    return measured
 
 
-REFERENCES = {"dense": "one process", "moe": "experts on one process"}
-
-
-def assert_equal_figures(name: str, case: Case, folders: dict[str, Path]) -> None:
-    folder, alone = folders[case.model], REFERENCES[case.model]
-    reference = measure(alone, (LAYOUTS | EXPERT_LAYOUTS)[alone], folder)
-    figures = measure(name, case, folder)
+def assert_equal_figures(name: str, measure: Measure) -> None:
+    reference, figures = measure(REFERENCES[CASES[name].model]), measure(name)
     assert figures["resume"] == 0.0, "a resumed run equals the uninterrupted one bit for bit"
     for key, expected in reference.items():
         if key.endswith("log_probs"):
@@ -142,19 +128,19 @@ def assert_equal_figures(name: str, case: Case, folders: dict[str, Path]) -> Non
             np.testing.assert_allclose(figures[key], expected, rtol=1e-5, err_msg=f"{name}: {key}")
 
 
-@pytest.mark.parametrize("name", LAYOUTS | EXPERT_LAYOUTS)
-def test_loss_gradient_and_updates_equal_one_process_under(name: str, folders: dict[str, Path]) -> None:
-    assert_equal_figures(name, (LAYOUTS | EXPERT_LAYOUTS)[name], folders)
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_loss_gradient_and_updates_equal_one_process_under(name: str, measure: Measure) -> None:
+    assert_equal_figures(name, measure)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SLOW_LAYOUTS)
-def test_loss_gradient_and_updates_equal_one_process_under_more(name: str, folders: dict[str, Path]) -> None:
-    assert_equal_figures(name, SLOW_LAYOUTS[name], folders)
+def test_loss_gradient_and_updates_equal_one_process_under_more(name: str, measure: Measure) -> None:
+    assert_equal_figures(name, measure)
 
 
-def test_shared_prompts_give_the_figures_of_unshared_ones(tiny_folder: Path) -> None:
-    figures = measure("one process", LAYOUTS["one process"], tiny_folder)
+def test_shared_prompts_give_the_figures_of_unshared_ones(measure: Measure) -> None:
+    figures = measure("one process")
     for objective in ("sft", "papo"):
         for figure in ("loss", "grad_norm"):
             np.testing.assert_allclose(

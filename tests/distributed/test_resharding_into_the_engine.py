@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +12,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.distributed.launch import run_worker
 from tests.distributed.reshard_worker import GROWTH
 from tests.families import save_family
-
-WORKER = Path(__file__).with_name("reshard_worker.py")
 
 
 def case(engine_tp: int, engine_ep: int = 1, **parallel: int | bool) -> dict[str, Any]:
@@ -53,8 +49,11 @@ def everything(experts: bool) -> dict[str, dict[str, Any]]:
     ):
         if engine_tp % engine_ep:
             continue
-        # In place: the same cut of attention, all layers, and experts that lie alike (a trainer's are never cut).
-        alike = engine_tp == tp and pp == 1 and (not experts or engine_ep == ep == engine_tp)
+        # In place: the same cut of attention, all layers, and experts of the engine that the same rank trains: whole ones
+        # (a trainer's are never cut), one share of them or a part of its share.
+        alike = (
+            engine_tp == tp and pp == 1 and (not experts or (engine_ep == engine_tp and engine_ep % ep == 0))
+        )
         name = f"{'zero copy: ' if alike else ''}tp{tp} pp{pp} vpp{vpp} ep{ep} to tp{engine_tp} ep{engine_ep}"
         cases[name] = case(
             engine_tp, engine_ep, tp=tp, pp=pp, vpp=vpp, ep=ep, sequence_parallel=experts and tp > 1
@@ -77,18 +76,8 @@ def expected_logits(folder: Path) -> None:
 def walk(cases: dict[str, dict[str, Any]], processes: int, folder: Path) -> dict[str, dict[str, Any]]:
     """Figures of each case; one world for all."""
     expected_logits(folder)
-    out = folder / "figures.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    done = subprocess.run(
-        [*command, str(WORKER), json.dumps(list(cases.values())), str(folder), str(out)],
-        capture_output=True,
-        check=False,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-        timeout=800,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return dict(zip(cases, json.loads(out.read_text()), strict=True))
+    said = run_worker("reshard_worker", (json.dumps(list(cases.values())), folder), processes, timeout=800)
+    return dict(zip(cases, json.loads(said), strict=True))
 
 
 def check(figures: dict[str, dict[str, Any]]) -> None:

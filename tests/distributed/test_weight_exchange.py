@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -18,14 +17,13 @@ from hypothesis import strategies as st
 from megatron_npr.resharding import for_replica, plan
 from megatron_npr.resharding.exchange import checksum
 from tests.distributed.exchange_worker import CASES, WORLDS
+from tests.distributed.launch import worker_command, worker_environment
 
-WORKER = Path(__file__).with_name("exchange_worker.py")
-ROOT = Path(__file__).parents[2]
 WORLD = 4
 
 
 @dataclass(frozen=True)
-class World:
+class Outcome:
     """What four processes did: exit codes, figures of the walk through the cases, figures after rank 1 was lost."""
 
     codes: list[int]
@@ -34,17 +32,16 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return run_world(WORLD, tmp_path_factory.mktemp("world"))
+def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    return run_world(WORLD, tmp_path_factory.mktemp("outcome"))
 
 
-def run_world(size: int, folder: Path) -> World:
-    paths = [str(ROOT), str(ROOT / "engine"), str(ROOT / "cuda_ext")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+def run_world(size: int, folder: Path) -> Outcome:
+    # Not torchrun, which ends the others when one of them dies.
     processes = [
         subprocess.Popen(
-            [sys.executable, str(WORKER), str(rank), str(size), str(folder)],
-            env=environment,
+            [sys.executable, *worker_command("exchange_worker"), str(rank), str(size), str(folder)],
+            env=worker_environment(),
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -58,24 +55,24 @@ def run_world(size: int, folder: Path) -> World:
 
     walked = read("walk")
     assert len(walked) == size, messages[0][-3000:]
-    return World([process.returncode for process in processes], walked, read("lost"))
+    return Outcome([process.returncode for process in processes], walked, read("lost"))
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_rank_of_the_engine_holds_the_trainers_numbers_after_each_update(
-    case: str, world: World
+    case: str, outcome: Outcome
 ) -> None:
     for rank in range(WORLD):
-        assert world.walked[rank][case]["errors"] == [0.0, 0.0, 0.0]
+        assert outcome.walked[rank][case]["errors"] == [0.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_bytes_moved_are_those_of_the_plan(case: str, world: World) -> None:
+def test_the_bytes_moved_are_those_of_the_plan(case: str, outcome: Outcome) -> None:
     planned = plan(*CASES[case])
     replicas = [for_replica(planned, replica) for replica in range(planned.num_replicas)]
     sent, received, copied, in_place = (
         sum(column)
-        for column in zip(*(world.walked[rank][case]["moved"] for rank in range(WORLD)), strict=True)
+        for column in zip(*(outcome.walked[rank][case]["moved"] for rank in range(WORLD)), strict=True)
     )
     assert sent == received == 4 * sum(each.elements_sent for each in replicas)
     everything = 4 * sum(each.elements_copied + each.elements_aliased for each in replicas)
@@ -84,27 +81,27 @@ def test_the_bytes_moved_are_those_of_the_plan(case: str, world: World) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_stale_and_torn_versions_are_refused(case: str, world: World) -> None:
+def test_stale_and_torn_versions_are_refused(case: str, outcome: Outcome) -> None:
     for rank in range(WORLD):
-        stale, torn = world.walked[rank][case]["refused"]
+        stale, torn = outcome.walked[rank][case]["refused"]
         assert stale == "weights of version 5 are stale: the engine has version 5"
         assert torn == "torn update: ranks bring versions 6 to 9 to engines at 5 to 5"
-        assert world.walked[rank][case]["version"] == 5
+        assert outcome.walked[rank][case]["version"] == 5
 
 
-def test_a_sender_that_dies_in_an_update_leaves_the_engine_on_the_old_version(world: World) -> None:
-    assert world.codes == [0, 17, 0, 0] and set(world.lost) == {0, 2, 3}
-    for found in world.lost.values():
+def test_a_sender_that_dies_in_an_update_leaves_the_engine_on_the_old_version(outcome: Outcome) -> None:
+    assert outcome.codes == [0, 17, 0, 0] and set(outcome.lost) == {0, 2, 3}
+    for found in outcome.lost.values():
         assert found["version"] == 1 and found["difference"] == 0.0
         assert "update 2 broke off, version 1 stays" in found["error"]
 
 
 @pytest.mark.slow
 def test_eight_processes_walk_through_every_combination_of_layouts(tmp_path: Path) -> None:
-    world = run_world(8, tmp_path)
-    assert world.codes == [0] * 8 and len(WORLDS[8]) == 81
+    outcome = run_world(8, tmp_path)
+    assert outcome.codes == [0] * 8 and len(WORLDS[8]) == 81
     for rank in range(8):
-        assert {case: found["errors"] for case, found in world.walked[rank].items()} == {
+        assert {case: found["errors"] for case, found in outcome.walked[rank].items()} == {
             case: [0.0, 0.0, 0.0] for case in WORLDS[8]
         }
 

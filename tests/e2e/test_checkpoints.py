@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,48 +17,19 @@ from safetensors.torch import load_file
 from megatron_npr.checkpoint import Checkpoints
 from megatron_npr.checkpoint_export import convert_checkpoint
 from megatron_npr.cli import main
-from megatron_npr.config import BatchSettings, OptimizerSettings
-from megatron_npr.huggingface import read_model_config
-from megatron_npr.losses import sft_loss
 from megatron_npr.manifest import DamagedCheckpointError, file_sum, read_manifest, write_manifest
 from megatron_npr.memory_policy import optimizer_tensors
 from megatron_npr.parallel import World, init_world
-from megatron_npr.policy import build_policy, load_policy_weights
-from megatron_npr.trainer import Trainer
 from npr_ext.errors import UserError
-from tests.distributed.parity_worker import TAGS, branching_samples
 from tests.families import FAMILIES, save_family
+from tests.training import new_trainer, step
 
 STEPS = (1, 2, 3)
 
 
 @pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    """Left open: Megatron's groups are made once a process."""
-    return init_world()
-
-
-@pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_family("qwen3 tied", tmp_path_factory.mktemp("model"))
-
-
-def new_trainer(world: World, model_folder: Path, dtype: torch.dtype = torch.float32) -> Trainer:
-    policy = build_policy(read_model_config(model_folder), world, dtype=dtype)
-    load_policy_weights(policy, model_folder)
-    return Trainer(
-        policy,
-        world,
-        optimizer=OptimizerSettings(lr=1e-2),
-        batch=BatchSettings(micro_batch_tokens=128),
-        tags=TAGS,
-        pad_id=0,
-        num_updates=10,
-    )
-
-
-def step(trainer: Trainer) -> float:
-    return trainer.step(branching_samples(), lambda lp, row: sft_loss(lp), branching=True).loss
 
 
 def checkpoints_in(folder: Path, world: World, model_folder: Path, **options: bool) -> Checkpoints:
@@ -208,12 +178,12 @@ def test_sixteen_bit_training_resumes_bit_for_bit_with_its_fp32_weights(
     family: str, tmp_path: Path, world: World
 ) -> None:
     source = save_family(family, tmp_path / "source")
-    trainer = new_trainer(world, source, torch.bfloat16)
+    trainer = new_trainer(world, source, dtype=torch.bfloat16)
     checkpoints = checkpoints_in(tmp_path / "checkpoints", world, source)
     step(trainer)
     checkpoints.save(1, trainer, {})
     uninterrupted = [step(trainer), step(trainer)]
-    resumed = new_trainer(world, source, torch.bfloat16)
+    resumed = new_trainer(world, source, dtype=torch.bfloat16)
     assert checkpoints.resume(resumed) == (1, {})
     assert [step(resumed), step(resumed)] == uninterrupted
     for one, other in zip(optimizer_tensors(trainer), optimizer_tensors(resumed), strict=True):

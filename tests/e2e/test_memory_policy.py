@@ -5,61 +5,26 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from megatron_npr import stage3
-from megatron_npr.config import (
-    BatchSettings,
-    MemorySettings,
-    OptimizerSettings,
-    Stage3Config,
-    load_config,
-)
+from megatron_npr.config import MemorySettings, Stage3Config, load_config
 from megatron_npr.demo.base import FOLDER
-from megatron_npr.huggingface import read_model_config
-from megatron_npr.losses import sft_loss
 from megatron_npr.memory_policy import TrainerMemory, gradient_buffers, optimizer_tensors
-from megatron_npr.parallel import World, init_world
-from megatron_npr.policy import build_policy, load_policy_weights
-from megatron_npr.trainer import Trainer
-from tests.distributed.parity_worker import TAGS, branching_samples
+from megatron_npr.parallel import World
 from tests.families import save_family
+from tests.training import new_trainer, step
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo" / "stage3.toml"
 EVERYTHING = MemorySettings(offload_optimizer=True, offload_gradients=True, release_kv=True)
 
 
 @pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    """Left open: Megatron's groups are made once a process."""
-    return init_world()
-
-
-@pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_family("qwen3 untied", tmp_path_factory.mktemp("model"))
-
-
-def new_trainer(world: World, model_folder: Path, dtype: torch.dtype) -> Trainer:
-    policy = build_policy(read_model_config(model_folder), world, dtype=dtype)
-    load_policy_weights(policy, model_folder)
-    return Trainer(
-        policy,
-        world,
-        optimizer=OptimizerSettings(lr=1e-2),
-        batch=BatchSettings(micro_batch_tokens=128),
-        tags=TAGS,
-        pad_id=0,
-        num_updates=10,
-    )
-
-
-def step(trainer: Trainer) -> float:
-    return trainer.step(branching_samples(), lambda lp, row: sft_loss(lp), branching=True).loss
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -69,7 +34,7 @@ def step(trainer: Trainer) -> float:
 def test_training_that_gives_its_memory_away_between_steps_is_the_same_bit_for_bit(
     settings: MemorySettings, dtype: torch.dtype, world: World, model_folder: Path
 ) -> None:
-    stays, goes = (new_trainer(world, model_folder, dtype) for _ in range(2))
+    stays, goes = (new_trainer(world, model_folder, dtype=dtype) for _ in range(2))
     memory = TrainerMemory(goes, settings)
     for _ in range(3):
         memory.leave()  # the first time before there is any optimizer state
@@ -85,7 +50,7 @@ def test_training_that_gives_its_memory_away_between_steps_is_the_same_bit_for_b
 def test_adams_moments_and_fp32_weights_leave_and_the_policys_own_weights_stay(
     dtype: torch.dtype, bytes_a_weight: int, world: World, model_folder: Path
 ) -> None:
-    trainer = new_trainer(world, model_folder, dtype)
+    trainer = new_trainer(world, model_folder, dtype=dtype)
     step(trainer)
     num_weights = sum(weight.numel() for weight in trainer.policy.parameters())
     before = [weight.clone() for weight in trainer.policy.parameters()]

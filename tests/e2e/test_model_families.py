@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from megatron_npr.config import BatchSettings, OptimizerSettings
 from megatron_npr.huggingface import export_model, load_tokenizer, read_model_config
 from megatron_npr.packing import TrainSample
-from megatron_npr.parallel import World, init_world, megatron_context
+from megatron_npr.parallel import World, megatron_context
 from megatron_npr.policy import build_policy, load_policy_weights
 from megatron_npr.reshard import full_weights
 from megatron_npr.session import read_shards
@@ -26,18 +25,12 @@ from npr_engine.grammar import Grammar
 from npr_engine.model import InferenceModel
 from npr_engine.sampling import SamplingParams
 from npr_engine.vocabulary import Vocabulary
-from npr_ext import TagIds, branch_layout
+from npr_ext import branch_layout
 from tests.engine_logits import engine_logits
 from tests.families import FAMILIES, save_family
+from tests.training import TAGS
 
-TAGS = TagIds(*range(2, 10))
 PROMPT = "Write 3 numbers below 1024 and café names:\n\n1. "
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    """Left open: Megatron's groups are made once a process."""
-    return init_world()
 
 
 @pytest.fixture(scope="module", params=[*FAMILIES, "smollm2"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,7 @@ from megatron_npr.huggingface import read_model_config
 from megatron_npr.linears import describe, fp8_obstacle, fp8_options, linear_modules, token_multiple
 from megatron_npr.modules import layer_spec
 from megatron_npr.packing import RowPlan, row_length
-from megatron_npr.parallel import World, init_world, megatron_context
+from megatron_npr.parallel import World, megatron_context
 from megatron_npr.policy import build_policy, transformer_config
 from npr_engine.model import ModelConfig
 from npr_ext.errors import UserError
@@ -28,12 +27,6 @@ from tests.families import save_family
 
 CPU = torch.device("cpu")
 DEMO = Path(__file__).parents[2] / "configs" / "demo" / "stage3.toml"
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    """Left open: Megatron's groups are made once a process."""
-    return init_world()
 
 
 def config_of(world: World, model: ModelConfig, fp8: Fp8Settings | None = None) -> object:

@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM
 
 from megatron_npr.cli import main
 from megatron_npr.convert import convert_gguf
-from megatron_npr.gguf_file import find_gguf
 from megatron_npr.huggingface import load_tokenizer, read_model_config
 from npr_engine.vocabulary import TAG_TEXTS
 from npr_ext.errors import UserError
@@ -71,8 +70,8 @@ def test_a_tiny_file_gives_transformers_own_weights(
 
 
 @pytest.mark.slow
-def test_smollm2_gives_transformers_own_weights(smollm2: Path) -> None:
-    assert_weights_are_transformers_own(smollm2, find_gguf("smollm2"))
+def test_smollm2_gives_transformers_own_weights(smollm2: Path, smollm2_gguf: Path) -> None:
+    assert_weights_are_transformers_own(smollm2, smollm2_gguf)
 
 
 def test_the_tags_are_single_tokens_on_spare_ids_and_the_rest_keeps_its_id(

@@ -12,11 +12,10 @@ import regex
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_npr.gguf_file import GGUFFile, find_gguf
+from megatron_npr.gguf_file import GGUFFile
 from megatron_npr.gguf_tokenizer import TokenizerData
 from megatron_npr.huggingface import load_tokenizer
 from npr_engine.vocabulary import TAG_TEXTS, Vocabulary, _byte_level_table
-from npr_ext.errors import UserError
 
 TEXTS = [
     "",
@@ -35,11 +34,8 @@ TEXTS = [
 
 
 @pytest.fixture(scope="session")
-def data() -> TokenizerData:
-    try:
-        return GGUFFile(find_gguf("smollm2")).tokenizer
-    except UserError as error:
-        pytest.skip(str(error))
+def data(smollm2_gguf: Path) -> TokenizerData:
+    return GGUFFile(smollm2_gguf).tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -123,12 +119,13 @@ def test_digits_stand_alone_in_front_of_spaces_too(tokenizer: Any) -> None:
     assert pieces == ["x", "ĠĠ", "1", "2", "Ġ", "Ù", "£"]
 
 
-def test_transformers_own_conversion_agrees_where_no_digit_follows_spaces(tokenizer: Any) -> None:
+def test_transformers_own_conversion_agrees_where_no_digit_follows_spaces(
+    tokenizer: Any, smollm2_gguf: Path
+) -> None:
     """It leaves out the rule of single digits, which the vocabulary half enforces (it merges no digits)."""
     from transformers import AutoTokenizer
 
-    file = find_gguf("smollm2")
-    theirs = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+    theirs = AutoTokenizer.from_pretrained(str(smollm2_gguf.parent), gguf_file=smollm2_gguf.name)
     for text in TEXTS:
         if not regex.search(r"\s\p{N}|<\w+>", text):
             assert tokenizer.encode(text) == theirs.encode(text), text

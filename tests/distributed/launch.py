@@ -1,0 +1,51 @@
+"""Worlds of processes for the tests, through torchrun."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+SECONDS = 280.0
+"""What a world may take by default: less than pytest gives a test, so that a hanging world shows what it said."""
+
+
+def worker_command(worker: str) -> list[str]:
+    """`-m tests.distributed.WORKER`, which imports the tests' own modules as the tests do: tests.NAME."""
+    return ["-m", f"tests.distributed.{worker}"]
+
+
+def worker_environment() -> dict[str, str]:
+    """Ours, with the places where this process imports from."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+
+
+def run_worker(worker: str, arguments: Iterable[object], processes: int, timeout: float = SECONDS) -> str:
+    """What rank 0 wrote into the file that is the last argument of a world of `processes`: WORKER ARGUMENTS... OUT.
+
+    AssertionError with the end of what the processes said if one of them fails.
+    """
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "out"
+        process = subprocess.Popen(
+            [
+                *(*torchrun, f"--nproc-per-node={processes}", *worker_command(worker)),
+                *(*map(str, arguments), str(out)),
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=worker_environment(),
+        )
+        with process:
+            try:
+                said, _ = process.communicate(timeout=timeout)
+            except BaseException:
+                process.terminate()  # torchrun takes its processes down with it; were it killed, it would leave them
+                raise
+        assert process.returncode == 0, said[-6000:]
+        return out.read_text()
