@@ -1,7 +1,7 @@
 """One process of a parity world: the same model, batch and updates under any layout; figures as JSON from rank 0.
 
-Started by `test_parallel_parity.py`: parity_worker.py TABLES FOLDER OUT, where TABLES is the JSON of `[parallel]` and
-`[model] recompute`.
+Started by `test_parallel_parity.py`: parity_worker.py TABLES FOLDER OUT, where TABLES is the JSON of `[parallel]`,
+`[model] recompute` and `[optimizer] overlap`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ from npr_ext import branch_layout
 from tests.training import TAGS, axes, branching_samples
 
 
-def measure(world: World, folder: Path, parallel: ParallelSettings, recompute: Recompute) -> dict[str, Any]:
+def measure(
+    world: World, folder: Path, parallel: ParallelSettings, recompute: Recompute, overlap: bool
+) -> dict[str, Any]:
     """Everything that must not depend on the layout."""
     figures: dict[str, Any] = {}
     samples = branching_samples()
@@ -55,11 +57,12 @@ def measure(world: World, folder: Path, parallel: ParallelSettings, recompute: R
             trainer = Trainer(
                 policy,
                 world,
-                optimizer=OptimizerSettings(lr=1e-3, schedule="constant", grad_clip=1.0),
+                optimizer=OptimizerSettings(lr=1e-3, overlap=overlap, bucket_size=4000 if overlap else None),
                 batch=BatchSettings(micro_batch_tokens=128, share_prompts=share),
                 tags=TAGS,
                 pad_id=0,
                 num_updates=10,
+                late_gather=overlap,
             )
             key = f"{name}{'_shared' if share else ''}"
             if name == "sft":
@@ -79,6 +82,7 @@ def measure(world: World, folder: Path, parallel: ParallelSettings, recompute: R
             ]
             figures[f"{key}_loss"] = [report.loss for report in reports]
             figures[f"{key}_grad_norm"] = [report.grad_norm for report in reports]
+    trainer.gather()
     figures["engine_checksum"] = engine_checksum(policy)
     figures["resume"] = resume_difference(trainer, world, folder, samples)
     return figures
@@ -151,7 +155,7 @@ def main() -> None:
     parallel = ParallelSettings(**tables["parallel"])
     torch.set_num_threads(1)
     with world_of(**axes(parallel)) as world:
-        figures = measure(world, folder, parallel, tables["recompute"])
+        figures = measure(world, folder, parallel, tables["recompute"], tables["overlap"])
         if world.is_main:
             out.write_text(json.dumps(figures))
         dist.barrier()
