@@ -52,6 +52,7 @@ class Learner:
         num_updates: int,
         fp8: Fp8Settings = USUAL_FP8,
         memory: MemorySettings = USUAL_MEMORY,
+        entropy_coefficient: float | None = None,
     ) -> None:
         self.session, self._every, self._memory = session, checkpoint.every, memory
         if session.model.dtype == "fp8":
@@ -66,6 +67,7 @@ class Learner:
             recompute=session.model.recompute,
             router_aux_loss=session.model.router_aux_loss,
             fp8=fp8 if session.model.dtype == "fp8" else None,
+            entropy_coefficient=entropy_coefficient,
         )
         load_policy_weights(policy, session.model.path)
         self.trainer = Trainer(

@@ -182,6 +182,25 @@ class BatchSettings(Section):
 class RlTrainSettings(Section):
     steps: PositiveInt = Field(200, description="rollout rounds")
     updates_per_step: PositiveInt = Field(1, description="optimizer steps on one round's samples")
+    entropy: bool = Field(
+        True, description="the policy's entropy among the metrics, for one more pass over the logits"
+    )
+    entropy_coefficient: NonNegativeFloat = Field(
+        0.0, description="weight of the entropy in the loss, which it lowers; 0 = off"
+    )
+
+    @model_validator(mode="after")
+    def _a_bonus_needs_the_entropy(self) -> "RlTrainSettings":
+        if self.entropy_coefficient and not self.entropy:
+            raise ValueError(
+                f"train.entropy_coefficient {self.entropy_coefficient:g} needs train.entropy = true"
+            )
+        return self
+
+    @property
+    def entropy_weight(self) -> float | None:
+        """The coefficient; None: the entropy is not computed."""
+        return self.entropy_coefficient if self.entropy else None
 
 
 class SftTrainSettings(Section):
