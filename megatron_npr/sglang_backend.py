@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megatron_npr.config import RolloutSettings
 from megatron_npr.huggingface import export_tensors
+from npr_engine.linear import Weight
 from npr_engine.model import ModelConfig
 from npr_engine.response_state import Request
 from npr_engine.rollout import Rollout
@@ -84,11 +85,12 @@ class SGLangBackend:
             on_progress(len(rollouts), len(rollouts))
         return rollouts
 
-    def update_weights(self, weights: Mapping[str, Tensor], version: int) -> None:
+    def update_weights(self, weights: Mapping[str, Weight], version: int) -> None:
         """Sends full (unsharded) weights in Megatron's names; SGLang drops its cache."""
         if version <= self._version:
             raise UserError(f"update_weights: version {version} is not newer than {self._version}")
-        tensors = list(export_tensors(weights, self._config).items())
+        full = {name: weight for name, weight in weights.items() if isinstance(weight, Tensor)}
+        tensors = list(export_tensors(full, self._config).items())
         success, message = self._engine.update_weights_from_tensor(tensors)
         if not success:
             raise RuntimeError(f"SGLang did not take the weights: {message}")

@@ -135,7 +135,9 @@ class RolloutSettings(Section):
     max_running: PositiveInt = Field(256, description="branches decoded at the same time")
     max_batch_tokens: PositiveInt = Field(16_384, description="tokens of one engine step, prefill and decode")
     fp8: bool = Field(
-        False, description="decode with the layers' projections in FP8 (e4m3, a scale a channel)"
+        False,
+        description="decode with the layers' projections in FP8 (e4m3, a scale a channel); where layouts differ they "
+        "travel to the engine so",
     )
 
     @model_validator(mode="after")

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from megatron_npr.resharding import for_replica, plan
 from megatron_npr.resharding.exchange import checksum
+from megatron_npr.resharding.schedule import wire_bytes
 from tests.distributed.exchange_worker import CASES, WORLDS
 
 WORKER = Path(__file__).with_name("exchange_worker.py")
@@ -26,10 +27,12 @@ WORLD = 4
 
 @dataclass(frozen=True)
 class World:
-    """What four processes did: exit codes, figures of the walk through the cases, figures after rank 1 was lost."""
+    """What the processes did: exit codes, figures of the walk through the cases, of the same for an engine in FP8, and figures
+    after rank 1 was lost."""
 
     codes: list[int]
     walked: dict[int, Any]
+    in_fp8: dict[int, Any]
     lost: dict[int, Any]
 
 
@@ -58,7 +61,7 @@ def run_world(size: int, folder: Path) -> World:
 
     walked = read("walk")
     assert len(walked) == size, messages[0][-3000:]
-    return World([process.returncode for process in processes], walked, read("lost"))
+    return World([process.returncode for process in processes], walked, read("fp8_"), read("lost"))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -81,6 +84,29 @@ def test_the_bytes_moved_are_those_of_the_plan(case: str, world: World) -> None:
     everything = 4 * sum(each.elements_copied + each.elements_aliased for each in replicas)
     assert copied + in_place == everything
     assert (sent + copied == 0) == (in_place > 0) == (case == "zero copy")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_engine_in_fp8_gets_bit_for_bit_what_it_makes_of_its_whole_shard(case: str, world: World) -> None:
+    for rank in range(WORLD):
+        found = world.in_fp8[rank][case]
+        assert found["wrong"] == 0
+        assert bool(found["projections"]) == (case != "zero copy")
+        assert all(name.endswith((".weight",)) and ".linear_" in name for name in found["projections"])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_bytes_moved_in_fp8_are_a_quarter_and_the_scales(case: str, world: World) -> None:
+    planned = plan(*CASES[case])
+    transfers = [for_replica(planned, replica).transfers for replica in range(planned.num_replicas)]
+    sent, received, copied, in_place = (
+        sum(column)
+        for column in zip(*(world.in_fp8[rank][case]["moved"] for rank in range(WORLD)), strict=True)
+    )
+    assert sent == received == sum(wire_bytes(planned, each, 4, fp8=True) for each in transfers)
+    wide = sum(wire_bytes(planned, each, 4) for each in transfers)
+    assert (sent + copied == 0) == (in_place > 0) == (case == "zero copy")
+    assert sent < wide or sent == 0
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -107,6 +133,7 @@ def test_eight_processes_walk_through_every_combination_of_layouts(tmp_path: Pat
         assert {case: found["errors"] for case, found in world.walked[rank].items()} == {
             case: [0.0, 0.0, 0.0] for case in WORLDS[8]
         }
+        assert {case for case, found in world.in_fp8[rank].items() if found["wrong"]} == set()
 
 
 @given(st.binary(min_size=1, max_size=64), st.data())
