@@ -1,7 +1,7 @@
 """One rank of a world that walks through layouts, updates the engine's weights twice and is disturbed on purpose.
 
-Started by `test_weight_exchange.py`: exchange_worker.py RANK WORLD FOLDER; writes walkRANK.json, fp8_RANK.json and
-lostRANK.json there.
+Started by `test_weight_exchange.py`: exchange_worker.py RANK WORLD FOLDER; writes walkRANK.json, fp8_RANK.json,
+damagedRANK.json and lostRANK.json there.
 """
 
 from __future__ import annotations
@@ -162,6 +162,58 @@ def walk(rank: int, world: int) -> dict[str, Any]:
     return figures
 
 
+class FaultyNetwork:
+    """The all-to-all of this process in the with-block: one bit of what arrives in the `fault`-th is not what was sent.
+    `arrived`: elements of each."""
+
+    def __init__(self, fault: int) -> None:
+        self._fault, self._whole = fault, dist.all_to_all_single
+        self.arrived: list[int] = []
+
+    def __enter__(self) -> FaultyNetwork:
+        dist.all_to_all_single = self._exchange
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        dist.all_to_all_single = self._whole
+
+    def _exchange(self, arriving: Tensor, *args: Any, **kwargs: Any) -> None:
+        self._whole(arriving, *args, **kwargs)
+        if len(self.arrived) == self._fault:
+            arriving.view(torch.uint8)[-1] ^= 4
+        self.arrived.append(arriving.numel())
+
+
+def damage(rank: int) -> dict[str, Any]:
+    """One update in FP8 after the other, each with a bit damaged at rank 2: in a bucket, in row maxima, in scales."""
+    architecture, trainer, engine = CASES["tp4 to tp2"]
+    held = trainer_shards(Model(architecture), trainer)[rank]
+    shards = {name: real(labels) for name, labels in held.items()}
+    exchange = WeightExchange(plan(architecture, trainer, engine), shards, bucket_bytes=512, fp8=True)
+    with FaultyNetwork(-1) as network:
+        exchange.update(1)
+    kept = [weight.clone() for weight in exchange.tensors.values()]
+    kept += [part.clone() for weight in exchange.fp8.values() for part in (weight.values_DC, weight.scales_D)]
+    for shard in shards.values():
+        shard.mul_(2.0)
+    arrived: list[Any] = [network.arrived[:-1]]  # the last one carries the checksums
+    dist.broadcast_object_list(arrived, src=2)
+    faults, refused, changed = [call for call, elements in enumerate(arrived[0]) if elements], 0, 0
+    for fault in faults:
+        with FaultyNetwork(fault if rank == 2 else -1):
+            try:
+                exchange.update(2)
+            except WeightUpdateError as error:
+                refused += "arrived damaged; version 1 stays" in str(error)
+        now = [*exchange.tensors.values()]
+        now += [part for weight in exchange.fp8.values() for part in (weight.values_DC, weight.scales_D)]
+        changed += sum(
+            not torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(kept, now, strict=True)
+        )
+        assert exchange.version == 1, f"the damage of exchange {fault} went unseen"
+    return {"faults": len(faults), "refused": refused, "changed": changed}
+
+
 def lose_a_sender(rank: int) -> dict[str, Any]:
     """Rank 1 dies in the midst of the second update."""
     architecture, trainer, engine = CASES["tp4 to tp2"]
@@ -199,6 +251,7 @@ def main() -> None:
     if world != 4:
         dist.destroy_process_group()
         return
+    (folder / f"damaged{rank}.json").write_text(json.dumps(damage(rank)))
     (folder / f"lost{rank}.json").write_text(json.dumps(lose_a_sender(rank)))
     os._exit(0)  # the group is broken; nothing of it can be taken down in order
 

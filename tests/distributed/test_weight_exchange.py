@@ -27,12 +27,13 @@ WORLD = 4
 
 @dataclass(frozen=True)
 class World:
-    """What the processes did: exit codes, figures of the walk through the cases, of the same for an engine in FP8, and figures
-    after rank 1 was lost."""
+    """What the processes did: exit codes, figures of the walk through the cases, of the same for an engine in FP8, of updates
+    with a damaged bit each, and figures after rank 1 was lost."""
 
     codes: list[int]
     walked: dict[int, Any]
     in_fp8: dict[int, Any]
+    damaged: dict[int, Any]
     lost: dict[int, Any]
 
 
@@ -61,7 +62,8 @@ def run_world(size: int, folder: Path) -> World:
 
     walked = read("walk")
     assert len(walked) == size, messages[0][-3000:]
-    return World([process.returncode for process in processes], walked, read("fp8_"), read("lost"))
+    codes = [process.returncode for process in processes]
+    return World(codes, walked, read("fp8_"), read("damaged"), read("lost"))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -116,6 +118,12 @@ def test_stale_and_torn_versions_are_refused(case: str, world: World) -> None:
         assert stale == "weights of version 5 are stale: the engine has version 5"
         assert torn == "torn update: ranks bring versions 6 to 9 to engines at 5 to 5"
         assert world.walked[rank][case]["version"] == 5
+
+
+def test_one_damaged_bit_at_one_rank_is_refused_by_all(world: World) -> None:
+    for rank in range(WORLD):
+        found = world.damaged[rank]
+        assert found["refused"] == found["faults"] > 5 and found["changed"] == 0
 
 
 def test_a_sender_that_dies_in_an_update_leaves_the_engine_on_the_old_version(world: World) -> None:
