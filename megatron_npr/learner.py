@@ -53,6 +53,7 @@ class Learner:
         fp8: Fp8Settings = USUAL_FP8,
         memory: MemorySettings = USUAL_MEMORY,
         late_gather: bool = False,
+        entropy_coefficient: float | None = None,
     ) -> None:
         self.session, self._every, self._memory = session, checkpoint.every, memory
         if session.model.dtype == "fp8":
@@ -67,6 +68,7 @@ class Learner:
             recompute=session.model.recompute,
             router_aux_loss=session.model.router_aux_loss,
             fp8=fp8 if session.model.dtype == "fp8" else None,
+            entropy_coefficient=entropy_coefficient,
         )
         load_policy_weights(policy, session.model.path)
         self.trainer = Trainer(
@@ -94,7 +96,8 @@ class Learner:
     def build_engine(self, settings: RolloutSettings) -> Backend:
         """The colocated engine over this learner's weights; collective."""
         layout = engine_layout(settings, self.session.parallel, self.session.model_config)
-        self.weights = EngineWeights(self.trainer.policy, layout)
+        fp8 = settings.fp8 and settings.backend == "native"
+        self.weights = EngineWeights(self.trainer.policy, layout, fp8=fp8)
         engine = build_engine(self.session, self.weights.tensors, settings)
         if settings.backend != "native" and self.first_step:
             self.update_engine(engine)  # it has read the folder, not the checkpoint

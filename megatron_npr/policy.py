@@ -1,6 +1,7 @@
 """The policy: a Megatron-Core GPTModel over branch layouts, returning log-probs where a target has a predecessor.
 
-    PackedRow ──► PolicyChunk.forward ──► ... ──► log_probs [M] from the last chunk (hidden states from the others)
+    PackedRow ──► PolicyChunk.forward ──► ... ──► log_probs [1, M], or with the entropy [2, M], from the last chunk (hidden
+    states from the others)
 
 A rank holds `parallel.vpp` chunks of layers (one without interleaving): chunk c of stage s is virtual stage c * pp + s.
 
@@ -41,10 +42,18 @@ from npr_ext.errors import UserError
 class PolicyChunk(GPTModel):
     """GPTModel (or some layers of one) whose positions come from the batch and whose last chunk gives log-probs."""
 
-    def __init__(self, *, model_config: ModelConfig, world: World, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        model_config: ModelConfig,
+        world: World,
+        entropy_coefficient: float | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         self.model_config = model_config
         self.world = world
+        self.entropy_coefficient = entropy_coefficient
         # Megatron's own module counts positions 0..T-1 and ignores position_ids; ours reads them.
         self.rotary_pos_emb = LayoutRotaryEmbedding(model_config.head_dim, model_config.rope_theta)
 
@@ -103,14 +112,19 @@ class PolicyChunk(GPTModel):
             hidden_TBD = tensor_parallel.copy_to_tensor_model_parallel_region(hidden)
         weight = self.head_weight
         first_row = self.world.tensor_rank * weight.shape[0]
-        return token_log_probs(
+        log_probs_M, entropy_M = token_log_probs(
             hidden_TBD[:, 0][predecessors],
             weight,
             token_ids[0, targets],
             first_row=first_row,
             num_valid=max(0, min(weight.shape[0], self.model_config.vocab_size - first_row)),
             group=self.world.tensor_group,
+            entropy=self.entropy_coefficient is not None,
         )
+        if entropy_M is None:
+            return log_probs_M[None]
+        # Only watched, it has no gradient: detached here, backward does not compute one of zeros.
+        return torch.stack((log_probs_M, entropy_M if self.entropy_coefficient else entropy_M.detach()))
 
 
 class Policy(torch.nn.ModuleList):
@@ -132,6 +146,11 @@ class Policy(torch.nn.ModuleList):
     @property
     def world(self) -> World:
         return self.chunks[0].world
+
+    @property
+    def entropy_coefficient(self) -> float | None:
+        """Weight of the entropy bonus in the loss; None: the entropy is not computed."""
+        return self.chunks[0].entropy_coefficient
 
     def logits(self, token_ids: Tensor, layout_5T: Tensor) -> Tensor:
         """See `PolicyChunk.logits`; without pipeline stages."""
@@ -262,9 +281,11 @@ def build_policy(
     recompute: Recompute = "none",
     router_aux_loss: float = 0.0,
     fp8: Fp8Settings | None = None,
+    entropy_coefficient: float | None = None,
 ) -> Policy:
     """The policy's part on this rank, randomly initialised; the sizes of the axes are those of `world`, `parallel` tells how
-    layers and activations go with them."""
+    layers and activations go with them. With an `entropy_coefficient` the entropy is computed beside the log-probs, with
+    gradient unless it is 0."""
     layout = trainer_layout(model, world, parallel)
     check_layouts(model, layout, EngineLayout())
     if model.num_experts and world.tensor_size > 1 and not parallel.sequence_parallel:
@@ -282,15 +303,25 @@ def build_policy(
         fp8=fp8,
     )
     with megatron_context():
-        chunks = [_build_chunk(model, world, config, number) for number in range(world.virtual_size)]
+        chunks = [
+            _build_chunk(model, world, config, number, entropy_coefficient)
+            for number in range(world.virtual_size)
+        ]
     return Policy([chunk.to(world.device) for chunk in chunks], layout)
 
 
-def _build_chunk(model: ModelConfig, world: World, config: TransformerConfig, number: int) -> PolicyChunk:
+def _build_chunk(
+    model: ModelConfig,
+    world: World,
+    config: TransformerConfig,
+    number: int,
+    entropy_coefficient: float | None,
+) -> PolicyChunk:
     stage = _virtual_stage(world, number)
     return PolicyChunk(
         model_config=model,
         world=world,
+        entropy_coefficient=entropy_coefficient,
         config=config,
         transformer_layer_spec=TransformerBlockSubmodules(
             layer_specs=[

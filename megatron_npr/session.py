@@ -34,6 +34,7 @@ from megatron_npr.weights import shard
 from npr_engine.backend import Backend
 from npr_engine.engine import Engine, EngineConfig
 from npr_engine.grammar import Grammar
+from npr_engine.linear import Weight
 from npr_engine.model import InferenceModel, ModelConfig
 from npr_engine.vocabulary import Vocabulary
 from npr_ext import num_threads
@@ -121,7 +122,7 @@ def read_shards(
     return shards
 
 
-def build_engine(session: Session, weights: Mapping[str, Tensor], settings: RolloutSettings) -> Backend:
+def build_engine(session: Session, weights: Mapping[str, Weight], settings: RolloutSettings) -> Backend:
     """Who decodes on this rank: an engine replica over these weights (shared, not copied), or SGLang beside them."""
     if settings.backend == "sglang":
         return _sglang_backend(session, settings)
@@ -158,6 +159,8 @@ def _sglang_backend(session: Session, settings: RolloutSettings) -> Backend:
             "rollout.backend = 'sglang' decodes plain sequences: set rollout.branching = false or use"
             " rollout.backend = 'native'"
         )
+    if settings.fp8:
+        raise UserError("rollout.fp8 is of rollout.backend = 'native': set it to false for 'sglang'")
     size = engine_layout(settings, session.parallel, session.model_config).size
     if size > 1:
         raise UserError(f"rollout.backend = 'sglang' takes whole weights: set rollout.tp = 1, not {size}")

@@ -9,6 +9,7 @@ the layout of processes.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ from megatron_npr.balance import attended_pairs, row_pairs, share_rows
 from megatron_npr.config import BatchSettings, OptimizerSettings
 from megatron_npr.context_parallel import shard_bounds
 from megatron_npr.linears import token_multiple
-from megatron_npr.losses import LossSum
+from megatron_npr.losses import LossSum, with_entropy
 from megatron_npr.modules import LAYOUTS
 from megatron_npr.packing import PackedRow, RankRows, RowPlan, TrainSample, pack_row, plan_rows, row_length
 from megatron_npr.parallel import World, megatron_context
@@ -46,8 +47,9 @@ Objective = Callable[[Tensor, PackedRow], LossSum]
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one update did. `loss` and `watched` are means over the trained tokens of the global batch; `imbalance`: attended
-    pairs of the busiest data-parallel rank over their mean."""
+    """What one update did. `loss` is the mean over the trained tokens of the global batch, `watched` are means over those of
+    them that were computed (all but the idle ones); `imbalance`: attended pairs of the busiest data-parallel rank over
+    their mean."""
 
     loss: float
     grad_norm: float
@@ -58,6 +60,11 @@ class StepReport:
     seconds: float
     imbalance: float
     watched: dict[str, float]
+
+    @property
+    def entropy(self) -> float:
+        """Mean entropy of the trained tokens' distributions, in nats; NaN where it was not asked for."""
+        return self.watched.get("entropy", math.nan)
 
 
 class Trainer:
@@ -125,6 +132,7 @@ class Trainer:
             self.schedule.step(increment=1)
             _, grad_norm, _ = self.optimizer.step()
         count = max(totals["targets"], 1.0)
+        computed = max(totals["targets"] - totals["idle"], 1.0)
         return StepReport(
             loss=totals["loss"] / count,
             grad_norm=float(grad_norm or 0.0),
@@ -135,7 +143,9 @@ class Trainer:
             seconds=time.perf_counter() - began,
             imbalance=packed.imbalance,
             watched={
-                name: totals[name] / count for name in totals if name not in ("loss", "targets", "tokens")
+                name: totals[name] / computed
+                for name in totals
+                if name not in ("loss", "targets", "idle", "tokens")
             },
         )
 
@@ -191,7 +201,13 @@ class Trainer:
         self.policy.train()
         # Counted once in the global batch: with the first row of the first rank that has one.
         first = rows[0] if self.world.data_rank == self.world.context_rank == 0 else None
-        loss_of = partial(_loss_of_row, objective=objective, idle_row=first, idle_targets=idle_targets)
+        loss_of = partial(
+            _loss_of_row,
+            objective=objective,
+            entropy_coefficient=self.policy.entropy_coefficient,
+            idle_row=first,
+            idle_targets=idle_targets,
+        )
         outputs = self._run(rows, loss_of, forward_only=False)
         return self._global_sums(rows, outputs)
 
@@ -268,20 +284,34 @@ def _forward_step(
     output = model(
         token_ids[:, own], layout[:1, own], layout, labels=token_ids, loss_mask=row.targets.to(device)
     )
-    return output, lambda log_probs: loss_of(log_probs, row)
+    return output, lambda figures: loss_of(figures, row)
 
 
 def _loss_of_row(
-    log_probs: Tensor, row: PackedRow, objective: Objective, idle_row: PackedRow | None, idle_targets: int
+    figures: Tensor,
+    row: PackedRow,
+    objective: Objective,
+    entropy_coefficient: float | None,
+    idle_row: PackedRow | None,
+    idle_targets: int,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    loss = objective(log_probs, row)
-    idle = idle_targets if row is idle_row else 0
-    count = torch.tensor(row.num_targets + idle, dtype=torch.int, device=log_probs.device)
-    report = {"loss": loss.total.detach(), "targets": count.double(), **loss.watched}
+    """`figures`: log-probs [1, M], with the entropy [2, M]."""
+    loss = objective(figures[0], row)
+    if entropy_coefficient is not None:
+        loss = with_entropy(loss, figures[1], entropy_coefficient)
+    idle = torch.tensor(idle_targets if row is idle_row else 0, dtype=torch.int, device=figures.device)
+    count = row.num_targets + idle
+    report = {
+        "loss": loss.total.detach(),
+        "targets": count.double(),
+        "idle": idle.double(),
+        **loss.watched,
+    }
     return loss.total, count, report
 
 
-def _log_probs_of_row(log_probs: Tensor, row: PackedRow) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def _log_probs_of_row(figures: Tensor, row: PackedRow) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    log_probs = figures[0]
     count = torch.tensor(row.num_targets, dtype=torch.int, device=log_probs.device)
     return log_probs.sum(), count, {"log_probs": log_probs.detach()}
 

@@ -17,9 +17,9 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import numpy as np
-from torch import Tensor
 
 from npr_engine.grammar import Grammar
+from npr_engine.linear import Weight
 from npr_engine.model import InferenceModel
 from npr_engine.response_state import Request
 from npr_engine.rollout import Rollout
@@ -205,7 +205,7 @@ class Engine:
         self._scheduler.restart_all()
         self._weights_version = version
 
-    def update_weights(self, weights: Mapping[str, Tensor], version: int) -> None:
+    def update_weights(self, weights: Mapping[str, Weight], version: int) -> None:
         """Copies weights into the model's own tensors, in place; those that are these tensors already cost nothing.
 
         All KV is void then; what runs starts over from its tokens. All or nothing:

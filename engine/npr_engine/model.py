@@ -85,12 +85,13 @@ class InferenceModel:
     def __init__(
         self,
         config: ModelConfig,
-        weights: Mapping[str, Tensor],
+        weights: Mapping[str, Weight],
         tp_group: ProcessGroup | None = None,
         *,
         fp8: bool = False,
     ) -> None:
-        """`fp8`: the layers' projections are copied into e4m3; all else are the given tensors themselves."""
+        """`fp8`: those of the layers' projections that are not given in e4m3 are copied into it; all else are the given
+        tensors themselves."""
         self.config = config
         self._group = tp_group
         self._tp_size = 1 if tp_group is None else dist.get_world_size(tp_group)
@@ -104,8 +105,8 @@ class InferenceModel:
         reader = _Reader(weights)
         self._weights = reader.taken
         self._embedding_VD = reader["embedding.word_embeddings.weight"]
-        self._fp8: dict[str, Fp8Weight] = {}
-        projection = (lambda name: self._in_fp8(name, reader[name])) if fp8 else reader.__getitem__
+        self._quantised: list[tuple[Fp8Weight, Tensor]] = []  # copies, and what they are copies of
+        projection = (lambda name: self._in_fp8(name, reader.weight(name))) if fp8 else reader.weight
         self._layers = [
             _layer_weights(reader, config, layer, projection) for layer in range(config.num_layers)
         ]
@@ -114,36 +115,43 @@ class InferenceModel:
         self._check_shapes()
         self._rotary = Rotary(config.head_dim, config.rope_theta, self.dtype, self.device)
 
-    def load(self, weights: Mapping[str, Tensor]) -> None:
+    def load(self, weights: Mapping[str, Weight]) -> None:
         """Copies values into the model's own tensors; UserError, and nothing changed, where a name, a shape or a
         type is not the model's."""
         for name, new in weights.items():
             if name not in self._weights:
                 raise UserError(f"update_weights: the model has no weight {name!r}")
             own = self._weights[name]
-            if (new.shape, new.dtype) != (own.shape, own.dtype):
+            scaled, own_scaled = isinstance(new, Fp8Weight), isinstance(own, Fp8Weight)
+            if (new.shape, new.dtype, scaled) != (own.shape, own.dtype, own_scaled):
                 raise UserError(
                     f"update_weights: {name} is {new.dtype} {tuple(new.shape)}, the model's is {own.dtype}"
                     f" {tuple(own.shape)}"
                 )
         for name, new in weights.items():
             own = self._weights[name]
-            if new.data_ptr() != own.data_ptr():
+            if isinstance(own, Fp8Weight):
+                assert isinstance(new, Fp8Weight)
+                own.copy_(new)
+            elif isinstance(new, Tensor) and new.data_ptr() != own.data_ptr():
                 own.copy_(new.detach())
 
     def refresh(self) -> None:
         """After the weights' values have changed: the copies in FP8 follow."""
-        for name, weight in self._fp8.items():
-            weight.load(self._weights[name])
+        for copy, weight in self._quantised:
+            copy.load(weight)
 
-    def _in_fp8(self, name: str, weight: Tensor) -> Fp8Weight:
+    def _in_fp8(self, name: str, weight: Weight) -> Fp8Weight:
         rows, columns = weight.shape
         if rows % ALIGNMENT or columns % ALIGNMENT:
             raise UserError(
                 f"fp8: {name} is {rows} x {columns} on this rank, both must be multiples of {ALIGNMENT}: turn fp8 off"
             )
-        self._fp8[name] = Fp8Weight.of(weight)
-        return self._fp8[name]
+        if isinstance(weight, Fp8Weight):
+            return weight
+        copy = Fp8Weight.of(weight)
+        self._quantised.append((copy, weight))
+        return copy
 
     @property
     def dtype(self) -> torch.dtype:
@@ -283,15 +291,21 @@ def mixture(normed_TD: Tensor, experts: Experts, config: ModelConfig) -> Tensor:
 class _Reader:
     """Looks weights up by name; `taken` are those that were asked for."""
 
-    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+    def __init__(self, weights: Mapping[str, Weight]) -> None:
         self._weights = weights
-        self.taken: dict[str, Tensor] = {}
+        self.taken: dict[str, Weight] = {}
 
-    def __getitem__(self, name: str) -> Tensor:
+    def weight(self, name: str) -> Weight:
         if name not in self._weights:
             raise UserError(f"the weights lack {name!r}: the checkpoint is of another architecture")
-        self.taken[name] = self._weights[name].detach()
+        found = self._weights[name]
+        self.taken[name] = found if isinstance(found, Fp8Weight) else found.detach()
         return self.taken[name]
+
+    def __getitem__(self, name: str) -> Tensor:
+        found = self.weight(name)
+        assert isinstance(found, Tensor), f"{name} is in FP8, where only projections are"
+        return found
 
     def __contains__(self, name: str) -> bool:
         return name in self._weights

@@ -135,7 +135,9 @@ class RolloutSettings(Section):
     max_running: PositiveInt = Field(256, description="branches decoded at the same time")
     max_batch_tokens: PositiveInt = Field(16_384, description="tokens of one engine step, prefill and decode")
     fp8: bool = Field(
-        False, description="decode with the layers' projections in FP8 (e4m3, a scale a channel)"
+        False,
+        description="decode with the layers' projections in FP8 (e4m3, a scale a channel); where layouts differ they "
+        "travel to the engine so",
     )
 
     @model_validator(mode="after")
@@ -190,6 +192,25 @@ class BatchSettings(Section):
 class RlTrainSettings(Section):
     steps: PositiveInt = Field(200, description="rollout rounds")
     updates_per_step: PositiveInt = Field(1, description="optimizer steps on one round's samples")
+    entropy: bool = Field(
+        True, description="the policy's entropy among the metrics, for one more pass over the logits"
+    )
+    entropy_coefficient: NonNegativeFloat = Field(
+        0.0, description="weight of the entropy in the loss, which it lowers; 0 = off"
+    )
+
+    @model_validator(mode="after")
+    def _a_bonus_needs_the_entropy(self) -> "RlTrainSettings":
+        if self.entropy_coefficient and not self.entropy:
+            raise ValueError(
+                f"train.entropy_coefficient {self.entropy_coefficient:g} needs train.entropy = true"
+            )
+        return self
+
+    @property
+    def entropy_weight(self) -> float | None:
+        """The coefficient; None: the entropy is not computed."""
+        return self.entropy_coefficient if self.entropy else None
 
 
 class SftTrainSettings(Section):

@@ -22,6 +22,7 @@ from megatron_npr.checkpoint import Checkpoints
 from megatron_npr.config import BatchSettings, OptimizerSettings, ParallelSettings, Recompute
 from megatron_npr.context_parallel import shard_bounds
 from megatron_npr.huggingface import read_model_config
+from megatron_npr.logprobs import token_log_probs
 from megatron_npr.losses import papo_loss, sft_loss
 from megatron_npr.packing import TrainSample
 from megatron_npr.parallel import World, megatron_context, world_of
@@ -50,9 +51,10 @@ def measure(
     largest = torch.tensor([logits_difference(policy, world, folder)])
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     figures["logits_difference"] = float(largest)
+    figures["entropy_difference"] = entropy_difference(world)
     for name in ("sft", "papo"):
         for share in (False, True):
-            policy = build()
+            policy = build(entropy_coefficient=None if name == "sft" else 0.05)
             load_policy_weights(policy, folder)
             trainer = Trainer(
                 policy,
@@ -82,6 +84,8 @@ def measure(
             ]
             figures[f"{key}_loss"] = [report.loss for report in reports]
             figures[f"{key}_grad_norm"] = [report.grad_norm for report in reports]
+            if name == "papo":
+                figures[f"{key}_entropy"] = [report.entropy for report in reports]
     trainer.gather()
     figures["engine_checksum"] = engine_checksum(policy)
     figures["resume"] = resume_difference(trainer, world, folder, samples)
@@ -120,6 +124,49 @@ def logits_difference(policy: Any, world: World, folder: Path) -> float:
     logits = torch.cat(shards, dim=-1).reshape(end - begin, -1)[:, :size]
     expected = AutoModelForCausalLM.from_pretrained(folder)(token_ids[None]).logits[0, begin:end]
     return float((logits - expected).detach().abs().max())
+
+
+def entropy_difference(world: World) -> float:
+    """Largest relative error of entropy and gradients over the tensor group against the closed form, in float64."""
+    generator = torch.Generator().manual_seed(7)
+    hidden, weight = (
+        torch.randn(rows, 8, dtype=torch.float64, generator=generator) for rows in (9, 97 + (-97 % 4))
+    )
+    scale = torch.arange(1.0, 10, dtype=torch.float64)
+    targets, rows = torch.arange(9) * 10, len(weight) // world.tensor_size
+    first = world.tensor_rank * rows
+    own = [hidden.clone().requires_grad_(), weight[first : first + rows].clone().requires_grad_()]
+    log_probs, entropy = token_log_probs(
+        own[0],
+        own[1],
+        targets,
+        first_row=first,
+        num_valid=min(rows, 97 - first),
+        chunk=4,
+        group=world.tensor_group,
+        entropy=True,
+    )
+    assert entropy is not None
+    (log_probs - scale * entropy).sum().backward()
+    reference = [hidden.clone().requires_grad_(), weight[:97].clone().requires_grad_()]
+    full = (reference[0] @ reference[1].T).log_softmax(-1)
+    expected = -(full.exp() * full).sum(-1)
+    (full.gather(1, targets[:, None])[:, 0] - scale * expected).sum().backward()
+    gradients = [tensor.grad for tensor in (*own, *reference)]
+    assert all(gradient is not None for gradient in gradients)
+    hidden_sum, weight_part, hidden_full, weight_full = gradients
+    dist.all_reduce(hidden_sum, group=world.tensor_group)
+    pairs = [
+        (entropy, expected),
+        (hidden_sum, hidden_full),
+        (weight_part[: max(97 - first, 0)], weight_full[first : first + rows]),
+    ]
+    errors = [
+        float((ours - truth).detach().abs().max() / truth.detach().abs().max()) for ours, truth in pairs
+    ]
+    largest = torch.tensor(max(errors), dtype=torch.float64)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return float(largest)
 
 
 def engine_checksum(policy: Any) -> float:

@@ -131,6 +131,8 @@ def assert_equal_figures(name: str, measure: Measure) -> None:
                 np.testing.assert_allclose(ours, theirs, atol=1e-5, err_msg=f"{name}: {key}")
         elif key == "logits_difference":
             assert figures[key] <= 1e-4, f"{name}: logits differ from transformers' by {figures[key]}"
+        elif key == "entropy_difference":
+            assert figures[key] <= 1e-12, f"{name}: entropy is off by {figures[key]}"
         elif key != "resume":
             np.testing.assert_allclose(figures[key], expected, rtol=1e-5, err_msg=f"{name}: {key}")
 

@@ -13,7 +13,8 @@ from npr_engine.constraint import Constraint
 from npr_engine.device_forward import GRAPH_ROWS, NO_SLOT, bucket_of, decodes_only, padded_arrays, runs_of
 from npr_engine.device_table import DeviceTable
 from npr_engine.engine import Engine, EngineConfig
-from npr_engine.fp8 import Fp8Weight, fp8_linear, quantise
+from npr_engine.fp8 import Fp8Weight, fp8_linear, is_projection, quantise
+from npr_engine.linear import Weight
 from npr_engine.model import InferenceModel
 from npr_engine.runner import Runner
 from npr_engine.sampling import SamplingParams
@@ -149,6 +150,31 @@ def test_an_engine_in_fp8_decodes_and_follows_new_weights() -> None:
     engine.update_weights(random_weights(5, torch.float32), 1)
     new = InferenceModel(CONFIG, random_weights(5, torch.float32), fp8=True)
     assert torch.equal(first_logits(fp8), first_logits(new))
+
+
+def in_fp8(seed: int) -> dict[str, Weight]:
+    """Random weights whose projections are given in FP8."""
+    weights = random_weights(seed, torch.float32)
+    return {name: Fp8Weight.of(w) if is_projection(name) else w for name, w in weights.items()}
+
+
+def test_weights_given_in_fp8_are_those_that_the_engine_makes_and_are_kept_where_they_lie() -> None:
+    given, made = in_fp8(0), InferenceModel(CONFIG, random_weights(0, torch.float32), fp8=True)
+    model = InferenceModel(CONFIG, given, fp8=True)
+    assert torch.equal(first_logits(model), first_logits(made))
+    assert not model._quantised and len(made._quantised) == len(
+        [w for w in given.values() if isinstance(w, Fp8Weight)]
+    )
+    engine = Engine(model, GRAMMAR, EngineConfig(num_kv_slots=1024))
+    name = "decoder.layers.0.mlp.linear_fc1.weight"
+    place = given[name].values_DC.data_ptr()
+    engine.update_weights(in_fp8(5), 1)
+    assert given[name].values_DC.data_ptr() == place
+    new = InferenceModel(CONFIG, random_weights(5, torch.float32), fp8=True)
+    assert torch.equal(first_logits(model), first_logits(new))
+    for wrong in (random_weights(5, torch.float32)[name], in_fp8(5)[name].values_DC):
+        with pytest.raises(UserError, match=r"linear_fc1\.weight is"):
+            engine.update_weights({name: wrong}, 2)
 
 
 def first_logits(model: InferenceModel) -> torch.Tensor:
