@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 
 from megatron_npr.architecture import Architecture
 from megatron_npr.planning.job import Layout, Workload
+from megatron_npr.resharding import EngineLayout
 from megatron_npr.resharding.catalog import Kind, Place, engine_cut, kinds
 from megatron_npr.resharding.cuts import local_size
 
@@ -70,14 +71,13 @@ def parameters_of(architecture: Architecture, layout: Layout, stage: int) -> tup
 
 def engine_parameters(architecture: Architecture, layout: Layout) -> int:
     """Elements on a rank of an engine replica, all layers."""
-    total = 0
+    engine, total = layout.engine(architecture), 0
     for kind in kinds(architecture):
         if kind.place is Place.EXPERT:
-            held = architecture.num_layers * architecture.num_experts // layout.engine_ep
-            total += held * kind.matrix.rows * kind.matrix.columns
+            held, size = architecture.num_layers * architecture.num_experts // engine.ep, engine.etp
         else:
-            held = architecture.num_layers if kind.place is Place.LAYER else 1
-            total += held * local_size(kind.matrix, engine_cut(kind, layout.engine_tp), layout.engine_tp)
+            held, size = architecture.num_layers if kind.place is Place.LAYER else 1, engine.tp
+        total += held * local_size(kind.matrix, engine_cut(kind, size), size)
     return total
 
 
@@ -169,7 +169,8 @@ def _rows_in_flight(layout: Layout, stage: int) -> float:
 
 def _engine_copy(architecture: Architecture, layout: Layout, work: Workload) -> float:
     """Bytes of weights that the engine holds besides the trainer's: all or, where the layouts agree, none."""
-    if not work.kv_slots or (layout.engine_tp, layout.engine_ep, 1) == (layout.tp, layout.ep, layout.pp):
+    alike = layout.engine(architecture) == EngineLayout(layout.tp, layout.ep) and layout.pp == 1
+    if not work.kv_slots or alike:
         return 0.0
     return float(work.bytes_per_weight * engine_parameters(architecture, layout))
 
@@ -189,5 +190,7 @@ def _decoding_workspace(architecture: Architecture, layout: Layout, work: Worklo
     """One layer's activations of the largest engine step, and logits with their probabilities of all branches."""
     tp, chosen = layout.engine_tp, architecture.experts_per_token if architecture.num_experts else 1
     widest = architecture.qkv_rows / tp + 3 * chosen * architecture.ffn_hidden_size / tp
+    if layout.engine_ep > tp:  # (row, expert) pairs: sent, arrived, computed, returned
+        widest += 4 * chosen * architecture.hidden_size / tp
     tokens = work.batch_tokens * work.bytes_per_weight * (3 * architecture.hidden_size + widest)
     return tokens + work.max_running * architecture.vocab_size * 12

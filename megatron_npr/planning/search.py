@@ -161,4 +161,4 @@ def _is_valid(architecture: Architecture, layout: Layout, cluster: Cluster) -> b
 
 def _check(architecture: Architecture, layout: Layout, cluster: Cluster) -> None:
     check_job(architecture, layout, cluster.size)
-    check_layouts(architecture, layout.trainer(architecture), layout.engine)
+    check_layouts(architecture, layout.trainer(architecture), layout.engine(architecture))

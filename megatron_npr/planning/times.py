@@ -49,9 +49,10 @@ def times_of(architecture: Architecture, layout: Layout, cluster: Cluster, work:
 
 
 def rollout_seconds(architecture: Architecture, layout: Layout, cluster: Cluster, work: Workload) -> float:
-    """By bandwidth: every engine step reads the weights that its tokens meet; every token reads the KV before it."""
-    replicas = max(cluster.size // layout.engine.size, 1)
-    responses = math.ceil(work.responses / replicas)
+    """By bandwidth: every engine step reads the weights that its tokens meet; every token reads the KV before it. Each copy of
+    attention decodes its own responses; experts meet the tokens of all copies that share them."""
+    copies = max(cluster.size // layout.engine_tp, 1)
+    responses = math.ceil(work.responses / copies)
     fitting = max(work.kv_slots // work.response_tokens, 1)
     together = max(min(responses, fitting, work.max_running), 1)
     waves = math.ceil(responses / together)
@@ -60,7 +61,8 @@ def rollout_seconds(architecture: Architecture, layout: Layout, cluster: Cluster
     held = engine_parameters(architecture, layout)
     if architecture.num_experts:
         experts = architecture.num_layers * architecture.num_experts * architecture.expert_parameters
-        share = 1 - (1 - architecture.experts_per_token / architecture.num_experts) ** tokens_a_step
+        met = tokens_a_step * layout.engine(architecture).size / layout.engine_tp
+        share = 1 - (1 - architecture.experts_per_token / architecture.num_experts) ** met
         held -= round((1 - share) * experts / layout.engine_ep)
     per_token = kv_bytes_per_token(architecture, layout.engine_tp, work.bytes_per_weight)
     kv_bytes = responses * work.response_tokens * work.response_tokens / 2 * per_token
@@ -125,7 +127,7 @@ def _wire(span: int, cluster: Cluster) -> float:
 
 def reshard_seconds(architecture: Architecture, layout: Layout, cluster: Cluster, work: Workload) -> float:
     """By bytes: what the busiest rank of the first replica receives, over the network between nodes and within."""
-    planned = plan(architecture, layout.trainer(architecture), layout.engine)
+    planned = plan(architecture, layout.trainer(architecture), layout.engine(architecture))
     moved = for_replica(planned, 0).transfers
     source, destination = moved["source"], moved["destination"]
     num_bytes = work.bytes_per_weight * moved["rows"] * moved["row_length"]

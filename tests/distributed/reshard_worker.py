@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_npr.config import ParallelSettings, RolloutSettings
-from megatron_npr.engine_grid import engine_group, engine_layout
+from megatron_npr.engine_grid import engine_groups, engine_layout
 from megatron_npr.huggingface import read_model_config
 from megatron_npr.parallel import close_world, init_world
 from megatron_npr.policy import build_policy, load_policy_weights, local_weights
@@ -49,9 +49,10 @@ def walk(case: dict[str, Any], folder: Path, expected: tuple[Tensor, Tensor, Ten
     config = read_model_config(folder)
     policy = build_policy(config, world, parallel=parallel)
     load_policy_weights(policy, folder)
-    layout = engine_layout(RolloutSettings(tp=case["tp"], ep=case["ep"]), parallel, config)
+    layout = engine_layout(RolloutSettings(tp=case["tp"], ep=case["ep"]), parallel, config, world.size)
     weights = EngineWeights(policy, layout)
-    model = InferenceModel(config, weights.tensors, engine_group(world, layout.size))
+    groups = engine_groups(world, layout)
+    model = InferenceModel(config, weights.tensors, groups.tp, expert_group=groups.experts)
     errors = [relative_error(engine_logits(model, token_ids), before)]
     for weight in local_weights(policy).values():
         weight.mul_(GROWTH)

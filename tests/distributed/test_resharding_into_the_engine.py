@@ -41,6 +41,8 @@ EXPERTS = {
     "ep2 to tp2": case(2, ep=2),
     "pp2 to tp2 x ep2": case(2, 2, pp=2),
     "zero copy: tp2 x ep2 to tp2 x ep2": case(2, 2, tp=2, ep=2, sequence_parallel=True),
+    "tp2 x ep2 to tp1 x ep2": case(1, 2, tp=2, ep=2, sequence_parallel=True),
+    "zero copy: ep2 to tp1 x ep2": case(1, 2, ep=2),
 }
 
 
@@ -51,10 +53,8 @@ def everything(experts: bool) -> dict[str, dict[str, Any]]:
     for tp, (pp, vpp), ep, engine_tp, engine_ep in itertools.product(
         (1, 2, 4), ((1, 1), (2, 1), (2, 2)), sizes, (1, 2, 4), sizes
     ):
-        if engine_tp % engine_ep:
-            continue
         # In place: the same cut of attention, all layers, and experts that lie alike (a trainer's are never cut).
-        alike = engine_tp == tp and pp == 1 and (not experts or engine_ep == ep == engine_tp)
+        alike = engine_tp == tp and pp == 1 and (not experts or engine_ep == ep >= engine_tp)
         name = f"{'zero copy: ' if alike else ''}tp{tp} pp{pp} vpp{vpp} ep{ep} to tp{engine_tp} ep{engine_ep}"
         cases[name] = case(
             engine_tp, engine_ep, tp=tp, pp=pp, vpp=vpp, ep=ep, sequence_parallel=experts and tp > 1

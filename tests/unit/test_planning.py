@@ -14,10 +14,12 @@ from megatron_npr.cli import main
 from megatron_npr.config import ParallelSettings, RolloutSettings
 from megatron_npr.engine_grid import engine_layout
 from megatron_npr.planning import CLUSTER_GPUS, Cluster, Layout, Workload, best, evaluate, memory_of
-from megatron_npr.planning.memory import kv_bytes_per_token, parameters_of
+from megatron_npr.planning.memory import engine_parameters, kv_bytes_per_token, parameters_of
 from megatron_npr.planning.search import candidates
 from megatron_npr.planning.times import train_flops
 from megatron_npr.resharding import EngineLayout
+from megatron_npr.resharding.catalog import catalog
+from megatron_npr.resharding.cuts import local_size
 from npr_engine.model import ModelConfig
 from npr_ext.errors import UserError
 
@@ -154,8 +156,39 @@ def test_the_search_takes_a_valid_layout_that_nothing_beats_by_far(name: str, no
             assert found.times.rollout + found.times.train <= 1.06 * (other.times.rollout + other.times.train)
 
 
-def test_decoding_refuses_an_engine_layout_that_can_only_be_planned() -> None:
+@pytest.mark.parametrize(
+    ("rollout", "world_size", "message"),
+    [
+        ({"tp": 4, "ep": 6}, 24, r"rollout\.ep = 6 and rollout\.tp = 4: make one a multiple of the other"),
+        ({"tp": 1, "ep": 3}, 24, r"rollout\.ep = 3 does not divide the model's 128 experts"),
+        ({"tp": 2, "ep": 8}, 12, r"rollout\.ep = 8 does not divide the world of 12 processes"),
+        ({"tp": 8, "ep": 1}, 12, r"rollout\.tp = 8 does not divide the world of 12 processes"),
+    ],
+)
+def test_an_engine_layout_that_cannot_decode_is_refused_in_one_line(
+    rollout: dict[str, int], world_size: int, message: str
+) -> None:
     moe = ModelConfig(**vars(KNOWN["Qwen3-30B-A3B"]))
-    assert engine_layout(RolloutSettings(tp=4, ep=2), ParallelSettings(), moe) == EngineLayout(4, 2, 2)
-    with pytest.raises(UserError, match=r"rollout\.ep = 2 can be planned"):
-        engine_layout(RolloutSettings(ep=2), ParallelSettings(), moe)
+    with pytest.raises(UserError, match=message):
+        engine_layout(RolloutSettings(**rollout), ParallelSettings(), moe, world_size)
+
+
+def test_experts_of_a_dense_model_are_refused() -> None:
+    dense = ModelConfig(**vars(KNOWN["Qwen3-4B"]))
+    assert engine_layout(RolloutSettings(tp=4), ParallelSettings(), dense, 8) == EngineLayout(4)
+    with pytest.raises(UserError, match=r"rollout\.ep = 2: the model has no experts"):
+        engine_layout(RolloutSettings(ep=2), ParallelSettings(), dense, 8)
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4, 8])
+@pytest.mark.parametrize("ep", [1, 2, 4, 8, 16])
+def test_the_plan_counts_the_weights_that_an_engine_rank_holds(tp: int, ep: int) -> None:
+    """Also where fewer ranks than share the attention hold experts, and cut them."""
+    model = KNOWN["Qwen3-30B-A3B"]
+    engine = Layout(engine_tp=tp, engine_ep=ep).engine(model)
+    held = 0
+    for weight in catalog(model).values():
+        if weight.engine_holds(model.num_experts, engine, rank=0):
+            cut, _, size = weight.engine_cut(engine, 0)
+            held += local_size(weight.kind.matrix, cut, size)
+    assert engine_parameters(model, Layout(engine_tp=tp, engine_ep=ep)) == held
