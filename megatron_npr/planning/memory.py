@@ -1,8 +1,8 @@
 """Bytes per GPU by part, of the fullest pipeline stage.
 
 What stays: weights, gradients (fp32 buffers), optimizer state (sharded over the ranks that hold the same weights), the KV
-cache, the engine's own copies of weights. What comes and goes: activations with the workspace of the loss, or the
-workspace of decoding; the larger counts.
+cache, the engine's own copies of weights. What comes and goes: activations with the workspace of the loss, the workspace
+of decoding, or the new weights of an engine until all have arrived; the largest counts.
 """
 
 from __future__ import annotations
@@ -146,6 +146,7 @@ def _stage_memory(architecture: Architecture, layout: Layout, work: Workload, st
     # the loss has run its backward pass before the layers run theirs
     training = activations + max(tokens * busy, _loss_workspace(architecture, layout, work, stage))
     decoding = _decoding_workspace(architecture, layout, work) if work.kv_slots else 0.0
+    engine = _engine_copy(architecture, layout, work)
     return Memory(
         stage=stage,
         weights=size * (dense + expert),
@@ -153,7 +154,8 @@ def _stage_memory(architecture: Architecture, layout: Layout, work: Workload, st
         optimizer=state * (dense / dense_copies + expert / expert_copies),
         activations=activations,
         kv=work.kv_slots * kv_bytes_per_token(architecture, layout.engine_tp, size),
-        engine_weights=_engine_copy(architecture, layout, work),
+        # An update holds what has arrived once more, when neither trainer nor engine works (resharding.exchange).
+        engine_weights=engine + max(engine - max(training, decoding), 0.0),
         workspace=RUNTIME_BYTES + max(training, decoding) - activations,
     )
 

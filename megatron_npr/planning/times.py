@@ -22,6 +22,7 @@ MFU = 0.40  # model FLOPs over peak in training, tensor parallelism within a nod
 DECODE_SHARE = 0.65  # of memory bandwidth
 NETWORK_SHARE = 0.7
 STEP_OVERHEAD = 1.5e-3  # seconds of an engine step that are neither weights nor KV, all-reduces included
+EXCHANGE_LATENCY = 40e-6  # seconds of one small all-to-all
 VISIBLE = 0.6  # pairs that a branching response sees, of the causal ones
 
 
@@ -67,7 +68,20 @@ def rollout_seconds(architecture: Architecture, layout: Layout, cluster: Cluster
     per_token = kv_bytes_per_token(architecture, layout.engine_tp, work.bytes_per_weight)
     kv_bytes = responses * work.response_tokens * work.response_tokens / 2 * per_token
     read = steps * held * work.bytes_per_weight + kv_bytes
-    return read / (DECODE_SHARE * cluster.gpu.bandwidth) + steps * STEP_OVERHEAD
+    exchange = _exchange_seconds(architecture, layout, cluster, work, tokens_a_step)
+    return read / (DECODE_SHARE * cluster.gpu.bandwidth) + steps * (STEP_OVERHEAD + exchange)
+
+
+def _exchange_seconds(
+    architecture: Architecture, layout: Layout, cluster: Cluster, work: Workload, tokens: float
+) -> float:
+    """Of one engine step whose experts lie on more ranks than its attention: in every layer the counts, the rows, and back."""
+    span = layout.engine(architecture).size
+    if span == layout.engine_tp:
+        return 0.0
+    pairs = tokens / layout.engine_tp * architecture.experts_per_token * (span - 1) / span
+    rows = 2 * pairs * architecture.hidden_size * work.bytes_per_weight / _wire(span, cluster)
+    return architecture.num_layers * (rows + 3 * EXCHANGE_LATENCY)
 
 
 def train_flops(architecture: Architecture, work: Workload) -> float:
