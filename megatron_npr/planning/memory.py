@@ -11,7 +11,6 @@ from dataclasses import dataclass, fields
 
 from megatron_npr.architecture import Architecture
 from megatron_npr.planning.job import Layout, Workload
-from megatron_npr.resharding import EngineLayout
 from megatron_npr.resharding.catalog import Kind, Place, engine_cut, kinds
 from megatron_npr.resharding.cuts import local_size
 
@@ -171,8 +170,9 @@ def _rows_in_flight(layout: Layout, stage: int) -> float:
 
 def _engine_copy(architecture: Architecture, layout: Layout, work: Workload) -> float:
     """Bytes of weights that the engine holds besides the trainer's: all or, where the layouts agree, none."""
-    alike = layout.engine(architecture) == EngineLayout(layout.tp, layout.ep) and layout.pp == 1
-    if not work.kv_slots or alike:
+    engine = layout.engine(architecture)
+    trains_them = engine.etp == 1 and layout.ep in (1, engine.ep)
+    if not work.kv_slots or (engine.tp == layout.tp and layout.pp == 1 and trains_them):
         return 0.0
     return float(work.bytes_per_weight * engine_parameters(architecture, layout))
 

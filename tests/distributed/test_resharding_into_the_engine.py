@@ -53,8 +53,10 @@ def everything(experts: bool) -> dict[str, dict[str, Any]]:
     for tp, (pp, vpp), ep, engine_tp, engine_ep in itertools.product(
         (1, 2, 4), ((1, 1), (2, 1), (2, 2)), sizes, (1, 2, 4), sizes
     ):
-        # In place: the same cut of attention, all layers, and experts that lie alike (a trainer's are never cut).
-        alike = engine_tp == tp and pp == 1 and (not experts or engine_ep == ep >= engine_tp)
+        # In place: the same cut of attention, all layers, and whole experts that the rank trains.
+        alike = engine_tp == tp and pp == 1
+        if experts:
+            alike = alike and engine_ep >= engine_tp and ep in (1, engine_ep)
         name = f"{'zero copy: ' if alike else ''}tp{tp} pp{pp} vpp{vpp} ep{ep} to tp{engine_tp} ep{engine_ep}"
         cases[name] = case(
             engine_tp, engine_ep, tp=tp, pp=pp, vpp=vpp, ep=ep, sequence_parallel=experts and tp > 1
