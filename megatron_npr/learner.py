@@ -95,10 +95,11 @@ class Learner:
 
     def build_engine(self, settings: RolloutSettings) -> Backend:
         """The colocated engine over this learner's weights; collective."""
-        layout = engine_layout(settings, self.session.parallel, self.session.model_config)
+        session = self.session
+        layout = engine_layout(settings, session.parallel, session.model_config, session.world.size)
         fp8 = settings.fp8 and settings.backend == "native"
         self.weights = EngineWeights(self.trainer.policy, layout, fp8=fp8)
-        engine = build_engine(self.session, self.weights.tensors, settings)
+        engine = build_engine(session, self.weights.tensors, settings)
         if settings.backend != "native" and self.first_step:
             self.update_engine(engine)  # it has read the folder, not the checkpoint
         return engine

@@ -67,20 +67,25 @@ class NormColumnParallelLinear(ColumnParallelLinear):
 
 @dataclass(frozen=True)
 class LinearModules:
-    """Classes of the layers' projections. `norm_column` has the RMSNorm before it."""
+    """Classes of the layers' projections. `norm_column` has the RMSNorm before it; `grouped` are the column and row projections
+    of all local experts at once, where the library has such."""
 
     library: str
     norm_column: type[torch.nn.Module]
     column: type[torch.nn.Module]
     row: type[torch.nn.Module]
+    grouped: tuple[type[torch.nn.Module], type[torch.nn.Module]] | None
 
 
-OWN = LinearModules("Megatron-Core", NormColumnParallelLinear, ColumnParallelLinear, RowParallelLinear)
+OWN = LinearModules("Megatron-Core", NormColumnParallelLinear, ColumnParallelLinear, RowParallelLinear, None)
 TRANSFORMER_ENGINE = LinearModules(
     "Transformer Engine",
     engine_layers.TELayerNormColumnParallelLinear,
     engine_layers.TEColumnParallelLinear,
     engine_layers.TERowParallelLinear,
+    (engine_layers.TEColumnParallelGroupedLinear, engine_layers.TERowParallelGroupedLinear)
+    if engine_layers.TEColumnParallelGroupedLinear is not None  # by Megatron from Transformer Engine 1.9 on
+    else None,
 )
 
 

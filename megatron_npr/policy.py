@@ -26,7 +26,7 @@ from torch.nn import functional
 from megatron_npr.config import Fp8Settings, ParallelSettings, Recompute
 from megatron_npr.context_parallel import shard_bounds
 from megatron_npr.huggingface import HuggingFaceWeights
-from megatron_npr.linears import fp8_options, fuses_gradients, linear_modules
+from megatron_npr.linears import LinearModules, fp8_options, fuses_gradients, linear_modules
 from megatron_npr.logprobs import token_log_probs
 from megatron_npr.modules import LayoutRotaryEmbedding, RMSNorm, layer_spec
 from megatron_npr.parallel import World, megatron_context
@@ -175,8 +175,10 @@ def transformer_config(
     recompute: Recompute = "none",
     router_aux_loss: float = 0.0,
     fp8: Fp8Settings | None = None,
+    linears: LinearModules | None = None,
 ) -> TransformerConfig:
-    """Megatron's configuration of a model in this world."""
+    """Megatron's configuration of a model in this world; `linears`: the device's by default."""
+    linears = linears or linear_modules(world.device)
     for name, count in (
         ("num_attention_heads", model.num_heads),
         ("num_key_value_heads", model.num_kv_heads),
@@ -226,14 +228,14 @@ def transformer_config(
         batch_p2p_comm=world.virtual_size == 1,
         **(
             RECOMPUTE[recompute]
-            | (_moe_settings(model, world, recompute, router_aux_loss) if model.num_experts else {})
+            | (_moe_settings(model, world, recompute, router_aux_loss, linears) if model.num_experts else {})
             | (fp8_options(fp8, num_layers=model.num_layers, stages=world.pipeline_size) if fp8 else {})
         ),
     )
 
 
 def _moe_settings(
-    model: ModelConfig, world: World, recompute: Recompute, router_aux_loss: float
+    model: ModelConfig, world: World, recompute: Recompute, router_aux_loss: float, linears: LinearModules
 ) -> dict[str, Any]:
     """Megatron's settings of a mixture of experts: no token is dropped, the router computes in fp32."""
     settings: dict[str, Any] = {
@@ -246,6 +248,7 @@ def _moe_settings(
         "moe_router_load_balancing_type": "aux_loss" if router_aux_loss else "none",
         "moe_aux_loss_coeff": router_aux_loss,
         "moe_token_dispatcher_type": "alltoall",
+        "moe_grouped_gemm": linears.grouped is not None,
         "expert_model_parallel_size": world.expert_size,
         "expert_tensor_parallel_size": 1,
     }
@@ -282,10 +285,12 @@ def build_policy(
     router_aux_loss: float = 0.0,
     fp8: Fp8Settings | None = None,
     entropy_coefficient: float | None = None,
+    linears: LinearModules | None = None,
 ) -> Policy:
     """The policy's part on this rank, randomly initialised; the sizes of the axes are those of `world`, `parallel` tells how
     layers and activations go with them. With an `entropy_coefficient` the entropy is computed beside the log-probs, with
-    gradient unless it is 0."""
+    gradient unless it is 0. `linears`: the device's by default."""
+    linears = linears or linear_modules(world.device)
     layout = trainer_layout(model, world, parallel)
     check_layouts(model, layout, EngineLayout())
     if model.num_experts and world.tensor_size > 1 and not parallel.sequence_parallel:
@@ -301,10 +306,11 @@ def build_policy(
         recompute=recompute,
         router_aux_loss=router_aux_loss,
         fp8=fp8,
+        linears=linears,
     )
     with megatron_context():
         chunks = [
-            _build_chunk(model, world, config, number, entropy_coefficient)
+            _build_chunk(model, world, config, linears, number, entropy_coefficient)
             for number in range(world.virtual_size)
         ]
     return Policy([chunk.to(world.device) for chunk in chunks], layout)
@@ -314,6 +320,7 @@ def _build_chunk(
     model: ModelConfig,
     world: World,
     config: TransformerConfig,
+    linears: LinearModules,
     number: int,
     entropy_coefficient: float | None,
 ) -> PolicyChunk:
@@ -324,11 +331,7 @@ def _build_chunk(
         entropy_coefficient=entropy_coefficient,
         config=config,
         transformer_layer_spec=TransformerBlockSubmodules(
-            layer_specs=[
-                layer_spec(
-                    qk_norm=model.qk_norm, experts=model.num_experts > 0, linears=linear_modules(world.device)
-                )
-            ]
+            layer_specs=[layer_spec(qk_norm=model.qk_norm, experts=model.num_experts > 0, linears=linears)]
             * get_num_layers_to_build(config, stage),
             layer_norm=RMSNorm,
         ),

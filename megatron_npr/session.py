@@ -23,7 +23,7 @@ from megatron_npr.config import (
     Section,
     to_toml,
 )
-from megatron_npr.engine_grid import engine_group, engine_layout
+from megatron_npr.engine_grid import engine_groups, engine_layout
 from megatron_npr.huggingface import HuggingFaceWeights, load_tokenizer, read_model_config
 from megatron_npr.linears import require_fp8
 from megatron_npr.parallel import World, init_world
@@ -126,11 +126,13 @@ def build_engine(session: Session, weights: Mapping[str, Weight], settings: Roll
     """Who decodes on this rank: an engine replica over these weights (shared, not copied), or SGLang beside them."""
     if settings.backend == "sglang":
         return _sglang_backend(session, settings)
-    layout = engine_layout(settings, session.parallel, session.model_config)
+    layout = engine_layout(settings, session.parallel, session.model_config, session.world.size)
+    groups = engine_groups(session.world, layout)
     model = InferenceModel(
         session.model_config,
         weights,
-        engine_group(session.world, layout.size),
+        groups.tp,
+        expert_group=groups.experts,
         fp8=settings.fp8,
     )
     return Engine(
@@ -147,7 +149,7 @@ def build_engine(session: Session, weights: Mapping[str, Weight], settings: Roll
 
 def folder_engine(session: Session, settings: RolloutSettings) -> Backend:
     """An engine over the weights of model.path itself, where nothing is trained; collective."""
-    layout = engine_layout(settings, session.parallel, session.model_config)
+    layout = engine_layout(settings, session.parallel, session.model_config, session.world.size)
     weights = read_shards(session.model.path, session.model_config, session.world, session.dtype, layout)
     return build_engine(session, weights, settings)
 
@@ -161,9 +163,12 @@ def _sglang_backend(session: Session, settings: RolloutSettings) -> Backend:
         )
     if settings.fp8:
         raise UserError("rollout.fp8 is of rollout.backend = 'native': set it to false for 'sglang'")
-    size = engine_layout(settings, session.parallel, session.model_config).size
-    if size > 1:
-        raise UserError(f"rollout.backend = 'sglang' takes whole weights: set rollout.tp = 1, not {size}")
+    layout = engine_layout(settings, session.parallel, session.model_config, session.world.size)
+    if layout.size > 1:
+        raise UserError(
+            "rollout.backend = 'sglang' takes whole weights: set rollout.tp = 1 and rollout.ep = 1, not "
+            f"{layout.tp} and {layout.ep}"
+        )
     return SGLangBackend(
         session.model.path,
         session.model_config,

@@ -96,8 +96,11 @@ class StepOutput:
 
 
 class Engine:
-    """A model, a grammar and KV memory. One thread uses it; with tensor parallelism every rank calls it
-    alike."""
+    """A model, a grammar and KV memory. One thread uses it; with tensor parallelism every rank calls it alike.
+
+    Engines whose models share experts (ExpertRanks) generate together, each its own requests, also none: all call `generate`,
+    or all call `step` as often as the one that needs most.
+    """
 
     def __init__(self, model: InferenceModel, grammar: Grammar, config: EngineConfig) -> None:
         self.model = model
@@ -132,7 +135,7 @@ class Engine:
             self._scheduler.submit(request)
         try:
             with old_objects_left_alone():
-                while self._scheduler.num_unfinished:
+                while self.model.any_busy(self._scheduler.num_unfinished > 0):
                     self._step()
                     finished = self._scheduler.take_finished()
                     for ended in finished:
@@ -256,6 +259,7 @@ class Engine:
         start = time.perf_counter()
         batch = self._scheduler.plan()
         if batch is None:
+            self._runner.run_empty()
             return
         inputs = self._scheduler.sample_inputs(batch)
         before = time.perf_counter()

@@ -2,9 +2,8 @@
 weight tensors.
 
 Shapes: T tokens of a step, S sampled ones, D hidden, V vocabulary, G key/value heads of this rank, N query
-heads per key/value head, H head dim, F feed-forward, E experts, K of them for each token. Weights keep Megatron's
-shard layout (fused [q.. k v] per group, fused [gate; up]) and are referenced, never copied: an optimizer step is
-seen by the next forward.
+heads per key/value head, H head dim, F feed-forward. Weights keep Megatron's shard layout (fused [q.. k v] per group,
+fused [gate; up]) and are referenced, never copied: an optimizer step is seen by the next forward.
 """
 
 from __future__ import annotations
@@ -19,10 +18,11 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from npr_engine.architecture import ModelConfig as ModelConfig
+from npr_engine.experts import ExpertRanks, Experts, FeedForward, feed_forward, mixture
 from npr_engine.fp8 import ALIGNMENT, Fp8Weight
 from npr_engine.linear import Weight, linear
 from npr_engine.rotary import Rotary
-from npr_ext import paged_attention, rms_norm, silu_mul, split_heads
+from npr_ext import paged_attention, rms_norm, split_heads
 from npr_ext.errors import UserError
 
 
@@ -50,22 +50,6 @@ class Step:
 
 
 @dataclass(frozen=True)
-class FeedForward:
-    """An MLP, or one expert, local shard."""
-
-    gate_up_FD: Weight
-    down_DF: Weight
-
-
-@dataclass(frozen=True)
-class Experts:
-    """The router of a layer and those of its experts that this rank holds (all of them or a part of each), by number."""
-
-    router_ED: Tensor
-    held: Mapping[int, FeedForward]
-
-
-@dataclass(frozen=True)
 class LayerWeights:
     """Weights of one layer, local shards."""
 
@@ -88,10 +72,12 @@ class InferenceModel:
         weights: Mapping[str, Weight],
         tp_group: ProcessGroup | None = None,
         *,
+        expert_group: ProcessGroup | None = None,
         fp8: bool = False,
     ) -> None:
-        """`fp8`: those of the layers' projections that are not given in e4m3 are copied into it; all else are the given
-        tensors themselves."""
+        """`expert_group`: the ranks of several copies of the model that share its experts, see ExpertRanks; None: they lie on
+        the ranks of `tp_group`. `fp8`: those of the layers' projections that are not given in e4m3 are copied into it; all
+        else are the given tensors themselves."""
         self.config = config
         self._group = tp_group
         self._tp_size = 1 if tp_group is None else dist.get_world_size(tp_group)
@@ -102,6 +88,7 @@ class InferenceModel:
                 f"num_heads {heads} and num_kv_heads {kv_heads} cannot be split over {tp} tensor-parallel ranks"
             )
         self._num_groups = max(kv_heads // tp, 1)  # more ranks than KV heads hold copies of them
+        self._expert_ranks = None if expert_group is None else ExpertRanks(config, expert_group, tp_group)
         reader = _Reader(weights)
         self._weights = reader.taken
         self._embedding_VD = reader["embedding.word_embeddings.weight"]
@@ -181,6 +168,20 @@ class InferenceModel:
             hidden_TD = self._feed_forward(weights, hidden_TD)
         return self._logits(self._norm(hidden_TD, self._final_norm_D))
 
+    def any_busy(self, busy: bool) -> bool:
+        """Whether this model, or any that shares its experts, has something to decode. Collective where they are shared."""
+        return busy if self._expert_ranks is None else self._expert_ranks.any_busy(busy, self.device)
+
+    def serve_experts(self) -> None:
+        """The part of an engine that has nothing to decode in a step of those that share its experts; nothing to do
+        without such."""
+        if self._expert_ranks is None:
+            return
+        nothing_TD = torch.empty(0, self.config.hidden_size, dtype=self.dtype, device=self.device)
+        for weights in self._layers:
+            assert isinstance(weights.feed_forward, Experts)
+            self._expert_ranks.mixture(nothing_TD, weights.feed_forward)
+
     def _attend(
         self,
         weights: LayerWeights,
@@ -208,9 +209,13 @@ class InferenceModel:
 
     def _feed_forward(self, weights: LayerWeights, hidden_TD: Tensor) -> Tensor:
         normed_TD = self._norm(hidden_TD, weights.mlp_norm_D)
-        if isinstance(weights.feed_forward, Experts):
-            return hidden_TD + self._all_reduce(mixture(normed_TD, weights.feed_forward, self.config))
-        return hidden_TD + self._all_reduce(feed_forward(normed_TD, weights.feed_forward))
+        if isinstance(weights.feed_forward, FeedForward):
+            part_TD = feed_forward(normed_TD, weights.feed_forward)
+        elif self._expert_ranks is None:
+            part_TD = mixture(normed_TD, weights.feed_forward, self.config)
+        else:
+            part_TD = self._expert_ranks.mixture(normed_TD, weights.feed_forward)
+        return hidden_TD + self._all_reduce(part_TD)
 
     def _norm(self, hidden_TD: Tensor, weight_D: Tensor) -> Tensor:
         return rms_norm(hidden_TD, weight_D, self.config.rms_norm_eps)
@@ -243,7 +248,12 @@ class InferenceModel:
         layer, attention = self._layers[0], config.num_heads * config.head_dim // tp
         ffn, mlp = config.ffn_hidden_size // tp, layer.feed_forward
         if isinstance(mlp, Experts):  # whole experts on some ranks, or a part of each on all of them
-            ffn = config.ffn_hidden_size * config.num_experts // (tp * len(mlp.held))
+            ranks = tp if self._expert_ranks is None else self._expert_ranks.size
+            ffn = config.ffn_hidden_size * config.num_experts // (ranks * len(mlp.held))
+            if self._expert_ranks is not None and list(mlp.held) != list(self._expert_ranks.numbers):
+                raise UserError(
+                    f"the weights have experts {list(mlp.held)} of this rank's {self._expert_ranks.numbers}"
+                )
             mlp = next(iter(mlp.held.values()))
         vocabulary = -(-config.vocab_size // tp)  # padded with rows that are cut off again
         fused = (config.num_heads // tp + 2 * self._num_groups) * config.head_dim
@@ -261,31 +271,6 @@ class InferenceModel:
         for name, (tensor, shape) in wanted.items():
             if tuple(tensor.shape) != shape:
                 raise UserError(f"{name} has shape {tuple(tensor.shape)}, the configuration asks for {shape}")
-
-
-def feed_forward(normed_TD: Tensor, weights: FeedForward) -> Tensor:
-    """SwiGLU; this rank's part of the sum over ranks, [T, D]."""
-    return linear(silu_mul(linear(normed_TD, weights.gate_up_FD)), weights.down_DF)
-
-
-def mixture(normed_TD: Tensor, experts: Experts, config: ModelConfig) -> Tensor:
-    """Each token's experts by their share of it, [T, D], grouped by expert; no token is dropped. This rank's part of the sum
-    over ranks. A token's sum runs in the order of the experts whoever else is in the step."""
-    wide = torch.promote_types(normed_TD.dtype, torch.float32)
-    logits_TE = linear(normed_TD.to(wide), experts.router_ED.to(wide))
-    shares_TK, chosen_TK = logits_TE.softmax(-1).topk(config.experts_per_token)
-    if config.norm_topk_prob:
-        shares_TK = shares_TK / shares_TK.sum(-1, keepdim=True)
-    chosen, shares = chosen_TK.flatten(), shares_TK.flatten().to(normed_TD.dtype)
-    order = chosen.argsort(stable=True)
-    counts = torch.bincount(chosen, minlength=config.num_experts).tolist()
-    mixed_TD = torch.zeros_like(normed_TD)
-    for expert, pairs in enumerate(order.split(counts)):
-        if len(pairs) and expert in experts.held:
-            tokens = pairs // config.experts_per_token
-            output = feed_forward(normed_TD.index_select(0, tokens), experts.held[expert])
-            mixed_TD.index_add_(0, tokens, output * shares[pairs, None])
-    return mixed_TD
 
 
 class _Reader:

@@ -47,6 +47,11 @@ class Runner:
             logits = self._model.forward(self._step(batch), self._cache)
         return sample(logits, inputs, self._masks() if inputs.masks.any() else None)
 
+    @torch.inference_mode()
+    def run_empty(self) -> None:
+        """A step without tokens, for the engines that share the model's experts."""
+        self._model.serve_experts()
+
     def _step(self, batch: Batch) -> Step:
         """The batch as tensors that share its memory."""
         return Step(

@@ -128,7 +128,9 @@ class RolloutSettings(Section):
         None, description="tensor-parallel ranks of one engine; none = parallel.tp"
     )
     ep: PositiveInt | None = Field(
-        None, description="expert-parallel ranks of one engine; none = parallel.ep"
+        None,
+        description="ranks that share the experts: a multiple of rollout.tp (several engines share them, in step) or a "
+        "divisor; none = parallel.ep",
     )
     kv_slots: PositiveInt = Field(524_288, description="token slots of the KV cache of one engine")
     block_size: PositiveInt = Field(4, description="token slots of one KV block")

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_npr.config import ParallelSettings, RolloutSettings
-from megatron_npr.engine_grid import engine_group, engine_layout
+from megatron_npr.engine_grid import engine_groups, engine_layout
 from megatron_npr.huggingface import read_model_config
 from megatron_npr.parallel import World, close_world, init_world
 from megatron_npr.policy import Policy, build_policy, load_policy_weights, local_weights
@@ -41,10 +41,11 @@ class FP8Pair:
     """Two engines in FP8: one is sent its projections so, the other quantises what it was sent whole."""
 
     def __init__(self, policy: Policy, layout: EngineLayout, whole: EngineWeights, world: World) -> None:
-        self._sent, group = EngineWeights(policy, layout, fp8=True), engine_group(world, layout.size)
-        config = policy.model_config
-        self._taker = InferenceModel(config, self._sent.tensors, group, fp8=True)
-        self._maker = InferenceModel(config, whole.tensors, group, fp8=True)
+        self._sent, groups = EngineWeights(policy, layout, fp8=True), engine_groups(world, layout)
+        self._taker, self._maker = (
+            InferenceModel(policy.model_config, tensors, groups.tp, expert_group=groups.experts, fp8=True)
+            for tensors in (self._sent.tensors, whole.tensors)
+        )
 
     def update(self) -> int:
         """Bytes that were sent and copied."""
@@ -68,9 +69,10 @@ def walk(case: dict[str, Any], folder: Path, expected: tuple[Tensor, Tensor, Ten
     config = read_model_config(folder)
     policy = build_policy(config, world, parallel=parallel)
     load_policy_weights(policy, folder)
-    layout = engine_layout(RolloutSettings(tp=case["tp"], ep=case["ep"]), parallel, config)
+    layout = engine_layout(RolloutSettings(tp=case["tp"], ep=case["ep"]), parallel, config, world.size)
     weights = EngineWeights(policy, layout)
-    model = InferenceModel(config, weights.tensors, engine_group(world, layout.size))
+    groups = engine_groups(world, layout)
+    model = InferenceModel(config, weights.tensors, groups.tp, expert_group=groups.experts)
     errors = [relative_error(engine_logits(model, token_ids), before)]
     pair = FP8Pair(policy, layout, weights, world) if case["fp8"] else None
     differences = [pair.difference(token_ids)] if pair else [0.0]

@@ -37,6 +37,8 @@ EXPERTS = {
     "ep2 to tp2": case(2, ep=2),
     "pp2 to tp2 x ep2": case(2, 2, pp=2, fp8=True),
     "zero copy: tp2 x ep2 to tp2 x ep2": case(2, 2, tp=2, ep=2, sequence_parallel=True),
+    "tp2 x ep2 to tp1 x ep2": case(1, 2, tp=2, ep=2, sequence_parallel=True),
+    "zero copy: ep2 to tp1 x ep2": case(1, 2, ep=2),
 }
 
 
@@ -47,13 +49,10 @@ def everything(experts: bool) -> dict[str, dict[str, Any]]:
     for tp, (pp, vpp), ep, engine_tp, engine_ep in itertools.product(
         (1, 2, 4), ((1, 1), (2, 1), (2, 2)), sizes, (1, 2, 4), sizes
     ):
-        if engine_tp % engine_ep:
-            continue
-        # In place: the same cut of attention, all layers, and experts of the engine that the same rank trains: whole ones
-        # (a trainer's are never cut), one share of them or a part of its share.
-        alike = (
-            engine_tp == tp and pp == 1 and (not experts or (engine_ep == engine_tp and engine_ep % ep == 0))
-        )
+        # In place: the same cut of attention, all layers, and whole experts that the rank trains.
+        alike = engine_tp == tp and pp == 1
+        if experts:
+            alike = alike and engine_ep >= engine_tp and ep in (1, engine_ep)
         name = f"{'zero copy: ' if alike else ''}tp{tp} pp{pp} vpp{vpp} ep{ep} to tp{engine_tp} ep{engine_ep}"
         cases[name] = case(
             engine_tp, engine_ep, tp=tp, pp=pp, vpp=vpp, ep=ep, sequence_parallel=experts and tp > 1
