@@ -15,7 +15,9 @@ pytest.importorskip(
 WORKER = Path(__file__).with_name("triton_worker.py")
 
 
-@pytest.mark.parametrize("case", ["attention", "split_heads", "rows", "categorical"])
+@pytest.mark.parametrize(
+    "case", ["attention", "split_heads", "rows", "quantise", "categorical", "broken_rows"]
+)
 def test_the_gpus_operators_equal_the_cpus(case: str) -> None:
     """In a process of its own: Triton decides for its interpreter when it is imported."""
     interpreted = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
