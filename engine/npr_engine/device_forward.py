@@ -6,8 +6,8 @@
     decode bucket   every token is a row's next one and is sampled after; each is computed alone
     mixed bucket    forks, joins and short prompts feed several tokens of a row: runs of up to 16 are computed together
 
-A step is padded to its bucket; padding sees no key and leaves none (slot -1). Where hundreds of responses run, some response forks
-or joins in most steps: without mixed buckets few steps would be replayed. The host waits for nothing here.
+A step is padded to its bucket; padding sees no key and leaves none (slot -1). Where hundreds of responses run, some response
+forks or joins in most steps: without mixed buckets few steps would be replayed. The host waits for nothing here.
 """
 
 from __future__ import annotations

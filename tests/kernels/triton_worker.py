@@ -157,7 +157,7 @@ def broken_rows() -> None:
     )
     assert torch.equal(policy.isnan(), ~sound), policy
     assert torch.equal(indices[sound], expected[sound])
-    assert ((0 <= indices) & (indices < 57)).all()
+    assert ((indices >= 0) & (indices < 57)).all()
 
 
 CASES = {case.__name__: case for case in (attention, split_heads, rows, quantise, categorical, broken_rows)}
