@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from megatron_npr.bench import gpu_model
-from megatron_npr.bench.contenders import Ours, Transformers, alternate, times_faster
+from megatron_npr.bench.contenders import Contender, Ours, Transformers, alternate, times_faster
 from megatron_npr.bench.gpu_model import ScriptedModel, bytes_read, random_weights
 from megatron_npr.bench.gpu_result import DecodeFigures, EngineFigures, ForkFigures
 from megatron_npr.bench.gpu_timing import copy_bandwidth, median_seconds, waits
@@ -259,7 +259,10 @@ def versus_transformers(engine: Engine, sizes: Sizes) -> float | None:
     """Their seconds over ours on the same prompts; None where transformers is not installed."""
     if importlib.util.find_spec("transformers") is None:
         return None
-    contenders = {"ours": Ours(engine), "transformers": Transformers(_their_model(engine.model, sizes))}
+    contenders: dict[str, Contender] = {
+        "ours": Ours(engine),
+        "transformers": Transformers(_their_model(engine.model, sizes)),
+    }
     _, tokens = sizes.steps
     drawn = np.random.default_rng(0).integers(12, 40, (sizes.repeats + 1, sizes.batch, sizes.prompt_tokens))
     warm_up, *batches = drawn.tolist()
