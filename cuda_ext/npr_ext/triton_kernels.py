@@ -127,6 +127,11 @@ def _merge_splits(
     tl.store(out_TNH + row * dim + d, mixed.to(out_TNH.dtype.element_ty), mask=d < dim)
 
 
+def stages_of(itemsize: int) -> int:
+    """Of the loop over keys. A stage is 64 keys and values in shared memory: 32 KiB of 16-bit numbers at 128 dimensions."""
+    return 3 if itemsize == 2 else 1
+
+
 def paged_attention(
     q_TNH: Tensor,
     k_SGH: Tensor,
@@ -173,9 +178,7 @@ def paged_attention(
         block_keys=64,
         splits=splits,
         alone=runs is None,
-        num_stages=3
-        if q_TNH.itemsize == 2
-        else 1,  # keys and values of a stage: 64 x 128 x 2 numbers of shared memory
+        num_stages=stages_of(q_TNH.itemsize),
     )
     if splits > 1:
         _merge_splits[(num_tokens * num_heads,)](
