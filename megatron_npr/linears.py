@@ -125,6 +125,11 @@ def fp8_obstacle(
     return "; ".join(obstacles) or None
 
 
+def transformer_engine_version() -> str | None:
+    """None where it is not installed."""
+    return str(get_te_version()) if engine_layers.HAVE_TE else None
+
+
 def require_fp8(device: torch.device, recipe: str = "tensorwise") -> None:
     """UserError where FP8 training cannot run on this device, with device and package."""
     gpu = device.type == "cuda"
@@ -132,7 +137,7 @@ def require_fp8(device: torch.device, recipe: str = "tensorwise") -> None:
         recipe,
         torch.cuda.get_device_name(device) if gpu else "cpu",
         torch.cuda.get_device_capability(device) if gpu else None,
-        str(get_te_version()) if engine_layers.HAVE_TE else None,
+        transformer_engine_version(),
     )
     if obstacle is not None:
         raise UserError(f"model.dtype = 'fp8' cannot run here: {obstacle}; use bf16")

@@ -62,7 +62,7 @@ class EngineStats:
     `model_seconds` are spent in forward and sampler, `seconds` in all steps; `overhead_us_per_step` is the
     rest of a step. `forced_tokens` count when their response ends. `kv_utilisation` is the share of KV slots that
     held a token which some branch sees when memory ran out for the first time; None as long as it has not.
-    `running` and `waiting` are requests of this moment.
+    `running` and `waiting` are requests of this moment. `graph_steps` replayed a CUDA graph.
     """
 
     steps: int
@@ -79,6 +79,7 @@ class EngineStats:
     free_blocks: int
     running: int
     waiting: int
+    graph_steps: int
     seconds: float
     model_seconds: float
 
@@ -243,6 +244,7 @@ class Engine:
             free_blocks=scheduler.num_free_blocks,
             running=scheduler.num_running,
             waiting=scheduler.num_unfinished - scheduler.num_running,
+            graph_steps=self._runner.num_replays,
             seconds=self._seconds,
             model_seconds=self._model_seconds,
         )

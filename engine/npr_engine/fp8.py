@@ -87,8 +87,12 @@ def to_fp8(rows_RC: Tensor, scales_R: Tensor) -> Tensor:
 
 def fp8_linear(x_TC: Tensor, weight: Fp8Weight, bias_D: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias in x's type, [T, D]."""
-    x_values_TC, x_scales_T = quantise(x_TC)
-    if x_TC.is_cuda:
+    if x_TC.is_cuda and len(x_TC):
+        from npr_ext import triton_kernels  # there wherever torch was built for CUDA, and only there
+
+        # The definition in one launch. Weights keep to the definition itself, so that those which were quantised on their
+        # way to the engine are its own to the bit.
+        x_values_TC, x_scales_T = triton_kernels.quantise(x_TC, FP8, LARGEST)
         product_TD = torch._scaled_mm(
             x_values_TC,
             weight.values_DC.t(),
@@ -97,6 +101,7 @@ def fp8_linear(x_TC: Tensor, weight: Fp8Weight, bias_D: Tensor | None = None) ->
             out_dtype=torch.bfloat16,
         ).to(x_TC.dtype)
     else:
+        x_values_TC, x_scales_T = quantise(x_TC)
         exact_TD = x_values_TC.float() @ weight.values_DC.float().t()
         product_TD = (exact_TD * x_scales_T[:, None] * weight.scales_D).to(x_TC.dtype)
     return product_TD if bias_D is None else product_TD + bias_D

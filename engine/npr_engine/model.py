@@ -22,7 +22,7 @@ from npr_engine.experts import ExpertRanks, Experts, FeedForward, feed_forward, 
 from npr_engine.fp8 import ALIGNMENT, Fp8Weight
 from npr_engine.linear import Weight, linear
 from npr_engine.rotary import Rotary
-from npr_ext import paged_attention, rms_norm, split_heads
+from npr_ext import add_rms_norm, paged_attention, rms_norm, split_heads
 from npr_ext.errors import UserError
 
 
@@ -159,14 +159,20 @@ class InferenceModel:
     def forward(self, step: Step, cache: KVCache) -> Tensor:
         """Logits [S, V] after the tokens at `step.sample_index`; S may be 0."""
         hidden_TD = self._embed(step.token_ids)
-        angles = self._rotary.tables
+        normed_TD = rms_norm(hidden_TD, self._layers[0].attention_norm_D, self.config.rms_norm_eps)
         sampled = step.sample_index if len(step.sample_index) < len(hidden_TD) else None
         for layer, weights in enumerate(self._layers):
-            keys, values = cache.keys[layer], cache.values[layer]
-            wanted = sampled if layer == len(self._layers) - 1 else None
-            hidden_TD = self._attend(weights, hidden_TD, step, keys, values, angles, wanted)
-            hidden_TD = self._feed_forward(weights, hidden_TD)
-        return self._logits(self._norm(hidden_TD, self._final_norm_D))
+            last = layer == len(self._layers) - 1
+            wanted = sampled if last else None
+            mixed_TD = self._attend(weights, normed_TD, step, cache.keys[layer], cache.values[layer], wanted)
+            if wanted is not None:
+                hidden_TD = hidden_TD.index_select(0, wanted)
+            hidden_TD, normed_TD = self._add_norm(hidden_TD, mixed_TD, weights.mlp_norm_D)
+            next_norm_D = self._final_norm_D if last else self._layers[layer + 1].attention_norm_D
+            hidden_TD, normed_TD = self._add_norm(
+                hidden_TD, self._feed_forward(weights, normed_TD), next_norm_D
+            )
+        return self._logits(normed_TD)
 
     def any_busy(self, busy: bool) -> bool:
         """Whether this model, or any that shares its experts, has something to decode. Collective where they are shared."""
@@ -185,40 +191,38 @@ class InferenceModel:
     def _attend(
         self,
         weights: LayerWeights,
-        hidden_TD: Tensor,
+        normed_TD: Tensor,
         step: Step,
         keys_SGH: Tensor,
         values_SGH: Tensor,
-        angles: tuple[Tensor, Tensor],
         wanted: Tensor | None,
     ) -> Tensor:
-        """Residual stream after attention, [T, D]; of the `wanted` tokens only, where given: in the last
+        """What attention adds to the residual stream, [T, D]; of the `wanted` tokens only, where given: in the last
         layer the others leave their keys and values and are done."""
-        normed_TD = self._norm(hidden_TD, weights.attention_norm_D)
         qkv_TC = linear(normed_TD, weights.qkv_CD, weights.qkv_bias_C)
         norms, eps = (weights.query_norm_H, weights.key_norm_H), self.config.rms_norm_eps
         queries_TNH = split_heads(
-            qkv_TC, *norms, *angles, step.positions, step.slots, keys_SGH, values_SGH, eps
+            qkv_TC, *norms, *self._rotary.tables, step.positions, step.slots, keys_SGH, values_SGH, eps
         )
         rows, lengths, runs = step.rows, step.lengths, step.runs
         if wanted is not None:
-            queries_TNH, hidden_TD = queries_TNH.index_select(0, wanted), hidden_TD.index_select(0, wanted)
+            queries_TNH = queries_TNH.index_select(0, wanted)
             rows, lengths, runs = rows.index_select(0, wanted), lengths.index_select(0, wanted), None
         mixed_TNH = paged_attention(queries_TNH, keys_SGH, values_SGH, step.tables, rows, lengths, runs=runs)
-        return hidden_TD + self._all_reduce(linear(mixed_TNH.flatten(1), weights.proj_DC))
+        return self._all_reduce(linear(mixed_TNH.flatten(1), weights.proj_DC))
 
-    def _feed_forward(self, weights: LayerWeights, hidden_TD: Tensor) -> Tensor:
-        normed_TD = self._norm(hidden_TD, weights.mlp_norm_D)
+    def _feed_forward(self, weights: LayerWeights, normed_TD: Tensor) -> Tensor:
+        """What the MLP adds to the residual stream, [T, D]."""
         if isinstance(weights.feed_forward, FeedForward):
             part_TD = feed_forward(normed_TD, weights.feed_forward)
         elif self._expert_ranks is None:
             part_TD = mixture(normed_TD, weights.feed_forward, self.config)
         else:
             part_TD = self._expert_ranks.mixture(normed_TD, weights.feed_forward)
-        return hidden_TD + self._all_reduce(part_TD)
+        return self._all_reduce(part_TD)
 
-    def _norm(self, hidden_TD: Tensor, weight_D: Tensor) -> Tensor:
-        return rms_norm(hidden_TD, weight_D, self.config.rms_norm_eps)
+    def _add_norm(self, hidden_TD: Tensor, more_TD: Tensor, weight_D: Tensor) -> tuple[Tensor, Tensor]:
+        return add_rms_norm(hidden_TD, more_TD, weight_D, self.config.rms_norm_eps)
 
     def _embed(self, token_ids: Tensor) -> Tensor:
         if self._tp_size == 1:

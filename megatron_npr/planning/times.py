@@ -85,11 +85,18 @@ def _exchange_seconds(
 
 
 def train_flops(architecture: Architecture, work: Workload) -> float:
-    """Model FLOPs of a step: 6 a parameter and token, and 12 a visible pair, head dim and head."""
+    """Model FLOPs of a step whose tokens are all trained."""
     tokens = work.responses * work.response_tokens
     pairs = VISIBLE * tokens * work.response_tokens / 2
+    return model_flops(architecture, tokens=tokens, targets=tokens, pairs=pairs)
+
+
+def model_flops(architecture: Architecture, *, tokens: float, targets: float, pairs: float) -> float:
+    """Of forward and backward: 6 a parameter and token (of the output matrix: and trained token), and 12 a visible pair, head
+    dim and head. What is recomputed does not count."""
+    layers = architecture.active_parameters - architecture.embedding_parameters
     attention = 12.0 * architecture.num_layers * architecture.num_heads * architecture.head_dim * pairs
-    return 6.0 * architecture.active_parameters * tokens + attention
+    return 6.0 * (layers * tokens + architecture.embedding_parameters * targets) + attention
 
 
 def train_seconds(architecture: Architecture, layout: Layout, cluster: Cluster, work: Workload) -> float:
