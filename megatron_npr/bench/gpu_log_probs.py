@@ -33,7 +33,7 @@ def figures(
         def work(
             hidden_TD: torch.Tensor = hidden_TD, targets_T: torch.Tensor = targets_T
         ) -> tuple[torch.Tensor, ...]:
-            log_probs_T = token_log_probs(hidden_TD, weight_VD, targets_T)
+            log_probs_T, _ = token_log_probs(hidden_TD, weight_VD, targets_T)
             return torch.autograd.grad(log_probs_T.sum(), (hidden_TD, weight_VD))
 
         milliseconds[str(length)] = 1e3 * median_seconds(work, device, repeats=3)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megatron_npr.architecture import KNOWN
 from megatron_npr.resharding.catalog import catalog
+from npr_engine.linear import Weight
 from npr_engine.model import InferenceModel, KVCache, ModelConfig, Step
 
 NAME = "Qwen3-4B"
@@ -45,7 +46,7 @@ class ScriptedModel(InferenceModel):
     """Says what a script has for the position, whatever the weights say; its step runs on the device alone."""
 
     def __init__(
-        self, config: ModelConfig, weights: Mapping[str, Tensor], num_positions: int, *, fp8: bool = False
+        self, config: ModelConfig, weights: Mapping[str, Weight], num_positions: int, *, fp8: bool = False
     ) -> None:
         super().__init__(config, weights, fp8=fp8)
         self._script = torch.zeros(num_positions, dtype=torch.int64, device=self.device)
