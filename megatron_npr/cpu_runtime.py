@@ -14,7 +14,9 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.overrides import TorchFunctionMode
 
 from npr_engine.linear import linear
@@ -35,7 +37,6 @@ def _is_cuda(device: object) -> bool:
 
 _MATMULS = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
 _LONGEST_SUM = 1024
-_SPLITS = {"output_split_sizes", "input_split_sizes"}
 
 
 def _suits_linear(left: torch.Tensor, right: torch.Tensor) -> bool:
@@ -76,11 +77,6 @@ class CudaOnCpu(TorchFunctionMode):
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
             name = func(args[0])
             return _CUDA_TYPE_OF.get(name, name)
-        for name in (
-            _SPLITS & kwargs.keys()
-        ):  # the dispatcher of experts turns them into numbers on a GPU only
-            if isinstance(kwargs[name], torch.Tensor):
-                kwargs[name] = kwargs[name].tolist()
         if _is_cuda(kwargs.get("device")):
             kwargs["device"] = _CPU
         if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
@@ -124,9 +120,20 @@ def _get_rng_state(device: object = "cuda", clone: bool = False, graph_safe: boo
     return torch.get_rng_state()
 
 
+def _on_the_host(
+    tensor: torch.Tensor | None, as_numpy: bool = False, record_stream: bool = False
+) -> torch.Tensor | NDArray[np.int64] | None:
+    """Megatron's `maybe_move_tensor_to_cpu`, which leaves what is on the CPU as it is: all-to-all takes no tensor as sizes.
+
+    Not left to `CudaOnCpu`, which torch switches off within a nested backward: that of recomputed layers.
+    """
+    return tensor.numpy() if as_numpy and tensor is not None else tensor
+
+
 def _redirections() -> list[tuple[object, str, object]]:
     """(owner, attribute, replacement) for every CUDA entry point that Megatron calls outside torch functions."""
     from megatron.core.tensor_parallel import random as megatron_random
+    from megatron.core.transformer.moe import token_dispatcher
 
     no_stream = _NoStream()
 
@@ -149,6 +156,7 @@ def _redirections() -> list[tuple[object, str, object]]:
         (torch.cuda, "manual_seed", torch.manual_seed),
         (megatron_random, "_get_cuda_rng_state", _get_rng_state),
         (megatron_random, "_set_cuda_rng_state", _set_rng_state),
+        (token_dispatcher, "maybe_move_tensor_to_cpu", _on_the_host),
         (torch.nn.Module, "cuda", lambda module, device=None: module),
     ]
 

@@ -9,7 +9,10 @@ them, and those after `GROWTH`.
 from __future__ import annotations
 
 import json
+import os
 import sys
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +63,13 @@ class FP8Pair:
         return float((ours - theirs).abs().max())
 
 
-def walk(case: dict[str, Any], folder: Path, expected: tuple[Tensor, Tensor, Tensor]) -> dict[str, Any]:
+def measure(
+    case: dict[str, Any], world: World, folder: Path, expected: tuple[Tensor, Tensor, Tensor]
+) -> dict[str, Any]:
     """Largest relative logit error of any rank before and after the update, and the bytes that the update moved in all; with
     "fp8" also the largest difference of the logits of two engines in FP8, whose weights came so or came whole."""
     token_ids, before, after = expected
     parallel = ParallelSettings(**case["parallel"])
-    world = init_world(**axes(parallel))
     config = read_model_config(folder)
     policy = build_policy(config, world, parallel=parallel)
     load_policy_weights(policy, folder)
@@ -97,15 +101,30 @@ def walk(case: dict[str, Any], folder: Path, expected: tuple[Tensor, Tensor, Ten
     }
 
 
+def walk(
+    cases: list[dict[str, Any]], folder: Path, expected: tuple[Tensor, Tensor, Tensor]
+) -> list[dict[str, Any]]:
+    """Figures of the cases. Cases of one training layout in a row share its groups; then all groups are closed, for every
+    one has threads, and the machine comes to a standstill under those of dozens of layouts."""
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    figures = []
+    for number, (tables, same) in enumerate(groupby(cases, key=itemgetter("parallel"))):
+        mine = dist.PrefixStore(f"layout{number}", store)
+        dist.init_process_group("gloo", store=mine, rank=rank, world_size=size)
+        world = init_world(**axes(ParallelSettings(**tables)))
+        figures += [measure(case, world, folder, expected) for case in same]
+        dist.barrier()
+        close_world()
+    return figures
+
+
 def main() -> None:
     cases, folder, out = json.loads(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(1)
-    expected = torch.load(folder / "expected.pt")
-    figures = [walk(case, folder, expected) for case in cases]
-    if dist.get_rank() == 0:
+    figures = walk(cases, folder, torch.load(folder / "expected.pt"))
+    if os.environ["RANK"] == "0":
         out.write_text(json.dumps(figures))
-    dist.barrier()
-    close_world()
 
 
 if __name__ == "__main__":
