@@ -17,7 +17,7 @@ help:
 	@echo "make test-all   every test that this machine can run"
 	@echo "make soak       the engine under load with too little memory for 200,000 steps (STEPS=n, SEED=n)"
 	@echo "make setup      install and build into .venv, nothing else"
-	@echo "make gpu        on a machine with a GPU, with its own Python and torch: build, check, time (tests/bench/results)"
+	@echo "make gpu        on a machine with a GPU, with its own Python and torch: build, check, time (tests/bench/results; PARTS=\"engine papo\")"
 	@echo "make cuda-check compile all CUDA sources with nvcc, list registers and spills"
 	@echo "make fuzz       millions of random rows under the address sanitizer and against the grammar (COUNT=n, SEED=n)"
 	@echo "make base       make the demo's base model from nothing (megatron_npr/assets)"
@@ -65,7 +65,8 @@ base: setup
 gpu:
 	$(PYTHON) setup.py --quiet build_ext --inplace
 	PYTHONPATH=.:engine:cuda_ext $(PYTHON) -m pytest -q -c /dev/null --rootdir . --import-mode=importlib -m gpu tests/kernels
-	PYTHONPATH=.:engine:cuda_ext $(PYTHON) -m megatron_npr.bench.gpu
+	PYTHONPATH=.:engine:cuda_ext $(PYTHON) -m pytest -q -c /dev/null --rootdir . --import-mode=importlib tests/kernels/test_triton_kernels.py
+	PYTHONPATH=.:engine:cuda_ext $(PYTHON) -m megatron_npr.bench.gpu $(PARTS)
 
 # Runs on any machine with nvcc, GPU or not.
 cuda-check: | $(VENV)/bin/python

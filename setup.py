@@ -1,6 +1,7 @@
 """Builds the C++ operators of npr_ext; everything else about the project stands in pyproject.toml."""
 
 import os
+import runpy
 import shutil
 import subprocess
 import tempfile
@@ -17,7 +18,7 @@ PACKAGE_DIR = {
     "npr_ext": "cuda_ext/npr_ext",
 }
 
-CUDA_ARCHITECTURES = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ("80", "90a")]
+CUDA_TARGETS = runpy.run_path(str(ROOT / "cuda_ext/cuda_check.py"))["TARGETS"]
 
 
 def packages() -> list[str]:
@@ -62,7 +63,7 @@ def extension() -> Extension:
     return CUDAExtension(
         "npr_ext._C",
         [*sources("*.cpp"), *sources("cuda/*.cpp"), *sources("cuda/*.cu")],
-        extra_compile_args={"cxx": cpp_flags, "nvcc": ["-O3", "-std=c++20", *CUDA_ARCHITECTURES]},
+        extra_compile_args={"cxx": cpp_flags, "nvcc": ["-O3", "-std=c++20", *CUDA_TARGETS]},
         **shared,
     )
 

@@ -1,6 +1,12 @@
-"""How the ranks of the world stand together as engine replicas: `rollout.tp` consecutive ranks decode as one engine."""
+"""How the ranks of the world stand together as engines.
+
+`rollout.tp` neighbours are a copy of the model's attention and decode requests of their own. Where `rollout.ep` is larger, so
+many neighbours (whole copies) share the experts and decode in step; the planner of weights sees them as one replica.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch.distributed as dist
 
@@ -11,33 +17,38 @@ from npr_engine.model import ModelConfig
 from npr_ext.errors import UserError
 
 
-def engine_layout(settings: RolloutSettings, parallel: ParallelSettings, model: ModelConfig) -> EngineLayout:
-    """Sizes of one replica: what is not given is the trainer's. Experts lie on the ranks of the replica, `ep` of them with
-    whole experts each or, where `ep` is smaller than `tp`, cut over the tp / ep ranks that share theirs."""
-    tp, ep = settings.tp or parallel.tp, settings.ep or parallel.ep
-    if tp % ep:
-        raise UserError(
-            f"rollout.ep = {ep} can be planned (npr plan), but the engine spreads experts over its own rollout.tp = {tp} "
-            "ranks only: set rollout.ep to a divisor of it"
-        )
-    return EngineLayout(tp, ep, tp // ep) if model.num_experts else EngineLayout(tp)
+def engine_layout(
+    settings: RolloutSettings, parallel: ParallelSettings, model: ModelConfig, world_size: int
+) -> EngineLayout:
+    """What is not given is the trainer's; UserError where it does not fit the model, or the engines do not fill the world."""
+    layout = EngineLayout.of(model, settings.tp or parallel.tp, settings.ep or parallel.ep)
+    for name, size in (("rollout.tp", layout.tp), ("rollout.ep", layout.size)):
+        if world_size % size:
+            raise UserError(
+                f"{name} = {size} does not divide the world of {world_size} processes: choose a divisor"
+            )
+    return layout
 
 
-def replica_of(world: World, size: int) -> tuple[int, int]:
-    """(this rank's replica, replicas in all) for replicas of `size` ranks; UserError where they do not fill the world."""
-    if world.size % size:
-        raise UserError(
-            f"rollout.tp = {size} does not divide the world of {world.size} processes: choose a divisor"
-        )
-    return world.rank // size, world.size // size
+@dataclass(frozen=True)
+class EngineGroups:
+    """The ranks that share this rank's copy of attention (None: it is alone), and those that share its experts where they are
+    more."""
+
+    tp: dist.ProcessGroup | None
+    experts: dist.ProcessGroup | None
 
 
-def engine_group(world: World, size: int) -> dist.ProcessGroup | None:
-    """The ranks of this rank's replica; None for a replica of one. Collective over the world."""
-    replica, replicas = replica_of(world, size)
-    if size == 1:
-        return None
+def engine_groups(world: World, layout: EngineLayout) -> EngineGroups:
+    """The groups of this rank, for a layout that fills the world. Collective over it."""
+    return EngineGroups(
+        None if layout.tp == 1 else _neighbours(world, layout.tp),
+        _neighbours(world, layout.size) if layout.size > layout.tp else None,
+    )
+
+
+def _neighbours(world: World, size: int) -> dist.ProcessGroup:
     if size == world.tensor_size:
         return world.tensor_group  # consecutive ranks, too
-    groups = [dist.new_group(list(range(each * size, (each + 1) * size))) for each in range(replicas)]
-    return groups[replica]
+    groups = [dist.new_group(list(range(first, first + size))) for first in range(0, world.size, size)]
+    return groups[world.rank // size]

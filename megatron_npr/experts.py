@@ -1,13 +1,16 @@
 """Mixture of experts: Megatron's layer with a router that runs where Transformer Engine is not installed.
 
 hidden states ──► Router (fp32) ──► Megatron's all-to-all dispatcher over parallel.ep ranks ──► local experts ──► back, summed
+
+Local experts are one grouped GEMM a projection where the library has it, one MLP after the other elsewhere. Either way a weight
+an expert; `weights.global_name` gives them one name.
 """
 
 from __future__ import annotations
 
 import torch
 from megatron.core.transformer.mlp import MLPSubmodules
-from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -30,7 +33,12 @@ class Router(TopKRouter):
 
 
 def experts_spec(linears: LinearModules) -> ModuleSpec:
-    """The MLP of a layer with experts; a parameter for each, named as in a checkpoint (`mlp.experts.local_experts.N.`)."""
-    mlp = MLPSubmodules(linear_fc1=linears.column, linear_fc2=linears.row)
-    experts = ModuleSpec(module=SequentialMLP, submodules=mlp)
+    """The MLP of a layer with experts; the configuration's `moe_grouped_gemm` has to go with it."""
+    if linears.grouped is None:
+        mlp = MLPSubmodules(linear_fc1=linears.column, linear_fc2=linears.row)
+        experts = ModuleSpec(module=SequentialMLP, submodules=mlp)
+    else:
+        column, row = linears.grouped
+        mlp = MLPSubmodules(linear_fc1=column, linear_fc2=row)
+        experts = ModuleSpec(module=TEGroupedMLP, submodules=mlp)
     return ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=experts, router=Router))

@@ -7,7 +7,7 @@ full Megatron weights ──► export_model ──► folder that transformers 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -164,8 +164,12 @@ class HuggingFaceWeights:
 
 
 def export_tensors(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Full Megatron weights -> Hugging Face tensors."""
-    tensors: dict[str, Tensor] = {}
+    """Full Megatron weights -> Hugging Face tensors, copies."""
+    return {name: tensor.contiguous().clone() for name, tensor in named_tensors(weights, config)}
+
+
+def named_tensors(weights: Mapping[str, Tensor], config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """The same one by one, views of the weights where they can be."""
     for name in catalog(config):
         parts = huggingface_names(name)
         full = weights[name]
@@ -173,8 +177,7 @@ def export_tensors(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[s
             pieces: tuple[Tensor, ...] = split_qkv(full, config)
         else:
             pieces = (full,) if len(parts) == 1 else full.chunk(2, dim=0)
-        tensors.update({part: piece.contiguous().clone() for part, piece in zip(parts, pieces, strict=True)})
-    return tensors
+        yield from zip(parts, pieces, strict=True)
 
 
 def copy_description(source: Path, target: Path) -> None:

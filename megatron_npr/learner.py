@@ -52,6 +52,8 @@ class Learner:
         num_updates: int,
         fp8: Fp8Settings = USUAL_FP8,
         memory: MemorySettings = USUAL_MEMORY,
+        late_gather: bool = False,
+        entropy_coefficient: float | None = None,
     ) -> None:
         self.session, self._every, self._memory = session, checkpoint.every, memory
         if session.model.dtype == "fp8":
@@ -66,6 +68,7 @@ class Learner:
             recompute=session.model.recompute,
             router_aux_loss=session.model.router_aux_loss,
             fp8=fp8 if session.model.dtype == "fp8" else None,
+            entropy_coefficient=entropy_coefficient,
         )
         load_policy_weights(policy, session.model.path)
         self.trainer = Trainer(
@@ -76,6 +79,7 @@ class Learner:
             tags=session.vocabulary.tags,
             pad_id=session.pad_id,
             num_updates=num_updates,
+            late_gather=late_gather,
         )
         self.checkpoints = Checkpoints(
             session.run.dir / "checkpoints",
@@ -91,9 +95,11 @@ class Learner:
 
     def build_engine(self, settings: RolloutSettings) -> Backend:
         """The colocated engine over this learner's weights; collective."""
-        layout = engine_layout(settings, self.session.parallel, self.session.model_config)
-        self.weights = EngineWeights(self.trainer.policy, layout)
-        engine = build_engine(self.session, self.weights.tensors, settings)
+        session = self.session
+        layout = engine_layout(settings, session.parallel, session.model_config, session.world.size)
+        fp8 = settings.fp8 and settings.backend == "native"
+        self.weights = EngineWeights(self.trainer.policy, layout, fp8=fp8)
+        engine = build_engine(session, self.weights.tensors, settings)
         if settings.backend != "native" and self.first_step:
             self.update_engine(engine)  # it has read the folder, not the checkpoint
         return engine
@@ -104,6 +110,7 @@ class Learner:
 
     def update_engine(self, engine: Backend) -> Exchanged:
         """After an optimizer step: the next rollout uses the new weights. Our engine reads the very tensors."""
+        self.trainer.gather()
         report = self.weights.update()
         engine.update_weights(self.weights.tensors, report.version)
         return report
@@ -116,6 +123,7 @@ class Learner:
                 stopping = stop.agreed()
                 due = self._every > 0 and (step + 1) % self._every == 0
                 if stopping or due or step + 1 == total:
+                    self.trainer.gather()
                     self.checkpoints.save(step + 1, self.trainer, {})
                 self.checkpoints.finish(wait=stopping or step + 1 == total)
                 if stopping and step + 1 < total:
@@ -123,6 +131,7 @@ class Learner:
 
     def export(self, target: Path) -> None:
         """Write the policy as a Hugging Face folder; collective."""
+        self.trainer.gather()
         full = full_weights(self.trainer.policy)
         if self.session.world.is_main:
             export_model(full, self.session.model_config, self.session.model.path, target)

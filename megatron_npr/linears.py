@@ -67,20 +67,25 @@ class NormColumnParallelLinear(ColumnParallelLinear):
 
 @dataclass(frozen=True)
 class LinearModules:
-    """Classes of the layers' projections. `norm_column` has the RMSNorm before it."""
+    """Classes of the layers' projections. `norm_column` has the RMSNorm before it; `grouped` are the column and row projections
+    of all local experts at once, where the library has such."""
 
     library: str
     norm_column: type[torch.nn.Module]
     column: type[torch.nn.Module]
     row: type[torch.nn.Module]
+    grouped: tuple[type[torch.nn.Module], type[torch.nn.Module]] | None
 
 
-OWN = LinearModules("Megatron-Core", NormColumnParallelLinear, ColumnParallelLinear, RowParallelLinear)
+OWN = LinearModules("Megatron-Core", NormColumnParallelLinear, ColumnParallelLinear, RowParallelLinear, None)
 TRANSFORMER_ENGINE = LinearModules(
     "Transformer Engine",
     engine_layers.TELayerNormColumnParallelLinear,
     engine_layers.TEColumnParallelLinear,
     engine_layers.TERowParallelLinear,
+    (engine_layers.TEColumnParallelGroupedLinear, engine_layers.TERowParallelGroupedLinear)
+    if engine_layers.TEColumnParallelGroupedLinear is not None  # by Megatron from Transformer Engine 1.9 on
+    else None,
 )
 
 
@@ -120,6 +125,11 @@ def fp8_obstacle(
     return "; ".join(obstacles) or None
 
 
+def transformer_engine_version() -> str | None:
+    """None where it is not installed."""
+    return str(get_te_version()) if engine_layers.HAVE_TE else None
+
+
 def require_fp8(device: torch.device, recipe: str = "tensorwise") -> None:
     """UserError where FP8 training cannot run on this device, with device and package."""
     gpu = device.type == "cuda"
@@ -127,7 +137,7 @@ def require_fp8(device: torch.device, recipe: str = "tensorwise") -> None:
         recipe,
         torch.cuda.get_device_name(device) if gpu else "cpu",
         torch.cuda.get_device_capability(device) if gpu else None,
-        str(get_te_version()) if engine_layers.HAVE_TE else None,
+        transformer_engine_version(),
     )
     if obstacle is not None:
         raise UserError(f"model.dtype = 'fp8' cannot run here: {obstacle}; use bf16")

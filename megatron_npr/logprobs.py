@@ -1,4 +1,5 @@
-"""Log-probabilities from vocab-parallel logits, in chunks: never T x V at once, no gather of logits.
+"""Log-probabilities, and the entropy on request, from vocab-parallel logits, in chunks: never T x V at once, no gather of
+logits.
 
 Shape legend: M target tokens, D hidden, V this rank's vocabulary rows, C chunk.
 """
@@ -13,10 +14,12 @@ from torch import Tensor
 
 
 class VocabParallelLogProbs(torch.autograd.Function):
-    """log softmax(hidden @ weight.T)[target] over a vocabulary split across `group`.
+    """log softmax(hidden @ weight.T)[target] over a vocabulary split across `group`, and the entropy of that softmax.
 
-    forward(hidden_MD, weight_VD, targets_M, first_row, num_valid, chunk, group) -> log_probs_M (fp32, fp64 for fp64 input).
-    `first_row` is the token id of this rank's row 0; rows from `num_valid` on are padding and take no probability.
+    forward(hidden_MD, weight_VD, targets_M, first_row, num_valid, chunk, entropy, group) -> (log_probs_M, entropy_M or
+    None) in fp32, fp64 for fp64 input. `first_row` is the token id of this rank's row 0; rows from `num_valid` on are
+    padding and take no probability. Entropy, in nats, comes from the same logits l: Z - sum p l with Z = log sum exp l; its
+    gradient is -p (log p + entropy), and where it is dropped none is computed.
     Memory: O(chunk x V). The backward pass recomputes the logits of a chunk; its hidden gradient is this rank's partial sum
     (reduce it over the tensor group, e.g. by Megatron's copy_to_tensor_model_parallel_region before this function).
     """
@@ -30,12 +33,14 @@ class VocabParallelLogProbs(torch.autograd.Function):
         first_row: int,
         num_valid: int,
         chunk: int,
+        entropy: bool,
         group: dist.ProcessGroup | None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
         accumulate = torch.promote_types(hidden_MD.dtype, torch.float32)
         num_targets = hidden_MD.shape[0]
         normalizer_M = torch.empty(num_targets, dtype=accumulate, device=hidden_MD.device)
         chosen_M = torch.empty_like(normalizer_M)
+        mean_logit_M = torch.empty_like(normalizer_M) if entropy else None
         for start in range(0, num_targets, chunk):
             part = slice(start, start + chunk)
             logits_CV = _chunk_logits(hidden_MD[part], weight_VD, num_valid, accumulate)
@@ -44,31 +49,47 @@ class VocabParallelLogProbs(torch.autograd.Function):
             picked_C = logits_CV.gather(1, local_C.clamp(0, weight_VD.shape[0] - 1)[:, None])[:, 0]
             chosen_M[part] = torch.where(owned_C, picked_C, torch.zeros_like(picked_C))
             normalizer_M[part] = torch.logsumexp(logits_CV, dim=1)
+            if mean_logit_M is not None:
+                mean_logit_M[part] = _mean_logit(logits_CV[:, :num_valid], normalizer_M[part])
         if group is not None and group.size() > 1:
             dist.all_reduce(chosen_M, group=group)
-            normalizer_M = _log_sum_exp_over(normalizer_M, group)
-        ctx.save_for_backward(hidden_MD, weight_VD, targets_M, normalizer_M)
+            own_normalizer_M, normalizer_M = normalizer_M, _log_sum_exp_over(normalizer_M, group)
+            if mean_logit_M is not None:
+                mean_logit_M *= torch.exp(own_normalizer_M - normalizer_M)
+                dist.all_reduce(mean_logit_M, group=group)
+        entropy_M = None if mean_logit_M is None else normalizer_M - mean_logit_M
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(hidden_MD, weight_VD, targets_M, normalizer_M, entropy_M)
         ctx.first_row, ctx.num_valid, ctx.chunk = first_row, num_valid, chunk
-        return chosen_M - normalizer_M
+        return chosen_M - normalizer_M, entropy_M
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        grad_M = grads[0]
-        hidden_MD, weight_VD, targets_M, normalizer_M = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        hidden_MD, weight_VD, targets_M, normalizer_M, entropy_M = ctx.saved_tensors
+        grad_M, grad_entropy_M = grads
+        if grad_M is None:
+            grad_M = torch.zeros_like(normalizer_M)
         grad_hidden_MD = torch.empty_like(hidden_MD)
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=normalizer_M.dtype)
         for start in range(0, hidden_MD.shape[0], ctx.chunk):
             part = slice(start, start + ctx.chunk)
             logits_CV = _chunk_logits(hidden_MD[part], weight_VD, ctx.num_valid, normalizer_M.dtype)
-            # d log p(target) / d logits = onehot(target) - p
-            grad_logits_CV = torch.exp(logits_CV - normalizer_M[part, None]).mul_(-grad_M[part, None])
+            # d log p(target) / d logits = onehot(target) - p; d entropy / d logits = -p (log p + entropy)
+            log_probs_CV = logits_CV.sub_(normalizer_M[part, None])
+            if grad_entropy_M is None:
+                grad_logits_CV = log_probs_CV.exp_().mul_(-grad_M[part, None])
+            else:
+                probs_CV = torch.exp(log_probs_CV)
+                grad_logits_CV = log_probs_CV.add_(entropy_M[part, None]).mul_(-grad_entropy_M[part, None])
+                grad_logits_CV.sub_(grad_M[part, None]).mul_(probs_CV)
+                grad_logits_CV[:, ctx.num_valid :] = 0  # 0 x -inf
             local_C = targets_M[part] - ctx.first_row
             rows = torch.nonzero((local_C >= 0) & (local_C < ctx.num_valid))[:, 0]
             grad_logits_CV[rows, local_C[rows]] += grad_M[part][rows]
             grad_logits_CV = grad_logits_CV.to(hidden_MD.dtype)
             grad_hidden_MD[part] = grad_logits_CV @ weight_VD
             grad_weight_VD += grad_logits_CV.T @ hidden_MD[part]
-        return grad_hidden_MD, grad_weight_VD.to(weight_VD.dtype), None, None, None, None, None
+        return grad_hidden_MD, grad_weight_VD.to(weight_VD.dtype), None, None, None, None, None, None
 
 
 def _chunk_logits(hidden_CD: Tensor, weight_VD: Tensor, num_valid: int, dtype: torch.dtype) -> Tensor:
@@ -76,6 +97,11 @@ def _chunk_logits(hidden_CD: Tensor, weight_VD: Tensor, num_valid: int, dtype: t
     if num_valid < weight_VD.shape[0]:
         logits_CV[:, num_valid:] = -torch.inf
     return logits_CV
+
+
+def _mean_logit(logits_CV: Tensor, normalizer_C: Tensor) -> Tensor:
+    """sum p l [C] over these columns alone, p normalised to them; 0 where there is none."""
+    return torch.einsum("cv,cv->c", (logits_CV - normalizer_C[:, None]).exp_(), logits_CV)
 
 
 def _log_sum_exp_over(normalizer_M: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -96,10 +122,12 @@ def token_log_probs(
     num_valid: int | None = None,
     chunk: int = 4096,
     group: dist.ProcessGroup | None = None,
-) -> Tensor:
-    """log p(targets) [M] from the hidden states that predict them; see `VocabParallelLogProbs`."""
+    entropy: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """(log p(targets) [M] from the hidden states that predict them, with `entropy` that of each distribution [M], in nats);
+    see `VocabParallelLogProbs`."""
     num_valid = weight_VD.shape[0] if num_valid is None else num_valid
-    log_probs: Tensor = VocabParallelLogProbs.apply(
-        hidden_MD, weight_VD, targets_M.long(), first_row, num_valid, chunk, group
+    found: tuple[Tensor, Tensor | None] = VocabParallelLogProbs.apply(
+        hidden_MD, weight_VD, targets_M.long(), first_row, num_valid, chunk, entropy, group
     )
-    return log_probs
+    return found

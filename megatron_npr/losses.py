@@ -8,7 +8,7 @@ Shape legend: M trained tokens of a micro-batch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,6 +20,14 @@ class LossSum:
 
     total: Tensor
     watched: dict[str, Tensor]
+
+
+def with_entropy(loss: LossSum, entropy_M: Tensor, coefficient: float) -> LossSum:
+    """The loss less `coefficient` x entropy [M], summed over tokens as the rest (verl's token mean); the entropy watched."""
+    watched = loss.watched | {"entropy": entropy_M.detach().sum()}
+    if coefficient == 0:
+        return replace(loss, watched=watched)
+    return LossSum(loss.total - coefficient * entropy_M.sum(), watched)
 
 
 def sft_loss(log_probs_M: Tensor) -> LossSum:

@@ -1,6 +1,7 @@
 """The policy: a Megatron-Core GPTModel over branch layouts, returning log-probs where a target has a predecessor.
 
-    PackedRow ──► PolicyChunk.forward ──► ... ──► log_probs [M] from the last chunk (hidden states from the others)
+    PackedRow ──► PolicyChunk.forward ──► ... ──► log_probs [1, M], or with the entropy [2, M], from the last chunk (hidden
+    states from the others)
 
 A rank holds `parallel.vpp` chunks of layers (one without interleaving): chunk c of stage s is virtual stage c * pp + s.
 
@@ -25,7 +26,7 @@ from torch.nn import functional
 from megatron_npr.config import Fp8Settings, ParallelSettings, Recompute
 from megatron_npr.context_parallel import shard_bounds
 from megatron_npr.huggingface import HuggingFaceWeights
-from megatron_npr.linears import fp8_options, fuses_gradients, linear_modules
+from megatron_npr.linears import LinearModules, fp8_options, fuses_gradients, linear_modules
 from megatron_npr.logprobs import token_log_probs
 from megatron_npr.modules import LayoutRotaryEmbedding, RMSNorm, layer_spec
 from megatron_npr.parallel import World, megatron_context
@@ -41,10 +42,18 @@ from npr_ext.errors import UserError
 class PolicyChunk(GPTModel):
     """GPTModel (or some layers of one) whose positions come from the batch and whose last chunk gives log-probs."""
 
-    def __init__(self, *, model_config: ModelConfig, world: World, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        model_config: ModelConfig,
+        world: World,
+        entropy_coefficient: float | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         self.model_config = model_config
         self.world = world
+        self.entropy_coefficient = entropy_coefficient
         # Megatron's own module counts positions 0..T-1 and ignores position_ids; ours reads them.
         self.rotary_pos_emb = LayoutRotaryEmbedding(model_config.head_dim, model_config.rope_theta)
 
@@ -54,6 +63,14 @@ class PolicyChunk(GPTModel):
         own = slice(*self._own_tokens(token_ids))
         output: Tensor = self(token_ids[:, own], layout_5T[:1, own], layout_5T)
         return output
+
+    @property
+    def head_weight(self) -> Tensor:
+        """Rows of the vocabulary that the hidden states are multiplied with, [V / tp, D] (last stage)."""
+        # Untied, Megatron's method of that name gives the input embedding wherever this chunk has one.
+        tied = self.share_embeddings_and_output_weights
+        weight: Tensor = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        return weight
 
     def _own_tokens(self, token_ids: Tensor) -> tuple[int, int]:
         return shard_bounds(token_ids.shape[1], self.world.context_rank, self.world.context_size)
@@ -93,18 +110,21 @@ class PolicyChunk(GPTModel):
             hidden_TBD = tensor_parallel.gather_from_sequence_parallel_region(hidden)
         else:
             hidden_TBD = tensor_parallel.copy_to_tensor_model_parallel_region(hidden)
-        # Untied, Megatron's method of that name gives the input embedding wherever this chunk has one.
-        tied = self.share_embeddings_and_output_weights
-        weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        weight = self.head_weight
         first_row = self.world.tensor_rank * weight.shape[0]
-        return token_log_probs(
+        log_probs_M, entropy_M = token_log_probs(
             hidden_TBD[:, 0][predecessors],
             weight,
             token_ids[0, targets],
             first_row=first_row,
             num_valid=max(0, min(weight.shape[0], self.model_config.vocab_size - first_row)),
             group=self.world.tensor_group,
+            entropy=self.entropy_coefficient is not None,
         )
+        if entropy_M is None:
+            return log_probs_M[None]
+        # Only watched, it has no gradient: detached here, backward does not compute one of zeros.
+        return torch.stack((log_probs_M, entropy_M if self.entropy_coefficient else entropy_M.detach()))
 
 
 class Policy(torch.nn.ModuleList):
@@ -126,6 +146,11 @@ class Policy(torch.nn.ModuleList):
     @property
     def world(self) -> World:
         return self.chunks[0].world
+
+    @property
+    def entropy_coefficient(self) -> float | None:
+        """Weight of the entropy bonus in the loss; None: the entropy is not computed."""
+        return self.chunks[0].entropy_coefficient
 
     def logits(self, token_ids: Tensor, layout_5T: Tensor) -> Tensor:
         """See `PolicyChunk.logits`; without pipeline stages."""
@@ -150,8 +175,10 @@ def transformer_config(
     recompute: Recompute = "none",
     router_aux_loss: float = 0.0,
     fp8: Fp8Settings | None = None,
+    linears: LinearModules | None = None,
 ) -> TransformerConfig:
-    """Megatron's configuration of a model in this world."""
+    """Megatron's configuration of a model in this world; `linears`: the device's by default."""
+    linears = linears or linear_modules(world.device)
     for name, count in (
         ("num_attention_heads", model.num_heads),
         ("num_key_value_heads", model.num_kv_heads),
@@ -201,14 +228,14 @@ def transformer_config(
         batch_p2p_comm=world.virtual_size == 1,
         **(
             RECOMPUTE[recompute]
-            | (_moe_settings(model, world, recompute, router_aux_loss) if model.num_experts else {})
+            | (_moe_settings(model, world, recompute, router_aux_loss, linears) if model.num_experts else {})
             | (fp8_options(fp8, num_layers=model.num_layers, stages=world.pipeline_size) if fp8 else {})
         ),
     )
 
 
 def _moe_settings(
-    model: ModelConfig, world: World, recompute: Recompute, router_aux_loss: float
+    model: ModelConfig, world: World, recompute: Recompute, router_aux_loss: float, linears: LinearModules
 ) -> dict[str, Any]:
     """Megatron's settings of a mixture of experts: no token is dropped, the router computes in fp32."""
     settings: dict[str, Any] = {
@@ -221,6 +248,7 @@ def _moe_settings(
         "moe_router_load_balancing_type": "aux_loss" if router_aux_loss else "none",
         "moe_aux_loss_coeff": router_aux_loss,
         "moe_token_dispatcher_type": "alltoall",
+        "moe_grouped_gemm": linears.grouped is not None,
         "expert_model_parallel_size": world.expert_size,
         "expert_tensor_parallel_size": 1,
     }
@@ -256,9 +284,13 @@ def build_policy(
     recompute: Recompute = "none",
     router_aux_loss: float = 0.0,
     fp8: Fp8Settings | None = None,
+    entropy_coefficient: float | None = None,
+    linears: LinearModules | None = None,
 ) -> Policy:
     """The policy's part on this rank, randomly initialised; the sizes of the axes are those of `world`, `parallel` tells how
-    layers and activations go with them."""
+    layers and activations go with them. With an `entropy_coefficient` the entropy is computed beside the log-probs, with
+    gradient unless it is 0. `linears`: the device's by default."""
+    linears = linears or linear_modules(world.device)
     layout = trainer_layout(model, world, parallel)
     check_layouts(model, layout, EngineLayout())
     if model.num_experts and world.tensor_size > 1 and not parallel.sequence_parallel:
@@ -274,24 +306,32 @@ def build_policy(
         recompute=recompute,
         router_aux_loss=router_aux_loss,
         fp8=fp8,
+        linears=linears,
     )
     with megatron_context():
-        chunks = [_build_chunk(model, world, config, number) for number in range(world.virtual_size)]
+        chunks = [
+            _build_chunk(model, world, config, linears, number, entropy_coefficient)
+            for number in range(world.virtual_size)
+        ]
     return Policy([chunk.to(world.device) for chunk in chunks], layout)
 
 
-def _build_chunk(model: ModelConfig, world: World, config: TransformerConfig, number: int) -> PolicyChunk:
+def _build_chunk(
+    model: ModelConfig,
+    world: World,
+    config: TransformerConfig,
+    linears: LinearModules,
+    number: int,
+    entropy_coefficient: float | None,
+) -> PolicyChunk:
     stage = _virtual_stage(world, number)
     return PolicyChunk(
         model_config=model,
         world=world,
+        entropy_coefficient=entropy_coefficient,
         config=config,
         transformer_layer_spec=TransformerBlockSubmodules(
-            layer_specs=[
-                layer_spec(
-                    qk_norm=model.qk_norm, experts=model.num_experts > 0, linears=linear_modules(world.device)
-                )
-            ]
+            layer_specs=[layer_spec(qk_norm=model.qk_norm, experts=model.num_experts > 0, linears=linears)]
             * get_num_layers_to_build(config, stage),
             layer_norm=RMSNorm,
         ),

@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_npr.policy import Policy, local_weights
 from megatron_npr.resharding import EngineLayout, Plan, plan
 from megatron_npr.resharding.exchange import Exchanged, WeightExchange
+from npr_engine.linear import Weight
 
 EXPORT_ELEMENTS = 1 << 28
 """Elements that an export gathers at a time on every rank's device."""
@@ -23,11 +24,12 @@ class EngineWeights:
     """The engine's view of the policy's weights on this rank; made after the optimizer, which moves parameters into its
     buffers. Collective over the world."""
 
-    def __init__(self, policy: Policy, engine: EngineLayout) -> None:
+    def __init__(self, policy: Policy, engine: EngineLayout, *, fp8: bool = False) -> None:
+        """`fp8`: the engine decodes in FP8; projections that have to move then travel and arrive so."""
         self._exchange = WeightExchange(
-            plan(policy.model_config, policy.layout, engine), local_weights(policy)
+            plan(policy.model_config, policy.layout, engine), local_weights(policy), fp8=fp8
         )
-        self.tensors: dict[str, Tensor] = self._exchange.tensors
+        self.tensors: dict[str, Weight] = {**self._exchange.tensors, **self._exchange.fp8}
         self._exchange.update(0)
 
     @property

@@ -1,8 +1,8 @@
-"""Rollouts of one round over all engine replicas.
+"""Rollouts of one round over all engines.
 
-    problems x samples ──► this replica's share ──► Backend.generate ──► gathered in the order asked for, on every rank
+    problems x samples ──► this engine's share ──► Backend.generate ──► gathered in the order asked for, on every rank
 
-Seeds come from (run seed, round, problem, sample), so the responses do not depend on the number of replicas.
+Seeds come from (run seed, round, problem, sample), so the responses do not depend on the number of engines.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import numpy as np
 import torch.distributed as dist
 
 from megatron_npr.config import RolloutSettings
-from megatron_npr.engine_grid import replica_of
 from megatron_npr.packing import TrainSample
 from megatron_npr.parallel import World
 from megatron_npr.prompts import EncodedProblem
@@ -56,8 +55,7 @@ def collect(
         FloatingPointError: a response that ended with an error; on every rank alike.
     """
     size = settings.tp or world.tensor_size
-    replica, replicas = replica_of(world, size)
-    mine = range(replica, len(prompts), replicas)
+    mine = range(world.rank // size, len(prompts), world.size // size)
     requests = [(index, sample) for index in mine for sample in range(settings.samples_per_prompt)]
     generated = engine.generate(
         [prompts[index].prompt_ids for index, _ in requests],

@@ -23,7 +23,7 @@ from megatron_npr.config import (
     Section,
     to_toml,
 )
-from megatron_npr.engine_grid import engine_group, engine_layout
+from megatron_npr.engine_grid import engine_groups, engine_layout
 from megatron_npr.huggingface import HuggingFaceWeights, load_tokenizer, read_model_config
 from megatron_npr.linears import require_fp8
 from megatron_npr.parallel import World, init_world
@@ -34,6 +34,7 @@ from megatron_npr.weights import shard
 from npr_engine.backend import Backend
 from npr_engine.engine import Engine, EngineConfig
 from npr_engine.grammar import Grammar
+from npr_engine.linear import Weight
 from npr_engine.model import InferenceModel, ModelConfig
 from npr_engine.vocabulary import Vocabulary
 from npr_ext import num_threads
@@ -121,15 +122,17 @@ def read_shards(
     return shards
 
 
-def build_engine(session: Session, weights: Mapping[str, Tensor], settings: RolloutSettings) -> Backend:
+def build_engine(session: Session, weights: Mapping[str, Weight], settings: RolloutSettings) -> Backend:
     """Who decodes on this rank: an engine replica over these weights (shared, not copied), or SGLang beside them."""
     if settings.backend == "sglang":
         return _sglang_backend(session, settings)
-    layout = engine_layout(settings, session.parallel, session.model_config)
+    layout = engine_layout(settings, session.parallel, session.model_config, session.world.size)
+    groups = engine_groups(session.world, layout)
     model = InferenceModel(
         session.model_config,
         weights,
-        engine_group(session.world, layout.size),
+        groups.tp,
+        expert_group=groups.experts,
         fp8=settings.fp8,
     )
     return Engine(
@@ -146,7 +149,7 @@ def build_engine(session: Session, weights: Mapping[str, Tensor], settings: Roll
 
 def folder_engine(session: Session, settings: RolloutSettings) -> Backend:
     """An engine over the weights of model.path itself, where nothing is trained; collective."""
-    layout = engine_layout(settings, session.parallel, session.model_config)
+    layout = engine_layout(settings, session.parallel, session.model_config, session.world.size)
     weights = read_shards(session.model.path, session.model_config, session.world, session.dtype, layout)
     return build_engine(session, weights, settings)
 
@@ -158,9 +161,14 @@ def _sglang_backend(session: Session, settings: RolloutSettings) -> Backend:
             "rollout.backend = 'sglang' decodes plain sequences: set rollout.branching = false or use"
             " rollout.backend = 'native'"
         )
-    size = engine_layout(settings, session.parallel, session.model_config).size
-    if size > 1:
-        raise UserError(f"rollout.backend = 'sglang' takes whole weights: set rollout.tp = 1, not {size}")
+    if settings.fp8:
+        raise UserError("rollout.fp8 is of rollout.backend = 'native': set it to false for 'sglang'")
+    layout = engine_layout(settings, session.parallel, session.model_config, session.world.size)
+    if layout.size > 1:
+        raise UserError(
+            "rollout.backend = 'sglang' takes whole weights: set rollout.tp = 1 and rollout.ep = 1, not "
+            f"{layout.tp} and {layout.ep}"
+        )
     return SGLangBackend(
         session.model.path,
         session.model_config,

@@ -1,7 +1,7 @@
 """Sequential sampling by SGLang's Engine instead of ours, for the stages that do not branch (1 and 2).
 
 SamplingParams ──► sampling_dict ──► sglang.Engine.generate ──► rollout_of ──► Rollout
-Megatron weights ──► Hugging Face names ──► update_weights_from_tensor
+Megatron weights ──► Hugging Face names ──► flat buckets ──► update_weights_from_tensor, bucket by bucket
 
 SGLang is imported when a backend is made, never before. It decodes in processes of its own on this rank's GPU.
 """
@@ -17,7 +17,9 @@ import numpy as np
 from torch import Tensor
 
 from megatron_npr.config import RolloutSettings
-from megatron_npr.huggingface import export_tensors
+from megatron_npr.flat_buckets import FlatBucket, flat_buckets
+from megatron_npr.huggingface import named_tensors
+from npr_engine.linear import Weight
 from npr_engine.model import ModelConfig
 from npr_engine.response_state import Request
 from npr_engine.rollout import Rollout
@@ -84,14 +86,19 @@ class SGLangBackend:
             on_progress(len(rollouts), len(rollouts))
         return rollouts
 
-    def update_weights(self, weights: Mapping[str, Tensor], version: int) -> None:
-        """Sends full (unsharded) weights in Megatron's names; SGLang drops its cache."""
+    def update_weights(self, weights: Mapping[str, Weight], version: int) -> None:
+        """Sends full (unsharded) weights in Megatron's names; SGLang drops its cache. An update that breaks off leaves SGLang
+        with a mixture of weights: that is a RuntimeError, which ends the run."""
         if version <= self._version:
             raise UserError(f"update_weights: version {version} is not newer than {self._version}")
-        tensors = list(export_tensors(weights, self._config).items())
-        success, message = self._engine.update_weights_from_tensor(tensors)
-        if not success:
-            raise RuntimeError(f"SGLang did not take the weights: {message}")
+        full = {name: weight for name, weight in weights.items() if isinstance(weight, Tensor)}
+        for bucket in flat_buckets(named_tensors(full, self._config)):
+            success, message = self._engine.update_weights_from_tensor(
+                [_serialised(bucket)], load_format="flattened_bucket"
+            )
+            if not success:
+                names = f"{bucket.tensors[0].name} to {bucket.tensors[-1].name}"
+                raise RuntimeError(f"SGLang did not take the weights {names}: {message}")
         self._version = version
 
     def release_memory(self) -> None:
@@ -123,6 +130,35 @@ def sampling_dict(request: Request, eos_id: int) -> dict[str, Any]:
         "stop_token_ids": [*([] if params.ignore_eos else [eos_id]), *params.stop_token_ids],
         "sampling_seed": request.key % SEEDS,
     }
+
+
+def bucket_message(bucket: FlatBucket, metadata: Callable[..., Any]) -> dict[str, Any]:
+    """A bucket as SGLang reads it; `metadata` makes one of its FlattenedTensorMetadata, indices and numel in bytes."""
+    return {
+        "flattened_tensor": bucket.flat,
+        "metadata": [
+            metadata(
+                name=place.name,
+                shape=place.shape,
+                dtype=place.dtype,
+                start_idx=place.begin,
+                end_idx=place.end,
+                numel=place.end - place.begin,
+            )
+            for place in bucket.tensors
+        ],
+    }
+
+
+def _serialised(bucket: FlatBucket) -> bytes:
+    """A message for SGLang's one rank: on a GPU a handle of the bucket's memory, which PyTorch keeps until it is read."""
+    from sglang.srt.utils import MultiprocessingSerializer
+    from sglang.srt.utils.patch_torch import monkey_patch_torch_reductions
+    from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorMetadata
+
+    monkey_patch_torch_reductions()  # handles name the GPU by its UUID: SGLang may number them otherwise
+    message: bytes = MultiprocessingSerializer.serialize(bucket_message(bucket, FlattenedTensorMetadata))
+    return message
 
 
 def rollout_of(request: Request, answer: Mapping[str, Any], *, eos_id: int, version: int) -> Rollout:

@@ -40,6 +40,7 @@ def run(config: Stage1Config) -> None:
             fp8=config.fp8,
             memory=config.memory,
             num_updates=config.train.steps * config.train.updates_per_step,
+            entropy_coefficient=config.train.entropy_weight,
         )
         engine = learner.build_engine(config.rollout)
         objective = partial(objective_of, settings=config.dapo)
@@ -71,6 +72,7 @@ def run(config: Stage1Config) -> None:
                     loss=mean(report.loss for report in reports),
                     grad_norm=mean(report.grad_norm for report in reports),
                     clipped=mean(report.watched["clipped"] for report in reports),
+                    entropy=mean(report.entropy for report in reports),
                     train_seconds=sum(report.seconds for report in reports),
                     imbalance=mean(report.imbalance for report in reports),
                     lr=learner.trainer.lr,

@@ -46,6 +46,7 @@ def run(config: Stage3Config) -> None:
             fp8=config.fp8,
             memory=config.memory,
             num_updates=config.train.steps,
+            entropy_coefficient=config.train.entropy_weight,
         )
         engine = learner.build_engine(config.rollout)
         total, first = config.train.steps, learner.first_step
@@ -81,6 +82,7 @@ def run(config: Stage3Config) -> None:
                     loss=report.loss if report else float("nan"),
                     grad_norm=report.grad_norm if report else float("nan"),
                     nll=report.watched["nll"] if report else float("nan"),
+                    entropy=report.entropy if report else float("nan"),
                     train_seconds=report.seconds if report else 0.0,
                     imbalance=report.imbalance if report else float("nan"),
                     lr=learner.trainer.lr,
@@ -101,11 +103,12 @@ def survivors(scored: list[Scored], config: Stage3Config) -> list[Scored]:
 
 
 def update(learner: Learner, kept: list[Scored], advantages: Advantages, config: Stage3Config) -> StepReport:
-    """One strictly on-policy update; responses of zero advantage push nothing but count in the token mean."""
+    """One strictly on-policy update; responses of zero advantage push nothing (but towards entropy, where that is asked
+    for) and count in the token mean."""
     samples, idle_targets = [], 0
     for item, value in zip(kept, advantages.values, strict=True):
         sample = train_sample(item.rollout, float(value), train_forced=config.papo.train_forced)
-        if value or config.papo.train_forced:
+        if value or config.papo.train_forced or config.train.entropy_coefficient:
             samples.append(sample)
         else:
             idle_targets += int(sample.trained.sum())

@@ -9,6 +9,7 @@ the layout of processes.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -33,11 +34,11 @@ from megatron_npr.balance import attended_pairs, row_pairs, share_rows
 from megatron_npr.config import BatchSettings, OptimizerSettings
 from megatron_npr.context_parallel import shard_bounds
 from megatron_npr.linears import token_multiple
-from megatron_npr.losses import LossSum
+from megatron_npr.losses import LossSum, with_entropy
 from megatron_npr.modules import LAYOUTS
 from megatron_npr.packing import PackedRow, RankRows, RowPlan, TrainSample, pack_row, plan_rows, row_length
 from megatron_npr.parallel import World, megatron_context
-from megatron_npr.policy import Policy
+from megatron_npr.policy import Policy, PolicyChunk
 from npr_ext import TagIds
 
 Objective = Callable[[Tensor, PackedRow], LossSum]
@@ -46,8 +47,9 @@ Objective = Callable[[Tensor, PackedRow], LossSum]
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one update did. `loss` and `watched` are means over the trained tokens of the global batch; `imbalance`: attended
-    pairs of the busiest data-parallel rank over their mean."""
+    """What one update did. `loss` is the mean over the trained tokens of the global batch, `watched` are means over those of
+    them that were computed (all but the idle ones); `imbalance`: attended pairs of the busiest data-parallel rank over
+    their mean."""
 
     loss: float
     grad_norm: float
@@ -58,6 +60,11 @@ class StepReport:
     seconds: float
     imbalance: float
     watched: dict[str, float]
+
+    @property
+    def entropy(self) -> float:
+        """Mean entropy of the trained tokens' distributions, in nats; NaN where it was not asked for."""
+        return self.watched.get("entropy", math.nan)
 
 
 class Trainer:
@@ -73,14 +80,23 @@ class Trainer:
         tags: TagIds,
         pad_id: int,
         num_updates: int,
+        late_gather: bool = False,
     ) -> None:
+        """`late_gather`: where communication overlaps, the next forward pass gathers the new weights, layer by layer; before
+        anything else reads them, call `gather`."""
         self.policy, self.world, self.batch, self.tags, self.pad_id = policy, world, batch, tags, pad_id
+        overlap = world.device.type == "cuda" if optimizer.overlap is None else optimizer.overlap
+        self._late_gather = late_gather and overlap
         with megatron_context():
             self.chunks = [
                 DistributedDataParallel(
                     config=policy.config,
                     ddp_config=DistributedDataParallelConfig(
-                        use_distributed_optimizer=True, grad_reduce_in_fp32=True, overlap_grad_reduce=False
+                        use_distributed_optimizer=True,
+                        grad_reduce_in_fp32=True,
+                        overlap_grad_reduce=overlap,
+                        overlap_param_gather=self._late_gather,
+                        bucket_size=optimizer.bucket_size,
                     ),
                     module=chunk,
                     disable_bucketing=number
@@ -88,10 +104,17 @@ class Trainer:
                 )
                 for number, chunk in enumerate(policy.chunks)
             ]
-            self.optimizer = _build_optimizer(self.chunks, policy, optimizer)
+            self.optimizer = _build_optimizer(self.chunks, policy, optimizer, late_gather=self._late_gather)
             self.schedule = _build_schedule(self.optimizer, optimizer, num_updates)
         policy.config.finalize_model_grads_func = finalize_model_grads
         policy.config.grad_scale_func = self.optimizer.scale_loss
+        if overlap:  # gradients travel in the last micro-batch's backward pass
+            policy.config.no_sync_func = [chunk.no_sync for chunk in self.chunks]
+            if len(self.chunks) == 1:
+                (policy.config.no_sync_func,) = policy.config.no_sync_func
+        if self._late_gather:
+            for wrapped, chunk in zip(self.chunks, policy.chunks, strict=True):
+                _gather_head_in_time(wrapped, chunk)
 
     def step(
         self, samples: Sequence[TrainSample], objective: Objective, *, branching: bool, idle_targets: int = 0
@@ -109,6 +132,7 @@ class Trainer:
             self.schedule.step(increment=1)
             _, grad_norm, _ = self.optimizer.step()
         count = max(totals["targets"], 1.0)
+        computed = max(totals["targets"] - totals["idle"], 1.0)
         return StepReport(
             loss=totals["loss"] / count,
             grad_norm=float(grad_norm or 0.0),
@@ -119,9 +143,18 @@ class Trainer:
             seconds=time.perf_counter() - began,
             imbalance=packed.imbalance,
             watched={
-                name: totals[name] / count for name in totals if name not in ("loss", "targets", "tokens")
+                name: totals[name] / computed
+                for name in totals
+                if name not in ("loss", "targets", "idle", "tokens")
             },
         )
+
+    def gather(self) -> None:
+        """The new weights are whole on every rank; collective. Needed with `late_gather` alone."""
+        if self._late_gather:
+            with megatron_context():
+                for chunk in self.chunks:
+                    chunk.start_param_sync(force_sync=True)
 
     @property
     def lr(self) -> float:
@@ -138,8 +171,10 @@ class Trainer:
             budget if world.device.type == "cuda" else None,
             multiple=token_multiple(self.policy.config),
         )
-        pairs = [attended_pairs(sample, self.tags, branching=branching) for sample in samples]
-        costs = [row_pairs(plan, samples, pairs, length=length) for plan in plans]
+        costs = [1] * len(plans)
+        if world.data_size > 1:
+            pairs = [attended_pairs(sample, self.tags, branching=branching) for sample in samples]
+            costs = [row_pairs(plan, samples, pairs, length=length) for plan in plans]
         shares = share_rows(costs, world.data_size)
         # The interleaved schedule runs micro-batches in groups of as many as there are stages.
         group = world.pipeline_size if world.virtual_size > 1 else 1
@@ -166,12 +201,19 @@ class Trainer:
         self.policy.train()
         # Counted once in the global batch: with the first row of the first rank that has one.
         first = rows[0] if self.world.data_rank == self.world.context_rank == 0 else None
-        loss_of = partial(_loss_of_row, objective=objective, idle_row=first, idle_targets=idle_targets)
+        loss_of = partial(
+            _loss_of_row,
+            objective=objective,
+            entropy_coefficient=self.policy.entropy_coefficient,
+            idle_row=first,
+            idle_targets=idle_targets,
+        )
         outputs = self._run(rows, loss_of, forward_only=False)
         return self._global_sums(rows, outputs)
 
     def log_probs(self, samples: Sequence[TrainSample], *, branching: bool) -> list[NDArray[np.float32]]:
         """Log-prob of every trained token under the current weights, NaN elsewhere; on every rank, in input order."""
+        self.gather()
         rows = self.pack(samples, branching=branching).rows
         self.policy.eval()
         outputs = self._run(rows, _log_probs_of_row, forward_only=True)
@@ -242,26 +284,47 @@ def _forward_step(
     output = model(
         token_ids[:, own], layout[:1, own], layout, labels=token_ids, loss_mask=row.targets.to(device)
     )
-    return output, lambda log_probs: loss_of(log_probs, row)
+    return output, lambda figures: loss_of(figures, row)
 
 
 def _loss_of_row(
-    log_probs: Tensor, row: PackedRow, objective: Objective, idle_row: PackedRow | None, idle_targets: int
+    figures: Tensor,
+    row: PackedRow,
+    objective: Objective,
+    entropy_coefficient: float | None,
+    idle_row: PackedRow | None,
+    idle_targets: int,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    loss = objective(log_probs, row)
-    idle = idle_targets if row is idle_row else 0
-    count = torch.tensor(row.num_targets + idle, dtype=torch.int, device=log_probs.device)
-    report = {"loss": loss.total.detach(), "targets": count.double(), **loss.watched}
+    """`figures`: log-probs [1, M], with the entropy [2, M]."""
+    loss = objective(figures[0], row)
+    if entropy_coefficient is not None:
+        loss = with_entropy(loss, figures[1], entropy_coefficient)
+    idle = torch.tensor(idle_targets if row is idle_row else 0, dtype=torch.int, device=figures.device)
+    count = row.num_targets + idle
+    report = {
+        "loss": loss.total.detach(),
+        "targets": count.double(),
+        "idle": idle.double(),
+        **loss.watched,
+    }
     return loss.total, count, report
 
 
-def _log_probs_of_row(log_probs: Tensor, row: PackedRow) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def _log_probs_of_row(figures: Tensor, row: PackedRow) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    log_probs = figures[0]
     count = torch.tensor(row.num_targets, dtype=torch.int, device=log_probs.device)
     return log_probs.sum(), count, {"log_probs": log_probs.detach()}
 
 
+def _gather_head_in_time(wrapped: DistributedDataParallel, chunk: PolicyChunk) -> None:
+    """Log-probs read the head's weight itself, so Megatron's hook on its module does not wait for it."""
+    if chunk.post_process:
+        group = wrapped.param_to_bucket_group[chunk.head_weight]
+        chunk.decoder.final_layernorm.register_forward_pre_hook(lambda *_: group.finish_param_sync())
+
+
 def _build_optimizer(
-    chunks: list[torch.nn.Module], policy: Policy, settings: OptimizerSettings
+    chunks: list[torch.nn.Module], policy: Policy, settings: OptimizerSettings, *, late_gather: bool
 ) -> MegatronOptimizer:
     config = OptimizerConfig(
         optimizer="adam",
@@ -273,6 +336,7 @@ def _build_optimizer(
         adam_eps=settings.eps,
         clip_grad=settings.grad_clip,
         use_distributed_optimizer=True,
+        overlap_param_gather=late_gather,
         bf16=policy.config.bf16,
         params_dtype=policy.config.params_dtype,
     )

@@ -32,11 +32,13 @@ def shard(full: Tensor, matrix: Matrix, cut: Cut, rank: int, size: int) -> Tenso
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 _EXPERT = re.compile(r"\.local_experts\.(\d+)\.")
+_GROUPED = re.compile(r"\.experts\.(linear_fc[12])\.weight(\d+)$")
 
 
 def global_name(name: str, *, first_layer: int, first_expert: int) -> str:
     """A chunk of a stage counts its layers from 0, an expert-parallel rank its experts; the same name with their numbers in
-    the model."""
+    the model. A grouped GEMM's `experts.linear_fc1.weight3` is `experts.local_experts.3.linear_fc1.weight`."""
+    name = _GROUPED.sub(r".experts.local_experts.\2.\1.weight", name)
     name = _LAYER.sub(lambda match: f"decoder.layers.{int(match[1]) + first_layer}.", name)
     return _EXPERT.sub(lambda match: f".local_experts.{int(match[1]) + first_expert}.", name)
 

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from npr_ext.attention import branch_attention
-    from npr_ext.decoder import categorical, linear, num_threads, rms_norm, silu_mul, split_heads
+    from npr_ext.decoder import (
+        add_rms_norm,
+        categorical,
+        linear,
+        num_threads,
+        rms_norm,
+        silu_mul,
+        split_heads,
+    )
     from npr_ext.errors import UserError
     from npr_ext.layout import BranchLayout, LayoutViolation, branch_layout
     from npr_ext.paged import paged_attention
@@ -23,6 +31,7 @@ _HOMES = {
     "TagIds": "tags",
     "UserError": "errors",
     "Violation": "violations",
+    "add_rms_norm": "decoder",
     "branch_attention": "attention",
     "branch_layout": "layout",
     "categorical": "decoder",
@@ -41,6 +50,7 @@ __all__ = [
     "TagIds",
     "UserError",
     "Violation",
+    "add_rms_norm",
     "branch_attention",
     "branch_layout",
     "categorical",

@@ -31,7 +31,9 @@ def categorical(
     a row with NaN or +inf has log-probability NaN. Results are float32, float64 for float64 logits.
     """
     if logits_SV.is_cuda:
-        return _gpu().categorical(logits_SV, uniforms_S, temperatures_S)
+        from npr_ext import triton_categorical
+
+        return triton_categorical.categorical(logits_SV, uniforms_S, temperatures_S)
     indices, policy, sampler = torch.ops.npr.categorical(logits_SV, uniforms_S, temperatures_S)
     return indices, policy, sampler
 
@@ -58,6 +60,14 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         return _gpu().rms_norm(x_TD, weight_D, eps)
     normed: Tensor = torch.ops.npr.rms_norm(x_TD, weight_D, eps)
     return normed
+
+
+def add_rms_norm(x_TD: Tensor, more_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(x + more, and its rms_norm), [T, D] both: between two parts of a layer; one launch on a GPU."""
+    if x_TD.is_cuda:
+        return _gpu().add_rms_norm(x_TD, more_TD, weight_D, eps)
+    sum_TD = x_TD + more_TD
+    return sum_TD, rms_norm(sum_TD, weight_D, eps)
 
 
 def silu_mul(gate_up_TF: Tensor) -> Tensor:

@@ -229,13 +229,15 @@ def branch_layout(
     """
     device = token_ids.device
     if isinstance(prompt_lengths, int):
-        prompt_lengths = torch.tensor([prompt_lengths], device=device)
+        prompt_lengths = torch.full(
+            (1,), prompt_lengths, device=device
+        )  # by a kernel: a copy would make the host wait
     if cu_seqlens is None:
         if prompt_lengths.numel() != 1:
             raise UserError(
                 f"{prompt_lengths.numel()} prompt lengths need cu_seqlens: pass the bounds of the segments"
             )
-        cu_seqlens = torch.tensor([0, token_ids.numel()], device=device)
+        cu_seqlens = torch.arange(2, device=device) * token_ids.numel()
     arrays, verdicts = torch.ops.npr.branch_layout(
         token_ids, tags.as_tuple(), prompt_lengths, cu_seqlens, parents, branching
     )

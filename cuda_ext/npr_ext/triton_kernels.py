@@ -2,7 +2,7 @@
 
     paged attention   a program for each (run of tokens of one row, key head, share of the keys); shares are merged by
                       log-sum-exp ("flash decoding", Dao et al. 2023), so that few long rows fill the device as well
-    split_heads, rms_norm, silu_mul   a program for each token (and head); one launch each, float32 inside
+    split_heads, rms_norm, silu_mul, quantise   a program for each token (and head); one launch each, float32 inside
 
 Nothing reads device memory on the host, shapes of launches depend on shapes of tensors alone: a CUDA graph can hold them all.
 Triton's interpreter (TRITON_INTERPRET=1) runs them on a CPU, which is how they are tested where there is no GPU.
@@ -43,9 +43,13 @@ def _attend_run(
     block_rows: tl.constexpr,
     block_keys: tl.constexpr,
     splits: tl.constexpr,
+    alone: tl.constexpr,
 ):
     run, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    first, count = tl.load(runs + 2 * run), tl.load(runs + 2 * run + 1)
+    if alone:
+        first, count = run, 1
+    else:
+        first, count = tl.load(runs + 2 * run), tl.load(runs + 2 * run + 1)
     row_of_tile = tl.arange(0, block_rows)
     in_run = row_of_tile // group < count
     token = (first + row_of_tile // group).to(tl.int64)
@@ -123,6 +127,11 @@ def _merge_splits(
     tl.store(out_TNH + row * dim + d, mixed.to(out_TNH.dtype.element_ty), mask=d < dim)
 
 
+def stages_of(itemsize: int) -> int:
+    """Of the loop over keys. A stage is 64 keys and values in shared memory: 32 KiB of 16-bit numbers at 128 dimensions."""
+    return 3 if itemsize == 2 else 1
+
+
 def paged_attention(
     q_TNH: Tensor,
     k_SGH: Tensor,
@@ -138,26 +147,23 @@ def paged_attention(
     num_tokens, num_heads, dim = q_TNH.shape
     num_kv_heads = k_SGH.shape[1]
     group = num_heads // num_kv_heads
-    tokens_of_run = 1 if runs is None else RUN_TOKENS
-    if runs is None:
-        runs = torch.arange(num_tokens, dtype=torch.int32, device=q_TNH.device)[:, None].repeat(1, 2)
-        runs[:, 1] = 1
+    num_runs, tokens_of_run = (num_tokens, 1) if runs is None else (len(runs), RUN_TOKENS)
     out_TNH = torch.empty_like(q_TNH, memory_format=torch.contiguous_format)
     if num_tokens == 0:
         return out_TNH
-    splits = max(1, min(MAX_SPLITS, PROGRAMS_WANTED // (len(runs) * num_kv_heads)))
+    splits = max(1, min(MAX_SPLITS, PROGRAMS_WANTED // (num_runs * num_kv_heads)))
     parts = (num_tokens, num_heads, splits if splits > 1 else 0)
     part_out = torch.empty(*parts, dim, dtype=torch.float32, device=q_TNH.device)
     part_max, part_sum = (torch.empty(parts, dtype=torch.float32, device=q_TNH.device) for _ in range(2))
     block_dim = max(16, triton.next_power_of_2(dim))
-    _attend_run[(len(runs), num_kv_heads, splits)](
+    _attend_run[(num_runs, num_kv_heads, splits)](
         q_TNH.contiguous(),
         k_SGH,
         v_SGH,
         tables,
         rows,
         lengths,
-        runs,
+        lengths if runs is None else runs,
         out_TNH,
         part_out,
         part_max,
@@ -171,6 +177,8 @@ def paged_attention(
         block_rows=max(16, triton.next_power_of_2(tokens_of_run * group)),
         block_keys=64,
         splits=splits,
+        alone=runs is None,
+        num_stages=stages_of(q_TNH.itemsize),
     )
     if splits > 1:
         _merge_splits[(num_tokens * num_heads,)](
@@ -271,16 +279,24 @@ def split_heads(
             half=dim // 2,
             block_half=triton.next_power_of_2(dim // 2),
             has_norm=query_norm_H is not None,
+            num_warps=1,  # a head is 2 to 4 numbers a lane
         )
     return queries_TNH
 
 
 @triton.jit
-def _rms_norm(x_TD, weight_D, out_TD, eps, width: tl.constexpr, block: tl.constexpr):
+def _rms_norm(
+    x_TD, more_TD, weight_D, sum_TD, out_TD, eps, width: tl.constexpr, block: tl.constexpr, adds: tl.constexpr
+):
     token = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, block)
     there = i < width
     x = tl.load(x_TD + token * width + i, mask=there, other=0.0).to(tl.float32)
+    if adds:
+        x += tl.load(more_TD + token * width + i, mask=there, other=0.0).to(tl.float32)
+        rounded = x.to(sum_TD.dtype.element_ty)
+        tl.store(sum_TD + token * width + i, rounded, mask=there)
+        x = rounded.to(tl.float32)
     weight = tl.load(weight_D + i, mask=there, other=0.0).to(tl.float32)
     normed = x * tl.rsqrt(tl.sum(x * x, 0) / width + eps) * weight
     tl.store(out_TD + token * width + i, normed.to(out_TD.dtype.element_ty), mask=there)
@@ -288,12 +304,71 @@ def _rms_norm(x_TD, weight_D, out_TD, eps, width: tl.constexpr, block: tl.conste
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """[T, D]; see npr_ext.decoder."""
+    return _normed(x_TD, None, weight_D, eps)[1]
+
+
+def add_rms_norm(x_TD: Tensor, more_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(x + more, its norm), [T, D] both; see npr_ext.decoder."""
+    return _normed(x_TD, more_TD, weight_D, eps)
+
+
+def _normed(x_TD: Tensor, more_TD: Tensor | None, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(x or x + more, its norm)."""
     x_TD = x_TD.contiguous()
     out_TD = torch.empty_like(x_TD)
+    sum_TD = x_TD if more_TD is None else torch.empty_like(x_TD)
+    width = x_TD.shape[1]
     if len(x_TD):
-        width = x_TD.shape[1]
-        _rms_norm[(len(x_TD),)](x_TD, weight_D, out_TD, eps, width=width, block=triton.next_power_of_2(width))
-    return out_TD
+        _rms_norm[(len(x_TD),)](
+            x_TD,
+            x_TD if more_TD is None else more_TD.contiguous(),
+            weight_D,
+            sum_TD,
+            out_TD,
+            eps,
+            width=width,
+            block=triton.next_power_of_2(width),
+            adds=more_TD is not None,
+            num_warps=_warps(width),
+        )
+    return sum_TD, out_TD
+
+
+def _warps(width: int) -> int:
+    """Of a program that goes through a row at once: 512 numbers a warp, 4 to 16 of them."""
+    return max(4, min(16, triton.next_power_of_2(width) // 512))
+
+
+@triton.jit
+def _quantise(x_RC, values_RC, scales_R, largest, width: tl.constexpr, block: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, block)
+    there = i < width
+    x = tl.load(x_RC + row * width + i, mask=there, other=0.0).to(tl.float32)
+    scale = tl.max(tl.abs(x), 0) / largest
+    scale = tl.where(scale == 0.0, 1.0, scale)
+    scaled = tl.minimum(tl.maximum(x / scale, -largest), largest)
+    tl.store(values_RC + row * width + i, scaled.to(values_RC.dtype.element_ty), mask=there)
+    tl.store(scales_R + row, scale)
+
+
+def quantise(x_RC: Tensor, dtype: torch.dtype, largest: float) -> tuple[Tensor, Tensor]:
+    """(values in an FP8 type [R, C], float32 scales [R]): x = values * scales, the greatest of a row is `largest`."""
+    x_RC = x_RC.contiguous()
+    num_rows, width = x_RC.shape
+    values_RC = torch.empty_like(x_RC, dtype=dtype)
+    scales_R = torch.empty(num_rows, dtype=torch.float32, device=x_RC.device)
+    if num_rows:
+        _quantise[(num_rows,)](
+            x_RC,
+            values_RC,
+            scales_R,
+            largest,
+            width=width,
+            block=triton.next_power_of_2(width),
+            num_warps=_warps(width),
+        )
+    return values_RC, scales_R
 
 
 @triton.jit
@@ -315,23 +390,3 @@ def silu_mul(gate_up_TF: Tensor) -> Tensor:
     if len(gate_up_TF):
         _silu_mul[(len(gate_up_TF), triton.cdiv(width, 1024))](gate_up_TF, out_TF, width, block=1024)
     return out_TF
-
-
-def categorical(
-    logits_SV: Tensor, uniforms_S: Tensor, temperatures_S: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(index, log-probability at temperature 1, and at the row's), each [S]; see npr_ext.decoder."""
-    if logits_SV.dtype != torch.float64:
-        logits_SV = logits_SV.float()
-    greedy_S = temperatures_S == 0
-    sharpness_S1 = (1.0 / torch.where(greedy_S, 1.0, temperatures_S)).to(logits_SV.dtype)[:, None]
-    sampler_SV = torch.log_softmax(logits_SV * sharpness_S1, -1)
-    cumulative_SV = sampler_SV.double().exp().cumsum(-1)
-    wanted_S1 = (uniforms_S * cumulative_SV[:, -1])[:, None]
-    drawn_S = torch.searchsorted(cumulative_SV, wanted_S1, right=True)[:, 0].clamp(max=logits_SV.shape[1] - 1)
-    indices_S = torch.where(greedy_S, logits_SV.argmax(-1), drawn_S)
-    policy_S, sampler_S = (
-        log_probs_SV.gather(1, indices_S[:, None])[:, 0]
-        for log_probs_SV in (torch.log_softmax(logits_SV, -1), sampler_SV)
-    )
-    return indices_S, policy_S, sampler_S.masked_fill(greedy_S, 0.0)

@@ -13,7 +13,7 @@ import asyncio
 import logging
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from types import TracebackType
@@ -100,7 +100,7 @@ class AsyncEngine:
 
     def generate_async(
         self, prompt: TokenIds, sampling: SamplingParams, request_id: str
-    ) -> AsyncIterator[TokenEvent | Rollout]:
+    ) -> AsyncGenerator[TokenEvent | Rollout]:
         """Tokens as they come to be, and at the end the whole Rollout.
 
         The request is queued at once. Leaving the iterator early (cancelled, closed) aborts it. A failure of the
@@ -165,7 +165,7 @@ class AsyncEngine:
         if self._closed:
             raise ClosedError("the engine is closed")
 
-    async def _items(self, ticket: Ticket) -> AsyncIterator[TokenEvent | Rollout]:
+    async def _items(self, ticket: Ticket) -> AsyncGenerator[TokenEvent | Rollout]:
         ended = False
         try:
             while not ended:

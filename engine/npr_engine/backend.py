@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
-from torch import Tensor
-
+from npr_engine.linear import Weight
 from npr_engine.rollout import Rollout
 from npr_engine.sampling import SamplingParams
 from npr_engine.token_ids import TokenIds
@@ -24,7 +23,7 @@ class Backend(Protocol):
     ) -> list[Rollout]:
         """A rollout for each prompt, in their order."""
 
-    def update_weights(self, weights: Mapping[str, Tensor], version: int) -> None:
+    def update_weights(self, weights: Mapping[str, Weight], version: int) -> None:
         """Takes the weights over; all KV is void, rollouts carry the version."""
 
     def release_memory(self) -> None:

@@ -1,15 +1,19 @@
-"""Forwards on a GPU: one copy up a step, CUDA graphs for steps that only decode.
+"""Forwards on a GPU: one copy up a step, CUDA graphs for all steps but the largest.
 
-    Batch ─► DeviceTable (what is new) ─► one upload of all arrays ─► decode only: graph of the bucket ─┬─► logits [S, V]
-                                                                  └─► with chunks: eager, runs of 16 ───┘
+    Batch ─► DeviceTable (what is new) ─► one upload of all arrays ─┬─► graph of the step's bucket ─┬─► logits [S, V]
+                                                                    └─► more tokens, or experts: eager ─┘
 
-A decode step of up to `GRAPH_ROWS[-1]` rows is padded to the next bucket and replayed; padding rows see no key and leave none
-(slot -1). The host waits for nothing here.
+    decode bucket   every token is a row's next one and is sampled after; each is computed alone
+    mixed bucket    forks, joins and short prompts feed several tokens of a row: runs of up to 16 are computed together
+
+A step is padded to its bucket; padding sees no key and leaves none (slot -1). Where hundreds of responses run, some response
+forks or joins in most steps: without mixed buckets few steps would be replayed. The host waits for nothing here.
 """
 
 from __future__ import annotations
 
 import bisect
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,12 +22,23 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from npr_engine.batch import Batch
+from npr_engine.device_graph import CudaGraphs, Recorder, Recording
 from npr_engine.device_table import DeviceTable
 from npr_engine.model import InferenceModel, KVCache, Step
+from npr_engine.upload import pinned, upload
 from npr_ext.paged import RUN_TOKENS
 
-GRAPH_ROWS = (1, 2, 4, 8, *range(16, 128, 16), *range(128, 513, 32))
+DECODE_BUCKETS = (1, 2, 4, 8, *range(16, 128, 16), *range(128, 513, 32))
+MIXED_BUCKETS = (16, 32, 64, 128, 256, 512)
 NO_SLOT = -1
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """The shape that a step is padded to; `mixed`: its neighbours in a row are computed together."""
+
+    num_tokens: int
+    mixed: bool
 
 
 def runs_of(rows: NDArray[np.int32]) -> NDArray[np.int32]:
@@ -37,10 +52,12 @@ def runs_of(rows: NDArray[np.int32]) -> NDArray[np.int32]:
     return np.stack((firsts, counts), axis=1).astype(np.int32)
 
 
-def bucket_of(num_rows: int) -> int | None:
-    """The least bucket of GRAPH_ROWS that holds so many rows; None beyond the largest."""
-    place = bisect.bisect_left(GRAPH_ROWS, num_rows)
-    return GRAPH_ROWS[place] if place < len(GRAPH_ROWS) else None
+def bucket_of(batch: Batch) -> Bucket | None:
+    """The least bucket that holds the step; None beyond the largest."""
+    mixed = not decodes_only(batch)
+    sizes = MIXED_BUCKETS if mixed else DECODE_BUCKETS
+    place = bisect.bisect_left(sizes, batch.num_tokens)
+    return Bucket(sizes[place], mixed) if place < len(sizes) else None
 
 
 def decodes_only(batch: Batch) -> bool:
@@ -48,53 +65,78 @@ def decodes_only(batch: Batch) -> bool:
     return batch.num_tokens == batch.num_decode == len(batch.sample_index)
 
 
-def padded_arrays(batch: Batch, bucket: int) -> NDArray[np.int32]:
-    """int32 [5, bucket]: token ids, positions, slots, rows, lengths; padding sees no key and leaves none."""
-    arrays = np.zeros((5, bucket), np.int32)
+def padded_arrays(batch: Batch, bucket: Bucket) -> NDArray[np.int32]:
+    """int32 [5, T]: token ids, positions, slots, rows, lengths; padding sees no key and leaves none. [7, T] in a mixed
+    bucket: the last two, flat, hold the runs, padded with empty ones."""
+    count, size = batch.num_tokens, bucket.num_tokens
+    arrays = np.zeros((7 if bucket.mixed else 5, size), np.int32)
     arrays[2] = NO_SLOT
     for array, values in zip(
-        arrays, (batch.token_ids, batch.positions, batch.slots, batch.rows, batch.lengths), strict=True
+        arrays, (batch.token_ids, batch.positions, batch.slots, batch.rows, batch.lengths), strict=False
     ):
-        array[: len(values)] = values
+        array[:count] = values
+    if bucket.mixed:
+        of_padding = np.full(size - count, -1, np.int32)
+        runs = runs_of(np.concatenate((batch.rows, of_padding)))
+        arrays[5:].reshape(-1)[: runs.size] = runs.reshape(-1)
     return arrays
+
+
+def padded_step(inputs: Tensor, table: Tensor) -> Step:
+    """The step of `padded_arrays` on a device; every token is sampled after."""
+    tokens, positions, slots, rows, lengths = inputs[:5]
+    everything = torch.arange(inputs.shape[1], device=inputs.device)
+    runs = inputs[5:].reshape(-1, 2) if len(inputs) > 5 else None
+    return Step(tokens, positions, slots, rows, lengths, table, everything, runs)
 
 
 @dataclass(frozen=True)
 class Graph:
-    """A captured decode step: where its inputs go, and where its logits come."""
+    """A recorded step: where its inputs go, how it runs, and where its logits come."""
 
-    graph: torch.cuda.CUDAGraph
     inputs: Tensor
-    logits_SV: Tensor
+    replay: Callable[[], None]
+    logits_TV: Tensor
 
 
 class DeviceForward:
     """A model's forwards into one KV cache."""
 
-    def __init__(self, model: InferenceModel, cache: KVCache) -> None:
-        self._model, self._cache = model, cache
+    def __init__(
+        self, model: InferenceModel, cache: KVCache, recorder: Callable[[], Recorder] = CudaGraphs
+    ) -> None:
+        self.num_replays = 0
+        self._model, self._cache, self._new_recorder = model, cache, recorder
         self._table = DeviceTable(model.device)
-        self._captured_table: Tensor | None = None
-        self._graphs: dict[int, Graph] = {}
+        self._known_table: Tensor | None = None
+        self._graphs: dict[Bucket, Graph] = {}
+        self._recorder = recorder()
 
     def logits(self, batch: Batch) -> Tensor:
-        """[S, V]; of a replayed graph it is overwritten by the next step."""
+        """[S, V]; of a decode step it is overwritten by the next step."""
         table = self._table.update(batch)
-        # Which experts have how many tokens is read by the host: such steps cannot be replayed.
-        fixed = decodes_only(batch) and not self._model.config.num_experts
-        bucket = bucket_of(batch.num_tokens) if fixed else None
+        # Which experts have how many tokens is read by the host: such steps cannot be recorded.
+        bucket = None if self._model.config.num_experts else bucket_of(batch)
         if bucket is None:
             return self._model.forward(self._eager_step(batch, table), self._cache)
-        if table is not self._captured_table:  # the graphs read the old one
+        if table is not self._known_table:  # the graphs read the old one
             self._graphs.clear()
-            self._captured_table = table
-        arrays = torch.from_numpy(padded_arrays(batch, bucket))
+            self._recorder, self._known_table = self._new_recorder(), table
+        arrays = pinned(padded_arrays(batch, bucket), self._model.device)
         if bucket not in self._graphs:
-            self._graphs[bucket] = self._capture(arrays, table)
+            self._graphs[bucket] = self._record(arrays.to(self._model.device, copy=True), table)
         graph = self._graphs[bucket]
-        graph.inputs.copy_(arrays.pin_memory(), non_blocking=True)
-        graph.graph.replay()
-        return graph.logits_SV[: batch.num_tokens]
+        graph.inputs.copy_(arrays, non_blocking=True)
+        graph.replay()
+        self.num_replays += 1
+        if bucket.mixed:
+            return graph.logits_TV.index_select(0, upload(batch.sample_index, self._model.device))
+        return graph.logits_TV[: batch.num_tokens]
+
+    def _record(self, inputs: Tensor, table: Tensor) -> Graph:
+        step = padded_step(inputs, table)
+        recording: Recording = self._recorder(lambda: self._model.forward(step, self._cache))
+        return Graph(inputs, *recording)
 
     def _eager_step(self, batch: Batch, table: Tensor) -> Step:
         runs = runs_of(batch.rows)
@@ -107,27 +149,10 @@ class DeviceForward:
             batch.sample_index.astype(np.int32),
             runs.reshape(-1),
         )
-        flat = torch.from_numpy(np.concatenate(parts)).pin_memory().to(self._model.device, non_blocking=True)
+        flat = upload(np.concatenate(parts), self._model.device)
         tokens, positions, slots, rows, lengths, sample_index, flat_runs = flat.split(
             [len(part) for part in parts]
         )
         return Step(
             tokens, positions, slots, rows, lengths, table, sample_index.long(), flat_runs.view(-1, 2)
         )
-
-    def _capture(self, arrays: Tensor, table: Tensor) -> Graph:
-        inputs = arrays.to(self._model.device)
-        tokens, positions, slots, rows, lengths = inputs
-        everything = torch.arange(inputs.shape[1], device=inputs.device)
-        step = Step(tokens, positions, slots, rows, lengths, table, everything, None)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(
-            stream
-        ):  # kernels are compiled and libraries take their workspace before the capture
-            self._model.forward(step, self._cache)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            logits_SV = self._model.forward(step, self._cache)
-        return Graph(graph, inputs, logits_SV)

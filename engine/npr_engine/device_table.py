@@ -13,6 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from npr_engine.batch import Batch
+from npr_engine.upload import upload
+
+ROWS_AT_LEAST = 512
+"""So that the table keeps its place, which captured graphs know, while a run's first forks ask for rows."""
 
 
 class DeviceTable:
@@ -26,14 +30,17 @@ class DeviceTable:
 
     def update(self, batch: Batch) -> Tensor:
         """The table after the batch's new entries; another tensor than before only where its shape has grown."""
-        if batch.tables.shape != self._table.shape:
-            self._table = torch.zeros(batch.tables.shape, dtype=torch.int32, device=self._device)
-            self._births = np.full(len(batch.tables), -1, np.int64)
-            self._copied = np.zeros(len(batch.tables), np.int32)
+        rows, width = batch.tables.shape
+        if rows > len(self._table) or width != self._table.shape[1]:
+            shape = (max(rows, ROWS_AT_LEAST), width)
+            self._table = torch.zeros(shape, dtype=torch.int32, device=self._device)
+            self._births = np.full(shape[0], -1, np.int64)
+            self._copied = np.zeros(shape[0], np.int32)
         places = self._new_entries(batch)
         if len(places):
-            values = torch.from_numpy(batch.tables.reshape(-1)[places])
-            self._table.view(-1)[torch.from_numpy(places).to(self._device)] = values.to(self._device)
+            both = np.stack((places, batch.tables.reshape(-1)[places]))  # int64: one copy up for both
+            flat_places, slots = upload(both, self._device)
+            self._table.view(-1).index_copy_(0, flat_places, slots.int())
         return self._table
 
     def _new_entries(self, batch: Batch) -> NDArray[np.int64]:

@@ -17,9 +17,9 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import numpy as np
-from torch import Tensor
 
 from npr_engine.grammar import Grammar
+from npr_engine.linear import Weight
 from npr_engine.model import InferenceModel
 from npr_engine.response_state import Request
 from npr_engine.rollout import Rollout
@@ -62,7 +62,7 @@ class EngineStats:
     `model_seconds` are spent in forward and sampler, `seconds` in all steps; `overhead_us_per_step` is the
     rest of a step. `forced_tokens` count when their response ends. `kv_utilisation` is the share of KV slots that
     held a token which some branch sees when memory ran out for the first time; None as long as it has not.
-    `running` and `waiting` are requests of this moment.
+    `running` and `waiting` are requests of this moment. `graph_steps` replayed a CUDA graph.
     """
 
     steps: int
@@ -79,6 +79,7 @@ class EngineStats:
     free_blocks: int
     running: int
     waiting: int
+    graph_steps: int
     seconds: float
     model_seconds: float
 
@@ -96,8 +97,11 @@ class StepOutput:
 
 
 class Engine:
-    """A model, a grammar and KV memory. One thread uses it; with tensor parallelism every rank calls it
-    alike."""
+    """A model, a grammar and KV memory. One thread uses it; with tensor parallelism every rank calls it alike.
+
+    Engines whose models share experts (ExpertRanks) generate together, each its own requests, also none: all call `generate`,
+    or all call `step` as often as the one that needs most.
+    """
 
     def __init__(self, model: InferenceModel, grammar: Grammar, config: EngineConfig) -> None:
         self.model = model
@@ -132,7 +136,7 @@ class Engine:
             self._scheduler.submit(request)
         try:
             with old_objects_left_alone():
-                while self._scheduler.num_unfinished:
+                while self.model.any_busy(self._scheduler.num_unfinished > 0):
                     self._step()
                     finished = self._scheduler.take_finished()
                     for ended in finished:
@@ -205,7 +209,7 @@ class Engine:
         self._scheduler.restart_all()
         self._weights_version = version
 
-    def update_weights(self, weights: Mapping[str, Tensor], version: int) -> None:
+    def update_weights(self, weights: Mapping[str, Weight], version: int) -> None:
         """Copies weights into the model's own tensors, in place; those that are these tensors already cost nothing.
 
         All KV is void then; what runs starts over from its tokens. All or nothing:
@@ -240,6 +244,7 @@ class Engine:
             free_blocks=scheduler.num_free_blocks,
             running=scheduler.num_running,
             waiting=scheduler.num_unfinished - scheduler.num_running,
+            graph_steps=self._runner.num_replays,
             seconds=self._seconds,
             model_seconds=self._model_seconds,
         )
@@ -256,6 +261,7 @@ class Engine:
         start = time.perf_counter()
         batch = self._scheduler.plan()
         if batch is None:
+            self._runner.run_empty()
             return
         inputs = self._scheduler.sample_inputs(batch)
         before = time.perf_counter()

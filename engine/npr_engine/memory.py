@@ -7,7 +7,10 @@ response is partly unused, however many branches it has.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
+from numpy.typing import NDArray
 
 from npr_engine.constraint import Phase
 from npr_engine.kv_pool import BlockPool
@@ -95,6 +98,22 @@ class Memory:
             rows.reserved[row] = end + taken
             need -= taken
         return True
+
+    def extend(self, full: NDArray[np.int64], owners: Sequence[ResponseState]) -> NDArray[np.int64]:
+        """A free block to each of the rows, which have used up theirs, all at once. Returns those that need `reserve`:
+        rows of responses with spare slots, which go first, and all of them where free blocks or columns are too few."""
+        rows, size = self.rows, self.pool.block_size
+        if self.pool.num_free < len(full) or int(rows.reserved[full].max()) + size > rows.width:
+            return full
+        spare = np.array([bool(owner.spare) for owner in owners])
+        taking = full[~spare]
+        blocks = self.pool.allocate(len(taking))
+        for owner, block in zip((owner for owner in owners if not owner.spare), blocks, strict=True):
+            owner.blocks.append(block)
+        columns = rows.reserved[taking, None] + np.arange(size)
+        rows.table[taking[:, None], columns] = self.pool.slots(blocks).reshape(-1, size)
+        rows.reserved[taking] += size
+        return full[spare]
 
     def evacuate(self, response: ResponseState) -> None:
         """Takes rows and KV from the response; what it has decoded stays in its records."""

@@ -2,9 +2,8 @@
 weight tensors.
 
 Shapes: T tokens of a step, S sampled ones, D hidden, V vocabulary, G key/value heads of this rank, N query
-heads per key/value head, H head dim, F feed-forward, E experts, K of them for each token. Weights keep Megatron's
-shard layout (fused [q.. k v] per group, fused [gate; up]) and are referenced, never copied: an optimizer step is
-seen by the next forward.
+heads per key/value head, H head dim, F feed-forward. Weights keep Megatron's shard layout (fused [q.. k v] per group,
+fused [gate; up]) and are referenced, never copied: an optimizer step is seen by the next forward.
 """
 
 from __future__ import annotations
@@ -19,10 +18,11 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from npr_engine.architecture import ModelConfig as ModelConfig
+from npr_engine.experts import ExpertRanks, Experts, FeedForward, feed_forward, mixture
 from npr_engine.fp8 import ALIGNMENT, Fp8Weight
 from npr_engine.linear import Weight, linear
 from npr_engine.rotary import Rotary
-from npr_ext import paged_attention, rms_norm, silu_mul, split_heads
+from npr_ext import add_rms_norm, paged_attention, rms_norm, split_heads
 from npr_ext.errors import UserError
 
 
@@ -50,22 +50,6 @@ class Step:
 
 
 @dataclass(frozen=True)
-class FeedForward:
-    """An MLP, or one expert, local shard."""
-
-    gate_up_FD: Weight
-    down_DF: Weight
-
-
-@dataclass(frozen=True)
-class Experts:
-    """The router of a layer and those of its experts that this rank holds (all of them or a part of each), by number."""
-
-    router_ED: Tensor
-    held: Mapping[int, FeedForward]
-
-
-@dataclass(frozen=True)
 class LayerWeights:
     """Weights of one layer, local shards."""
 
@@ -85,12 +69,15 @@ class InferenceModel:
     def __init__(
         self,
         config: ModelConfig,
-        weights: Mapping[str, Tensor],
+        weights: Mapping[str, Weight],
         tp_group: ProcessGroup | None = None,
         *,
+        expert_group: ProcessGroup | None = None,
         fp8: bool = False,
     ) -> None:
-        """`fp8`: the layers' projections are copied into e4m3; all else are the given tensors themselves."""
+        """`expert_group`: the ranks of several copies of the model that share its experts, see ExpertRanks; None: they lie on
+        the ranks of `tp_group`. `fp8`: those of the layers' projections that are not given in e4m3 are copied into it; all
+        else are the given tensors themselves."""
         self.config = config
         self._group = tp_group
         self._tp_size = 1 if tp_group is None else dist.get_world_size(tp_group)
@@ -101,11 +88,12 @@ class InferenceModel:
                 f"num_heads {heads} and num_kv_heads {kv_heads} cannot be split over {tp} tensor-parallel ranks"
             )
         self._num_groups = max(kv_heads // tp, 1)  # more ranks than KV heads hold copies of them
+        self._expert_ranks = None if expert_group is None else ExpertRanks(config, expert_group, tp_group)
         reader = _Reader(weights)
         self._weights = reader.taken
         self._embedding_VD = reader["embedding.word_embeddings.weight"]
-        self._fp8: dict[str, Fp8Weight] = {}
-        projection = (lambda name: self._in_fp8(name, reader[name])) if fp8 else reader.__getitem__
+        self._quantised: list[tuple[Fp8Weight, Tensor]] = []  # copies, and what they are copies of
+        projection = (lambda name: self._in_fp8(name, reader.weight(name))) if fp8 else reader.weight
         self._layers = [
             _layer_weights(reader, config, layer, projection) for layer in range(config.num_layers)
         ]
@@ -114,36 +102,43 @@ class InferenceModel:
         self._check_shapes()
         self._rotary = Rotary(config.head_dim, config.rope_theta, self.dtype, self.device)
 
-    def load(self, weights: Mapping[str, Tensor]) -> None:
+    def load(self, weights: Mapping[str, Weight]) -> None:
         """Copies values into the model's own tensors; UserError, and nothing changed, where a name, a shape or a
         type is not the model's."""
         for name, new in weights.items():
             if name not in self._weights:
                 raise UserError(f"update_weights: the model has no weight {name!r}")
             own = self._weights[name]
-            if (new.shape, new.dtype) != (own.shape, own.dtype):
+            scaled, own_scaled = isinstance(new, Fp8Weight), isinstance(own, Fp8Weight)
+            if (new.shape, new.dtype, scaled) != (own.shape, own.dtype, own_scaled):
                 raise UserError(
                     f"update_weights: {name} is {new.dtype} {tuple(new.shape)}, the model's is {own.dtype}"
                     f" {tuple(own.shape)}"
                 )
         for name, new in weights.items():
             own = self._weights[name]
-            if new.data_ptr() != own.data_ptr():
+            if isinstance(own, Fp8Weight):
+                assert isinstance(new, Fp8Weight)
+                own.copy_(new)
+            elif isinstance(new, Tensor) and new.data_ptr() != own.data_ptr():
                 own.copy_(new.detach())
 
     def refresh(self) -> None:
         """After the weights' values have changed: the copies in FP8 follow."""
-        for name, weight in self._fp8.items():
-            weight.load(self._weights[name])
+        for copy, weight in self._quantised:
+            copy.load(weight)
 
-    def _in_fp8(self, name: str, weight: Tensor) -> Fp8Weight:
+    def _in_fp8(self, name: str, weight: Weight) -> Fp8Weight:
         rows, columns = weight.shape
         if rows % ALIGNMENT or columns % ALIGNMENT:
             raise UserError(
                 f"fp8: {name} is {rows} x {columns} on this rank, both must be multiples of {ALIGNMENT}: turn fp8 off"
             )
-        self._fp8[name] = Fp8Weight.of(weight)
-        return self._fp8[name]
+        if isinstance(weight, Fp8Weight):
+            return weight
+        copy = Fp8Weight.of(weight)
+        self._quantised.append((copy, weight))
+        return copy
 
     @property
     def dtype(self) -> torch.dtype:
@@ -164,48 +159,70 @@ class InferenceModel:
     def forward(self, step: Step, cache: KVCache) -> Tensor:
         """Logits [S, V] after the tokens at `step.sample_index`; S may be 0."""
         hidden_TD = self._embed(step.token_ids)
-        angles = self._rotary.tables
+        normed_TD = rms_norm(hidden_TD, self._layers[0].attention_norm_D, self.config.rms_norm_eps)
         sampled = step.sample_index if len(step.sample_index) < len(hidden_TD) else None
         for layer, weights in enumerate(self._layers):
-            keys, values = cache.keys[layer], cache.values[layer]
-            wanted = sampled if layer == len(self._layers) - 1 else None
-            hidden_TD = self._attend(weights, hidden_TD, step, keys, values, angles, wanted)
-            hidden_TD = self._feed_forward(weights, hidden_TD)
-        return self._logits(self._norm(hidden_TD, self._final_norm_D))
+            last = layer == len(self._layers) - 1
+            wanted = sampled if last else None
+            mixed_TD = self._attend(weights, normed_TD, step, cache.keys[layer], cache.values[layer], wanted)
+            if wanted is not None:
+                hidden_TD = hidden_TD.index_select(0, wanted)
+            hidden_TD, normed_TD = self._add_norm(hidden_TD, mixed_TD, weights.mlp_norm_D)
+            next_norm_D = self._final_norm_D if last else self._layers[layer + 1].attention_norm_D
+            hidden_TD, normed_TD = self._add_norm(
+                hidden_TD, self._feed_forward(weights, normed_TD), next_norm_D
+            )
+        return self._logits(normed_TD)
+
+    def any_busy(self, busy: bool) -> bool:
+        """Whether this model, or any that shares its experts, has something to decode. Collective where they are shared."""
+        return busy if self._expert_ranks is None else self._expert_ranks.any_busy(busy, self.device)
+
+    def serve_experts(self) -> None:
+        """The part of an engine that has nothing to decode in a step of those that share its experts; nothing to do
+        without such."""
+        if self._expert_ranks is None:
+            return
+        nothing_TD = torch.empty(0, self.config.hidden_size, dtype=self.dtype, device=self.device)
+        for weights in self._layers:
+            assert isinstance(weights.feed_forward, Experts)
+            self._expert_ranks.mixture(nothing_TD, weights.feed_forward)
 
     def _attend(
         self,
         weights: LayerWeights,
-        hidden_TD: Tensor,
+        normed_TD: Tensor,
         step: Step,
         keys_SGH: Tensor,
         values_SGH: Tensor,
-        angles: tuple[Tensor, Tensor],
         wanted: Tensor | None,
     ) -> Tensor:
-        """Residual stream after attention, [T, D]; of the `wanted` tokens only, where given: in the last
+        """What attention adds to the residual stream, [T, D]; of the `wanted` tokens only, where given: in the last
         layer the others leave their keys and values and are done."""
-        normed_TD = self._norm(hidden_TD, weights.attention_norm_D)
         qkv_TC = linear(normed_TD, weights.qkv_CD, weights.qkv_bias_C)
         norms, eps = (weights.query_norm_H, weights.key_norm_H), self.config.rms_norm_eps
         queries_TNH = split_heads(
-            qkv_TC, *norms, *angles, step.positions, step.slots, keys_SGH, values_SGH, eps
+            qkv_TC, *norms, *self._rotary.tables, step.positions, step.slots, keys_SGH, values_SGH, eps
         )
         rows, lengths, runs = step.rows, step.lengths, step.runs
         if wanted is not None:
-            queries_TNH, hidden_TD = queries_TNH.index_select(0, wanted), hidden_TD.index_select(0, wanted)
+            queries_TNH = queries_TNH.index_select(0, wanted)
             rows, lengths, runs = rows.index_select(0, wanted), lengths.index_select(0, wanted), None
         mixed_TNH = paged_attention(queries_TNH, keys_SGH, values_SGH, step.tables, rows, lengths, runs=runs)
-        return hidden_TD + self._all_reduce(linear(mixed_TNH.flatten(1), weights.proj_DC))
+        return self._all_reduce(linear(mixed_TNH.flatten(1), weights.proj_DC))
 
-    def _feed_forward(self, weights: LayerWeights, hidden_TD: Tensor) -> Tensor:
-        normed_TD = self._norm(hidden_TD, weights.mlp_norm_D)
-        if isinstance(weights.feed_forward, Experts):
-            return hidden_TD + self._all_reduce(mixture(normed_TD, weights.feed_forward, self.config))
-        return hidden_TD + self._all_reduce(feed_forward(normed_TD, weights.feed_forward))
+    def _feed_forward(self, weights: LayerWeights, normed_TD: Tensor) -> Tensor:
+        """What the MLP adds to the residual stream, [T, D]."""
+        if isinstance(weights.feed_forward, FeedForward):
+            part_TD = feed_forward(normed_TD, weights.feed_forward)
+        elif self._expert_ranks is None:
+            part_TD = mixture(normed_TD, weights.feed_forward, self.config)
+        else:
+            part_TD = self._expert_ranks.mixture(normed_TD, weights.feed_forward)
+        return self._all_reduce(part_TD)
 
-    def _norm(self, hidden_TD: Tensor, weight_D: Tensor) -> Tensor:
-        return rms_norm(hidden_TD, weight_D, self.config.rms_norm_eps)
+    def _add_norm(self, hidden_TD: Tensor, more_TD: Tensor, weight_D: Tensor) -> tuple[Tensor, Tensor]:
+        return add_rms_norm(hidden_TD, more_TD, weight_D, self.config.rms_norm_eps)
 
     def _embed(self, token_ids: Tensor) -> Tensor:
         if self._tp_size == 1:
@@ -235,7 +252,12 @@ class InferenceModel:
         layer, attention = self._layers[0], config.num_heads * config.head_dim // tp
         ffn, mlp = config.ffn_hidden_size // tp, layer.feed_forward
         if isinstance(mlp, Experts):  # whole experts on some ranks, or a part of each on all of them
-            ffn = config.ffn_hidden_size * config.num_experts // (tp * len(mlp.held))
+            ranks = tp if self._expert_ranks is None else self._expert_ranks.size
+            ffn = config.ffn_hidden_size * config.num_experts // (ranks * len(mlp.held))
+            if self._expert_ranks is not None and list(mlp.held) != list(self._expert_ranks.numbers):
+                raise UserError(
+                    f"the weights have experts {list(mlp.held)} of this rank's {self._expert_ranks.numbers}"
+                )
             mlp = next(iter(mlp.held.values()))
         vocabulary = -(-config.vocab_size // tp)  # padded with rows that are cut off again
         fused = (config.num_heads // tp + 2 * self._num_groups) * config.head_dim
@@ -255,43 +277,24 @@ class InferenceModel:
                 raise UserError(f"{name} has shape {tuple(tensor.shape)}, the configuration asks for {shape}")
 
 
-def feed_forward(normed_TD: Tensor, weights: FeedForward) -> Tensor:
-    """SwiGLU; this rank's part of the sum over ranks, [T, D]."""
-    return linear(silu_mul(linear(normed_TD, weights.gate_up_FD)), weights.down_DF)
-
-
-def mixture(normed_TD: Tensor, experts: Experts, config: ModelConfig) -> Tensor:
-    """Each token's experts by their share of it, [T, D], grouped by expert; no token is dropped. This rank's part of the sum
-    over ranks. A token's sum runs in the order of the experts whoever else is in the step."""
-    wide = torch.promote_types(normed_TD.dtype, torch.float32)
-    logits_TE = linear(normed_TD.to(wide), experts.router_ED.to(wide))
-    shares_TK, chosen_TK = logits_TE.softmax(-1).topk(config.experts_per_token)
-    if config.norm_topk_prob:
-        shares_TK = shares_TK / shares_TK.sum(-1, keepdim=True)
-    chosen, shares = chosen_TK.flatten(), shares_TK.flatten().to(normed_TD.dtype)
-    order = chosen.argsort(stable=True)
-    counts = torch.bincount(chosen, minlength=config.num_experts).tolist()
-    mixed_TD = torch.zeros_like(normed_TD)
-    for expert, pairs in enumerate(order.split(counts)):
-        if len(pairs) and expert in experts.held:
-            tokens = pairs // config.experts_per_token
-            output = feed_forward(normed_TD.index_select(0, tokens), experts.held[expert])
-            mixed_TD.index_add_(0, tokens, output * shares[pairs, None])
-    return mixed_TD
-
-
 class _Reader:
     """Looks weights up by name; `taken` are those that were asked for."""
 
-    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+    def __init__(self, weights: Mapping[str, Weight]) -> None:
         self._weights = weights
-        self.taken: dict[str, Tensor] = {}
+        self.taken: dict[str, Weight] = {}
 
-    def __getitem__(self, name: str) -> Tensor:
+    def weight(self, name: str) -> Weight:
         if name not in self._weights:
             raise UserError(f"the weights lack {name!r}: the checkpoint is of another architecture")
-        self.taken[name] = self._weights[name].detach()
+        found = self._weights[name]
+        self.taken[name] = found if isinstance(found, Fp8Weight) else found.detach()
         return self.taken[name]
+
+    def __getitem__(self, name: str) -> Tensor:
+        found = self.weight(name)
+        assert isinstance(found, Tensor), f"{name} is in FP8, where only projections are"
+        return found
 
     def __contains__(self, name: str) -> bool:
         return name in self._weights

@@ -22,13 +22,20 @@ class Runner:
         self._num_slots = num_slots
         self._cache: KVCache | None = None
         self._on_device: DeviceForward | None = None
+        self._replays_before = 0
         self.resume_memory()
 
     @property
     def has_memory(self) -> bool:
         return self._cache is not None
 
+    @property
+    def num_replays(self) -> int:
+        """Steps that replayed a CUDA graph."""
+        return self._replays_before + (self._on_device.num_replays if self._on_device is not None else 0)
+
     def release_memory(self) -> None:
+        self._replays_before = self.num_replays
         self._cache = self._on_device = None
 
     def resume_memory(self) -> None:
@@ -46,6 +53,11 @@ class Runner:
         else:
             logits = self._model.forward(self._step(batch), self._cache)
         return sample(logits, inputs, self._masks() if inputs.masks.any() else None)
+
+    @torch.inference_mode()
+    def run_empty(self) -> None:
+        """A step without tokens, for the engines that share the model's experts."""
+        self._model.serve_experts()
 
     def _step(self, batch: Batch) -> Step:
         """The batch as tensors that share its memory."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from npr_engine.batch import Sampled, SampleInputs
+from npr_engine.upload import upload
 from npr_ext import categorical
 
 
@@ -18,11 +19,8 @@ def sample(logits_SV: Tensor, inputs: SampleInputs, forbidden_KV: Tensor | None 
     """
     device = logits_SV.device
     if forbidden_KV is not None:
-        masks_S = torch.from_numpy(inputs.masks).to(device)
-        logits_SV = logits_SV.masked_fill(forbidden_KV[masks_S], -torch.inf)
-    uniforms_S, temperature_S = (
-        torch.from_numpy(array).to(device) for array in (inputs.uniforms, inputs.temperature)
-    )
+        logits_SV = logits_SV.masked_fill(forbidden_KV[upload(inputs.masks, device)], -torch.inf)
+    uniforms_S, temperature_S = upload(inputs.uniforms, device), upload(inputs.temperature, device)
     if _reshapes(inputs):
         wide_SV = logits_SV if logits_SV.dtype == torch.float64 else logits_SV.float()
         scores_SV = _truncate(_scores(wide_SV, inputs), inputs)
@@ -48,7 +46,7 @@ def _scores(logits_SV: Tensor, inputs: SampleInputs) -> Tensor:
     """Logits after repetition penalty and temperature (1 for greedy rows, which it does not change)."""
     scores_SV = logits_SV
     if inputs.penalised.shape[1]:
-        tokens_SL = torch.from_numpy(inputs.penalised).long().to(logits_SV.device)
+        tokens_SL = upload(inputs.penalised, logits_SV.device).long()
         seen_SV = torch.zeros_like(logits_SV, dtype=torch.bool)
         seen_SV.scatter_(1, tokens_SL.clamp(min=0), tokens_SL >= 0)
         penalty_S1 = _like(inputs.penalty, logits_SV)[:, None]
@@ -62,8 +60,8 @@ def _truncate(scores_SV: Tensor, inputs: SampleInputs) -> Tensor:
     """Scores of -inf beyond top-k, then top-p of what is left, and min-p."""
     probs_SV, order_SV = scores_SV.softmax(-1).sort(dim=-1, descending=True, stable=True)
     vocabulary = probs_SV.shape[1]
-    top_k_S = torch.from_numpy(np.where(inputs.top_k > 0, inputs.top_k, vocabulary))
-    keep_SV = torch.arange(vocabulary, device=probs_SV.device) < top_k_S.to(probs_SV.device)[:, None]
+    top_k_S = upload(np.where(inputs.top_k > 0, inputs.top_k, vocabulary), probs_SV.device)
+    keep_SV = torch.arange(vocabulary, device=probs_SV.device) < top_k_S[:, None]
     probs_SV = probs_SV * keep_SV
     mass_S1 = probs_SV.sum(-1, keepdim=True)
     before_SV = probs_SV.cumsum(-1) - probs_SV
@@ -76,4 +74,4 @@ def _truncate(scores_SV: Tensor, inputs: SampleInputs) -> Tensor:
 
 def _like(array: np.ndarray, tensor: Tensor) -> Tensor:
     """The array on the tensor's device, in its type."""
-    return torch.from_numpy(array).to(device=tensor.device, dtype=tensor.dtype)
+    return upload(array, tensor.device).to(tensor.dtype)

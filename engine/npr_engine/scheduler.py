@@ -198,7 +198,7 @@ class Scheduler:
         logprobs, sampler_logprobs = sampled.logprobs, sampled.sampler_logprobs
         rows.decoding[row] = True
         if stream:
-            self._sampled = [self._who(place) for place in row.tolist()]
+            self._sampled = [(self._owner(place), self._memory.branch_at[place]) for place in row.tolist()]
         if sampled.invalid.any():
             valid = self._end_invalid(row, sampled.invalid)
             row, token, logprobs = row[valid], token[valid], logprobs[valid]
@@ -316,11 +316,13 @@ class Scheduler:
         decoding = np.flatnonzero(rows.decoding)
         rows.promised[decoding] = 1
         full = decoding[rows.length[decoding] == rows.reserved[decoding]]
-        for row in self._by_arrival(full).tolist():
+        if len(full) == 0:
+            return
+        short = self._memory.extend(full, [self._owner(row) for row in full.tolist()])
+        for row in self._by_arrival(short).tolist():
             if not rows.decoding[row]:
                 continue  # preempted for an older one
-            response = self._at_seat[rows.seat[row]]
-            assert response is not None
+            response = self._owner(row)
             if not self._reserve(response, row, 1):
                 self._make_way(response)
 
@@ -431,10 +433,10 @@ class Scheduler:
             left[place] = 0
         return accepted
 
-    def _who(self, row: int) -> tuple[ResponseState, Branch]:
+    def _owner(self, row: int) -> ResponseState:
         response = self._at_seat[self._rows.seat[row]]
         assert response is not None
-        return response, self._memory.branch_at[row]
+        return response
 
     def _end_invalid(self, row: NDArray[np.int32], invalid: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Ends the responses of rows without a distribution; which rows are left. Nobody else has seen their KV but
@@ -458,8 +460,8 @@ class Scheduler:
         rows, states = self._rows, self._rows.state[row]
         rows.phase[row] = self.constraint.following(states, rows.phase[row], token)
         for place in row[self.constraint.may_answer(states, token)].tolist():
-            response, _ = self._who(place)
-            rows.phase[place] = Phase.CLOSABLE if self._branching.has_answer(response) else Phase.BEGUN
+            answered = self._branching.has_answer(self._owner(place))
+            rows.phase[place] = Phase.CLOSABLE if answered else Phase.BEGUN
 
     def _end_stopped(self, seat: NDArray[np.int32], token: NDArray[np.int32]) -> None:
         """Ends responses by their stop tokens."""

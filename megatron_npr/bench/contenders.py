@@ -49,25 +49,30 @@ class Ours:
 
 
 class Transformers:
-    """`transformers.generate` on the same folder: one batch with a dynamic KV cache."""
+    """`transformers.generate` on one of its models, where that lies: one batch with a dynamic KV cache."""
 
-    def __init__(self, folder: Path, dtype: torch.dtype) -> None:
-        from transformers import AutoModelForCausalLM, GenerationConfig  # slow to import
+    def __init__(self, model: Any) -> None:
+        from transformers import GenerationConfig  # slow to import
+
+        self._model = model
+        self._model.generation_config = GenerationConfig()  # no end of sequence, greedy
+
+    @classmethod
+    def of_folder(cls, folder: Path, dtype: torch.dtype) -> Transformers:
+        """The model of a folder, on the CPU."""
+        from transformers import AutoModelForCausalLM
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
-        self._model: Any = AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype=dtype, local_files_only=True
-        )
-        self._model.generation_config = GenerationConfig()  # no end of sequence, greedy
+        return cls(AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, local_files_only=True))
 
     def decode(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> Decoded:
-        ids_BP = torch.tensor(prompts)
+        ids_BP = torch.tensor(prompts, device=self._model.device)
         began = time.perf_counter()
         with torch.inference_mode():
             tokens_BT = self._model.generate(
                 ids_BP, attention_mask=torch.ones_like(ids_BP), max_new_tokens=num_tokens, do_sample=False
-            )
+            ).cpu()
         seconds = time.perf_counter() - began
         new_BN = tokens_BT[:, ids_BP.shape[1] :]
         assert new_BN.shape[1] == num_tokens, f"generate made {new_BN.shape[1]} tokens of {num_tokens}"

@@ -18,7 +18,7 @@ import torch
 
 from megatron_npr.bench import branch_response, kv_pressure
 from megatron_npr.bench.bench_model import Opened, made_folder, open_model
-from megatron_npr.bench.branch_response import BranchFigures, Script, response_script
+from megatron_npr.bench.branch_response import BranchFigures
 from megatron_npr.bench.contenders import (
     Contender,
     Ours,
@@ -30,6 +30,7 @@ from megatron_npr.bench.contenders import (
     tokens_per_second,
 )
 from megatron_npr.bench.kv_pressure import PressureFigures
+from megatron_npr.bench.script import Script, response_script
 from megatron_npr.bench.vllm_contender import Stillness, Vllm, VllmSettings
 from megatron_npr.session import DTYPES
 from npr_engine.engine import Engine, EngineConfig
@@ -157,7 +158,7 @@ def _measure_decoding(
         for batch in bench.batches:
             rivals = dict(others)
             if batch == bench.main_batch and dtype == bench.dtypes[0]:
-                rivals["transformers"] = Transformers(folder, DTYPES[dtype])
+                rivals["transformers"] = Transformers.of_folder(folder, DTYPES[dtype])
             figures.append(_measure_batch(bench, opened, engine, dtype, batch, rivals))
         return figures, vllm.stillness() if bench.vllm_python is not None else None
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_npr.bench.bench_model import BenchModel
-from megatron_npr.bench.branch_response import Script
+from megatron_npr.bench.script import Script
 from npr_engine.engine import Engine
 
 STEPS_BETWEEN_ARRIVALS = 4

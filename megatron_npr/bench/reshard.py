@@ -13,6 +13,7 @@ from collections.abc import Callable
 from megatron_npr.architecture import KNOWN
 from megatron_npr.bench.timing import peak_bytes
 from megatron_npr.resharding import EngineLayout, Plan, TrainerLayout, for_replica, plan, split_layers
+from megatron_npr.resharding.schedule import wire_bytes
 
 BYTES = 2  # bf16
 MODEL = "Qwen3-235B-A22B"
@@ -46,6 +47,7 @@ def figures(engine: EngineLayout) -> dict[str, float]:
         "seconds_all_replicas": time.perf_counter() - began,
         "peak_bytes": peak_bytes(functools.partial(prepare, engine)),
         "bytes_sent_to_first_replica": BYTES * first.elements_sent,
+        "bytes_sent_to_first_replica_in_fp8": wire_bytes(planned, first.transfers, BYTES, fp8=True),
         "bytes_copied_on_ranks_of_first_replica": BYTES * first.elements_copied,
         "bytes_read_in_place_by_first_replica": BYTES * first.elements_aliased,
         "bytes_sent_to_all_replicas": BYTES * sum(sent),

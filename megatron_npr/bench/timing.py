@@ -37,13 +37,18 @@ def peak_bytes(prepare: Callable[[], Callable[[], object]]) -> int:
     return added
 
 
-def _measure(prepare: Callable[[], Callable[[], object]], out: Connection) -> None:
-    work = prepare()
+def added_bytes(work: Callable[[], object]) -> int:
+    """What the work adds to the peak of this process's resident memory."""
     _forget_peak()
     before = _peak()
     result = work()
-    out.send(_peak() - before)
+    added = _peak() - before
     del result
+    return added
+
+
+def _measure(prepare: Callable[[], Callable[[], object]], out: Connection) -> None:
+    out.send(added_bytes(prepare()))
 
 
 def _forget_peak() -> None:

@@ -128,14 +128,18 @@ class RolloutSettings(Section):
         None, description="tensor-parallel ranks of one engine; none = parallel.tp"
     )
     ep: PositiveInt | None = Field(
-        None, description="expert-parallel ranks of one engine; none = parallel.ep"
+        None,
+        description="ranks that share the experts: a multiple of rollout.tp (several engines share them, in step) or a "
+        "divisor; none = parallel.ep",
     )
     kv_slots: PositiveInt = Field(524_288, description="token slots of the KV cache of one engine")
     block_size: PositiveInt = Field(4, description="token slots of one KV block")
     max_running: PositiveInt = Field(256, description="branches decoded at the same time")
     max_batch_tokens: PositiveInt = Field(16_384, description="tokens of one engine step, prefill and decode")
     fp8: bool = Field(
-        False, description="decode with the layers' projections in FP8 (e4m3, a scale a channel)"
+        False,
+        description="decode with the layers' projections in FP8 (e4m3, a scale a channel); where layouts differ they "
+        "travel to the engine so",
     )
 
     @model_validator(mode="after")
@@ -160,6 +164,14 @@ class OptimizerSettings(Section):
     beta2: Fraction = Field(0.999, description="decay of the second moment")
     eps: PositiveFloat = Field(1e-8, description="added to the root of the second moment")
     grad_clip: NonNegativeFloat = Field(1.0, description="largest global gradient norm; 0 = off")
+    overlap: bool | None = Field(
+        None,
+        description="reduce gradients, and in stage 2 gather weights, beside the computation; unset: on a GPU",
+    )
+    bucket_size: PositiveInt | None = Field(
+        None,
+        description="parameters that travel together where communication overlaps; unset: Megatron's choice",
+    )
 
     @model_validator(mode="after")
     def _decay_goes_down(self) -> "OptimizerSettings":
@@ -182,6 +194,25 @@ class BatchSettings(Section):
 class RlTrainSettings(Section):
     steps: PositiveInt = Field(200, description="rollout rounds")
     updates_per_step: PositiveInt = Field(1, description="optimizer steps on one round's samples")
+    entropy: bool = Field(
+        True, description="the policy's entropy among the metrics, for one more pass over the logits"
+    )
+    entropy_coefficient: NonNegativeFloat = Field(
+        0.0, description="weight of the entropy in the loss, which it lowers; 0 = off"
+    )
+
+    @model_validator(mode="after")
+    def _a_bonus_needs_the_entropy(self) -> "RlTrainSettings":
+        if self.entropy_coefficient and not self.entropy:
+            raise ValueError(
+                f"train.entropy_coefficient {self.entropy_coefficient:g} needs train.entropy = true"
+            )
+        return self
+
+    @property
+    def entropy_weight(self) -> float | None:
+        """The coefficient; None: the entropy is not computed."""
+        return self.entropy_coefficient if self.entropy else None
 
 
 class SftTrainSettings(Section):

@@ -35,9 +35,9 @@ class Layout:
     def world_size(self) -> int:
         return self.tp * self.pp * self.cp * self.dp
 
-    @property
-    def engine(self) -> EngineLayout:
-        return EngineLayout(self.engine_tp, self.engine_ep, 1)
+    def engine(self, architecture: Architecture) -> EngineLayout:
+        """An engine replica; UserError where it does not fit the model."""
+        return EngineLayout.of(architecture, self.engine_tp, self.engine_ep)
 
     def trainer(self, architecture: Architecture) -> TrainerLayout:
         """The grid; UserError where layers or experts do not fit it."""

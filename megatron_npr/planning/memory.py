@@ -1,8 +1,8 @@
 """Bytes per GPU by part, of the fullest pipeline stage.
 
 What stays: weights, gradients (fp32 buffers), optimizer state (sharded over the ranks that hold the same weights), the KV
-cache, the engine's own copies of weights. What comes and goes: activations with the workspace of the loss, or the
-workspace of decoding; the larger counts.
+cache, the engine's own copies of weights. What comes and goes: activations with the workspace of the loss, the workspace
+of decoding, or the new weights of an engine until all have arrived; the largest counts.
 """
 
 from __future__ import annotations
@@ -70,14 +70,13 @@ def parameters_of(architecture: Architecture, layout: Layout, stage: int) -> tup
 
 def engine_parameters(architecture: Architecture, layout: Layout) -> int:
     """Elements on a rank of an engine replica, all layers."""
-    total = 0
+    engine, total = layout.engine(architecture), 0
     for kind in kinds(architecture):
         if kind.place is Place.EXPERT:
-            held = architecture.num_layers * architecture.num_experts // layout.engine_ep
-            total += held * kind.matrix.rows * kind.matrix.columns
+            held, size = architecture.num_layers * architecture.num_experts // engine.ep, engine.etp
         else:
-            held = architecture.num_layers if kind.place is Place.LAYER else 1
-            total += held * local_size(kind.matrix, engine_cut(kind, layout.engine_tp), layout.engine_tp)
+            held, size = architecture.num_layers if kind.place is Place.LAYER else 1, engine.tp
+        total += held * local_size(kind.matrix, engine_cut(kind, size), size)
     return total
 
 
@@ -146,6 +145,7 @@ def _stage_memory(architecture: Architecture, layout: Layout, work: Workload, st
     # the loss has run its backward pass before the layers run theirs
     training = activations + max(tokens * busy, _loss_workspace(architecture, layout, work, stage))
     decoding = _decoding_workspace(architecture, layout, work) if work.kv_slots else 0.0
+    engine = _engine_copy(architecture, layout, work)
     return Memory(
         stage=stage,
         weights=size * (dense + expert),
@@ -153,7 +153,8 @@ def _stage_memory(architecture: Architecture, layout: Layout, work: Workload, st
         optimizer=state * (dense / dense_copies + expert / expert_copies),
         activations=activations,
         kv=work.kv_slots * kv_bytes_per_token(architecture, layout.engine_tp, size),
-        engine_weights=_engine_copy(architecture, layout, work),
+        # An update holds what has arrived once more, when neither trainer nor engine works (resharding.exchange).
+        engine_weights=engine + max(engine - max(training, decoding), 0.0),
         workspace=RUNTIME_BYTES + max(training, decoding) - activations,
     )
 
@@ -169,7 +170,9 @@ def _rows_in_flight(layout: Layout, stage: int) -> float:
 
 def _engine_copy(architecture: Architecture, layout: Layout, work: Workload) -> float:
     """Bytes of weights that the engine holds besides the trainer's: all or, where the layouts agree, none."""
-    if not work.kv_slots or (layout.engine_tp, layout.engine_ep, 1) == (layout.tp, layout.ep, layout.pp):
+    engine = layout.engine(architecture)
+    trains_them = engine.etp == 1 and layout.ep in (1, engine.ep)
+    if not work.kv_slots or (engine.tp == layout.tp and layout.pp == 1 and trains_them):
         return 0.0
     return float(work.bytes_per_weight * engine_parameters(architecture, layout))
 
@@ -189,5 +192,7 @@ def _decoding_workspace(architecture: Architecture, layout: Layout, work: Worklo
     """One layer's activations of the largest engine step, and logits with their probabilities of all branches."""
     tp, chosen = layout.engine_tp, architecture.experts_per_token if architecture.num_experts else 1
     widest = architecture.qkv_rows / tp + 3 * chosen * architecture.ffn_hidden_size / tp
+    if layout.engine_ep > tp:  # (row, expert) pairs: sent, arrived, computed, returned
+        widest += 4 * chosen * architecture.hidden_size / tp
     tokens = work.batch_tokens * work.bytes_per_weight * (3 * architecture.hidden_size + widest)
     return tokens + work.max_running * architecture.vocab_size * 12

@@ -94,7 +94,7 @@ def _complexity(layout: Layout) -> tuple[int, ...]:
 
 
 def candidates(architecture: Architecture, cluster: Cluster) -> Iterator[Layout]:
-    """Every valid layout: tensor parallelism within a node, engine replicas of at most two nodes."""
+    """Every valid layout: tensor parallelism within a node, engines that share experts over at most four nodes."""
     for tp in _powers(cluster.gpus_per_node):
         for pp in PIPELINES:
             for cp in _powers(8):
@@ -139,12 +139,12 @@ def outer_layers(num_layers: int, pp: int) -> int | None:
 
 
 def _engines(architecture: Architecture, cluster: Cluster, base: Layout) -> Iterator[tuple[int, int]]:
-    """Engine layouts: the trainer's own tp, or any up to a node; experts over up to two nodes."""
+    """Engine layouts: the trainer's own tp, or any up to a node; experts over up to four nodes."""
     if not architecture.num_experts:
         yield from ((tp, 1) for tp in _powers(cluster.gpus_per_node))
         return
     for tp in _powers(cluster.gpus_per_node):
-        yield from ((tp, ep) for ep in _powers(2 * cluster.gpus_per_node) if ep >= tp)
+        yield from ((tp, ep) for ep in _powers(4 * cluster.gpus_per_node) if ep >= tp)
 
 
 def _powers(largest: int) -> list[int]:
@@ -161,4 +161,4 @@ def _is_valid(architecture: Architecture, layout: Layout, cluster: Cluster) -> b
 
 def _check(architecture: Architecture, layout: Layout, cluster: Cluster) -> None:
     check_job(architecture, layout, cluster.size)
-    check_layouts(architecture, layout.trainer(architecture), layout.engine)
+    check_layouts(architecture, layout.trainer(architecture), layout.engine(architecture))

@@ -22,6 +22,7 @@ MFU = 0.40  # model FLOPs over peak in training, tensor parallelism within a nod
 DECODE_SHARE = 0.65  # of memory bandwidth
 NETWORK_SHARE = 0.7
 STEP_OVERHEAD = 1.5e-3  # seconds of an engine step that are neither weights nor KV, all-reduces included
+EXCHANGE_LATENCY = 40e-6  # seconds of one small all-to-all
 VISIBLE = 0.6  # pairs that a branching response sees, of the causal ones
 
 
@@ -49,9 +50,10 @@ def times_of(architecture: Architecture, layout: Layout, cluster: Cluster, work:
 
 
 def rollout_seconds(architecture: Architecture, layout: Layout, cluster: Cluster, work: Workload) -> float:
-    """By bandwidth: every engine step reads the weights that its tokens meet; every token reads the KV before it."""
-    replicas = max(cluster.size // layout.engine.size, 1)
-    responses = math.ceil(work.responses / replicas)
+    """By bandwidth: every engine step reads the weights that its tokens meet; every token reads the KV before it. Each copy of
+    attention decodes its own responses; experts meet the tokens of all copies that share them."""
+    copies = max(cluster.size // layout.engine_tp, 1)
+    responses = math.ceil(work.responses / copies)
     fitting = max(work.kv_slots // work.response_tokens, 1)
     together = max(min(responses, fitting, work.max_running), 1)
     waves = math.ceil(responses / together)
@@ -60,20 +62,41 @@ def rollout_seconds(architecture: Architecture, layout: Layout, cluster: Cluster
     held = engine_parameters(architecture, layout)
     if architecture.num_experts:
         experts = architecture.num_layers * architecture.num_experts * architecture.expert_parameters
-        share = 1 - (1 - architecture.experts_per_token / architecture.num_experts) ** tokens_a_step
+        met = tokens_a_step * layout.engine(architecture).size / layout.engine_tp
+        share = 1 - (1 - architecture.experts_per_token / architecture.num_experts) ** met
         held -= round((1 - share) * experts / layout.engine_ep)
     per_token = kv_bytes_per_token(architecture, layout.engine_tp, work.bytes_per_weight)
     kv_bytes = responses * work.response_tokens * work.response_tokens / 2 * per_token
     read = steps * held * work.bytes_per_weight + kv_bytes
-    return read / (DECODE_SHARE * cluster.gpu.bandwidth) + steps * STEP_OVERHEAD
+    exchange = _exchange_seconds(architecture, layout, cluster, work, tokens_a_step)
+    return read / (DECODE_SHARE * cluster.gpu.bandwidth) + steps * (STEP_OVERHEAD + exchange)
+
+
+def _exchange_seconds(
+    architecture: Architecture, layout: Layout, cluster: Cluster, work: Workload, tokens: float
+) -> float:
+    """Of one engine step whose experts lie on more ranks than its attention: in every layer the counts, the rows, and back."""
+    span = layout.engine(architecture).size
+    if span == layout.engine_tp:
+        return 0.0
+    pairs = tokens / layout.engine_tp * architecture.experts_per_token * (span - 1) / span
+    rows = 2 * pairs * architecture.hidden_size * work.bytes_per_weight / _wire(span, cluster)
+    return architecture.num_layers * (rows + 3 * EXCHANGE_LATENCY)
 
 
 def train_flops(architecture: Architecture, work: Workload) -> float:
-    """Model FLOPs of a step: 6 a parameter and token, and 12 a visible pair, head dim and head."""
+    """Model FLOPs of a step whose tokens are all trained."""
     tokens = work.responses * work.response_tokens
     pairs = VISIBLE * tokens * work.response_tokens / 2
+    return model_flops(architecture, tokens=tokens, targets=tokens, pairs=pairs)
+
+
+def model_flops(architecture: Architecture, *, tokens: float, targets: float, pairs: float) -> float:
+    """Of forward and backward: 6 a parameter and token (of the output matrix: and trained token), and 12 a visible pair, head
+    dim and head. What is recomputed does not count."""
+    layers = architecture.active_parameters - architecture.embedding_parameters
     attention = 12.0 * architecture.num_layers * architecture.num_heads * architecture.head_dim * pairs
-    return 6.0 * architecture.active_parameters * tokens + attention
+    return 6.0 * (layers * tokens + architecture.embedding_parameters * targets) + attention
 
 
 def train_seconds(architecture: Architecture, layout: Layout, cluster: Cluster, work: Workload) -> float:
@@ -125,7 +148,7 @@ def _wire(span: int, cluster: Cluster) -> float:
 
 def reshard_seconds(architecture: Architecture, layout: Layout, cluster: Cluster, work: Workload) -> float:
     """By bytes: what the busiest rank of the first replica receives, over the network between nodes and within."""
-    planned = plan(architecture, layout.trainer(architecture), layout.engine)
+    planned = plan(architecture, layout.trainer(architecture), layout.engine(architecture))
     moved = for_replica(planned, 0).transfers
     source, destination = moved["source"], moved["destination"]
     num_bytes = work.bytes_per_weight * moved["rows"] * moved["row_length"]

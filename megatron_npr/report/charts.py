@@ -17,6 +17,7 @@ SHOWN = (
     "critical_path",
     "grad_norm",
     "clipped",
+    "entropy",
     "dropped",
 )
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 320, 180, 42, 10, 12, 24

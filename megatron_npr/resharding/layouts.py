@@ -55,7 +55,10 @@ class TrainerLayout:
 
 @dataclass(frozen=True)
 class EngineLayout:
-    """Sizes of one engine replica: attention over tp ranks, experts over ep x etp ranks of the same replica."""
+    """Sizes of one engine replica: attention over tp ranks, experts over ep x etp ranks of the same replica.
+
+    Where those are more, the replica has several copies of attention, which decode requests of their own.
+    """
 
     tp: int = 1
     ep: int = 1
@@ -65,6 +68,30 @@ class EngineLayout:
         small, large = sorted((self.tp, self.ep * self.etp))
         if large % small:
             raise UserError(f"engine tp {self.tp} and ep {self.ep} x etp {self.etp} do not divide each other")
+
+    @classmethod
+    def of(cls, architecture: Architecture, tp: int, ep: int) -> EngineLayout:
+        """What rollout.tp and rollout.ep mean: ep ranks hold whole experts; where they are fewer than tp, the tp / ep
+        ranks that share theirs cut them. UserError where that does not fit the model."""
+        if not architecture.num_experts:
+            if ep > 1:
+                raise UserError(
+                    f"rollout.ep = {ep}: the model has no experts; leave rollout.ep and parallel.ep out"
+                )
+            return cls(tp)
+        if ep % tp and tp % ep:
+            raise UserError(f"rollout.ep = {ep} and rollout.tp = {tp}: make one a multiple of the other")
+        if architecture.num_experts % ep:
+            raise UserError(
+                f"rollout.ep = {ep} does not divide the model's {architecture.num_experts} experts: choose a divisor"
+            )
+        etp = max(tp // ep, 1)
+        if architecture.ffn_hidden_size % etp:
+            raise UserError(
+                f"rollout.ep = {ep} on rollout.tp = {tp} ranks cuts experts of {architecture.ffn_hidden_size} columns into "
+                f"{etp} parts: choose rollout.ep >= rollout.tp"
+            )
+        return cls(tp, ep, etp)
 
     @property
     def size(self) -> int:

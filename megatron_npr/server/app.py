@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -159,13 +159,13 @@ async def _whole(job: Job) -> list[tuple[list[Segment], Ending]]:
     return await asyncio.gather(*(decode_whole(choice) for choice in job.choices))
 
 
-async def _stream(job: Job, writer: Writer, prompt_tokens: int, *, usage: bool) -> AsyncIterator[BaseModel]:
+async def _stream(job: Job, writer: Writer, prompt_tokens: int, *, usage: bool) -> AsyncGenerator[BaseModel]:
     for index in range(len(job.choices)):
         opening = writer.opening(index)
         if opening is not None:
             yield opening
     endings: list[Ending] = []
-    async with aclosing(merged([decode(choice) for choice in job.choices])) as items:  # type: ignore[type-var]
+    async with aclosing(merged([decode(choice) for choice in job.choices])) as items:
         async for index, item in items:
             if isinstance(item, Ending):
                 endings.append(item)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -20,7 +20,7 @@ Result = TypeVar("Result")
 class EventStream(StreamingResponse):
     """Replies as events. `on_end` is called however it ends, also before it has begun."""
 
-    def __init__(self, replies: AsyncIterator[BaseModel], on_end: Callable[[], None]) -> None:
+    def __init__(self, replies: AsyncGenerator[BaseModel], on_end: Callable[[], None]) -> None:
         super().__init__(
             _events(replies), media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
         )
@@ -33,10 +33,10 @@ class EventStream(StreamingResponse):
             self._on_end()
 
 
-async def _events(replies: AsyncIterator[BaseModel]) -> AsyncIterator[str]:
+async def _events(replies: AsyncGenerator[BaseModel]) -> AsyncGenerator[str]:
     """A failure is an event too: the status has been sent."""
     try:
-        async with aclosing(replies) as items:  # type: ignore[type-var]
+        async with aclosing(replies) as items:
             async for reply in items:
                 yield f"data: {reply.model_dump_json()}\n\n"
     except ApiError as error:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TypeVar
@@ -61,7 +61,7 @@ class Ending:
 class Choice:
     """A choice in flight."""
 
-    stream: AsyncIterator[TokenEvent | Rollout]
+    stream: AsyncGenerator[TokenEvent | Rollout]
     transcript: Transcript
     watch: Stopwatch
 
@@ -157,7 +157,7 @@ def submit(
     return Job(service, name, tuple(choices))
 
 
-async def decode(choice: Choice) -> AsyncIterator[Segment | Ending]:
+async def decode(choice: Choice) -> AsyncGenerator[Segment | Ending]:
     """The text of a choice as it comes to be. Leaving it early aborts the choice.
 
     Raises:
@@ -165,7 +165,7 @@ async def decode(choice: Choice) -> AsyncIterator[Segment | Ending]:
     """
     transcript, outcome = choice.transcript, "aborted"
     try:
-        async with aclosing(choice.stream) as items:  # type: ignore[type-var]
+        async with aclosing(choice.stream) as items:
             async for item in items:
                 if isinstance(item, Rollout):
                     outcome = item.finish_reason.partition("(")[0]
@@ -198,7 +198,7 @@ def _check_ended(reason: str) -> None:
 async def decode_whole(choice: Choice) -> tuple[list[Segment], Ending]:
     """The whole text of a choice."""
     segments: list[Segment] = []
-    async with aclosing(decode(choice)) as items:  # type: ignore[type-var]
+    async with aclosing(decode(choice)) as items:
         async for item in items:
             if isinstance(item, Ending):
                 return segments, item
@@ -206,13 +206,13 @@ async def decode_whole(choice: Choice) -> tuple[list[Segment], Ending]:
     raise AssertionError("a choice has no ending")
 
 
-async def merged(streams: Sequence[AsyncIterator[Item]]) -> AsyncIterator[tuple[int, Item]]:
+async def merged(streams: Sequence[AsyncGenerator[Item]]) -> AsyncGenerator[tuple[int, Item]]:
     """Items of all streams as they come, with the stream's number; the first failure ends all."""
     ready: asyncio.Queue[tuple[int, Item] | Exception | None] = asyncio.Queue()
 
-    async def feed(index: int, stream: AsyncIterator[Item]) -> None:
+    async def feed(index: int, stream: AsyncGenerator[Item]) -> None:
         try:
-            async with aclosing(stream) as items:  # type: ignore[type-var]
+            async with aclosing(stream) as items:
                 async for item in items:
                     ready.put_nowait((index, item))
         except Exception as caught:  # raised again where the items are read

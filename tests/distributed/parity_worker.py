@@ -1,7 +1,7 @@
 """One process of a parity world: the same model, batch and updates under any layout; figures as JSON from rank 0.
 
-Started by `test_parallel_parity.py`: parity_worker.py TABLES FOLDER OUT, where TABLES is the JSON of `[parallel]` and
-`[model] recompute`.
+Started by `test_parallel_parity.py`: parity_worker.py TABLES FOLDER OUT, where TABLES is the JSON of `[parallel]`,
+`[model] recompute` and `[optimizer] overlap`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from megatron_npr.checkpoint import Checkpoints
 from megatron_npr.config import BatchSettings, OptimizerSettings, ParallelSettings, Recompute
 from megatron_npr.context_parallel import shard_bounds
 from megatron_npr.huggingface import read_model_config
+from megatron_npr.logprobs import token_log_probs
 from megatron_npr.losses import papo_loss, sft_loss
 from megatron_npr.packing import TrainSample
 from megatron_npr.parallel import World, megatron_context, world_of
@@ -32,7 +33,9 @@ from npr_ext import branch_layout
 from tests.training import TAGS, axes, branching_samples
 
 
-def measure(world: World, folder: Path, parallel: ParallelSettings, recompute: Recompute) -> dict[str, Any]:
+def measure(
+    world: World, folder: Path, parallel: ParallelSettings, recompute: Recompute, overlap: bool
+) -> dict[str, Any]:
     """Everything that must not depend on the layout."""
     figures: dict[str, Any] = {}
     samples = branching_samples()
@@ -48,18 +51,20 @@ def measure(world: World, folder: Path, parallel: ParallelSettings, recompute: R
     largest = torch.tensor([logits_difference(policy, world, folder)])
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     figures["logits_difference"] = float(largest)
+    figures["entropy_difference"] = entropy_difference(world)
     for name in ("sft", "papo"):
         for share in (False, True):
-            policy = build()
+            policy = build(entropy_coefficient=None if name == "sft" else 0.05)
             load_policy_weights(policy, folder)
             trainer = Trainer(
                 policy,
                 world,
-                optimizer=OptimizerSettings(lr=1e-3, schedule="constant", grad_clip=1.0),
+                optimizer=OptimizerSettings(lr=1e-3, overlap=overlap, bucket_size=4000 if overlap else None),
                 batch=BatchSettings(micro_batch_tokens=128, share_prompts=share),
                 tags=TAGS,
                 pad_id=0,
                 num_updates=10,
+                late_gather=overlap,
             )
             key = f"{name}{'_shared' if share else ''}"
             if name == "sft":
@@ -79,6 +84,9 @@ def measure(world: World, folder: Path, parallel: ParallelSettings, recompute: R
             ]
             figures[f"{key}_loss"] = [report.loss for report in reports]
             figures[f"{key}_grad_norm"] = [report.grad_norm for report in reports]
+            if name == "papo":
+                figures[f"{key}_entropy"] = [report.entropy for report in reports]
+    trainer.gather()
     figures["engine_checksum"] = engine_checksum(policy)
     figures["resume"] = resume_difference(trainer, world, folder, samples)
     return figures
@@ -118,6 +126,49 @@ def logits_difference(policy: Any, world: World, folder: Path) -> float:
     return float((logits - expected).detach().abs().max())
 
 
+def entropy_difference(world: World) -> float:
+    """Largest relative error of entropy and gradients over the tensor group against the closed form, in float64."""
+    generator = torch.Generator().manual_seed(7)
+    hidden, weight = (
+        torch.randn(rows, 8, dtype=torch.float64, generator=generator) for rows in (9, 97 + (-97 % 4))
+    )
+    scale = torch.arange(1.0, 10, dtype=torch.float64)
+    targets, rows = torch.arange(9) * 10, len(weight) // world.tensor_size
+    first = world.tensor_rank * rows
+    own = [hidden.clone().requires_grad_(), weight[first : first + rows].clone().requires_grad_()]
+    log_probs, entropy = token_log_probs(
+        own[0],
+        own[1],
+        targets,
+        first_row=first,
+        num_valid=min(rows, 97 - first),
+        chunk=4,
+        group=world.tensor_group,
+        entropy=True,
+    )
+    assert entropy is not None
+    (log_probs - scale * entropy).sum().backward()
+    reference = [hidden.clone().requires_grad_(), weight[:97].clone().requires_grad_()]
+    full = (reference[0] @ reference[1].T).log_softmax(-1)
+    expected = -(full.exp() * full).sum(-1)
+    (full.gather(1, targets[:, None])[:, 0] - scale * expected).sum().backward()
+    gradients = [tensor.grad for tensor in (*own, *reference)]
+    assert all(gradient is not None for gradient in gradients)
+    hidden_sum, weight_part, hidden_full, weight_full = gradients
+    dist.all_reduce(hidden_sum, group=world.tensor_group)
+    pairs = [
+        (entropy, expected),
+        (hidden_sum, hidden_full),
+        (weight_part[: max(97 - first, 0)], weight_full[first : first + rows]),
+    ]
+    errors = [
+        float((ours - truth).detach().abs().max() / truth.detach().abs().max()) for ours, truth in pairs
+    ]
+    largest = torch.tensor(max(errors), dtype=torch.float64)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return float(largest)
+
+
 def engine_checksum(policy: Any) -> float:
     """Sum of squares over the full weights, after training."""
     return sum(float(weight.double().square().sum()) for weight in full_weights(policy).values())
@@ -151,7 +202,7 @@ def main() -> None:
     parallel = ParallelSettings(**tables["parallel"])
     torch.set_num_threads(1)
     with world_of(**axes(parallel)) as world:
-        figures = measure(world, folder, parallel, tables["recompute"])
+        figures = measure(world, folder, parallel, tables["recompute"], tables["overlap"])
         if world.is_main:
             out.write_text(json.dumps(figures))
         dist.barrier()

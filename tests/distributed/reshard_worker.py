@@ -2,8 +2,8 @@
 update.
 
 Started by `test_resharding_into_the_engine.py`: reshard_worker.py CASES FOLDER OUT, where CASES is JSON:
-[{"parallel": {...}, "tp": engine's, "ep": engine's}, ...]. FOLDER/expected.pt holds token ids, the logits over them, and
-those after `GROWTH`.
+[{"parallel": {...}, "tp": engine's, "ep": engine's, "fp8": too}, ...]. FOLDER/expected.pt holds token ids, the logits over
+them, and those after `GROWTH`.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_npr.config import ParallelSettings, RolloutSettings
-from megatron_npr.engine_grid import engine_group, engine_layout
+from megatron_npr.engine_grid import engine_groups, engine_layout
 from megatron_npr.huggingface import read_model_config
 from megatron_npr.parallel import World, close_world, init_world
-from megatron_npr.policy import build_policy, load_policy_weights, local_weights
+from megatron_npr.policy import Policy, build_policy, load_policy_weights, local_weights
 from megatron_npr.reshard import EngineWeights
+from megatron_npr.resharding import EngineLayout
 from npr_engine.model import InferenceModel
 from tests.engine_logits import engine_logits
 from tests.training import axes
@@ -39,28 +40,65 @@ def relative_error(logits: Tensor, expected: Tensor) -> float:
     return float((logits - expected).abs().max() / expected.abs().max())
 
 
+class FP8Pair:
+    """Two engines in FP8: one is sent its projections so, the other quantises what it was sent whole."""
+
+    def __init__(self, policy: Policy, layout: EngineLayout, whole: EngineWeights, world: World) -> None:
+        self._sent, groups = EngineWeights(policy, layout, fp8=True), engine_groups(world, layout)
+        self._taker, self._maker = (
+            InferenceModel(policy.model_config, tensors, groups.tp, expert_group=groups.experts, fp8=True)
+            for tensors in (self._sent.tensors, whole.tensors)
+        )
+
+    def update(self) -> int:
+        """Bytes that were sent and copied."""
+        moved = self._sent.update()
+        self._taker.load(self._sent.tensors)
+        self._taker.refresh()
+        self._maker.refresh()
+        return moved.sent + moved.copied
+
+    def difference(self, token_ids: Tensor) -> float:
+        ours, theirs = (engine_logits(model, token_ids) for model in (self._taker, self._maker))
+        return float((ours - theirs).abs().max())
+
+
 def measure(
     case: dict[str, Any], world: World, folder: Path, expected: tuple[Tensor, Tensor, Tensor]
 ) -> dict[str, Any]:
-    """Largest relative logit error of any rank before and after the update, and the bytes that the update moved in all."""
+    """Largest relative logit error of any rank before and after the update, and the bytes that the update moved in all; with
+    "fp8" also the largest difference of the logits of two engines in FP8, whose weights came so or came whole."""
     token_ids, before, after = expected
     parallel = ParallelSettings(**case["parallel"])
     config = read_model_config(folder)
     policy = build_policy(config, world, parallel=parallel)
     load_policy_weights(policy, folder)
-    layout = engine_layout(RolloutSettings(tp=case["tp"], ep=case["ep"]), parallel, config)
+    layout = engine_layout(RolloutSettings(tp=case["tp"], ep=case["ep"]), parallel, config, world.size)
     weights = EngineWeights(policy, layout)
-    model = InferenceModel(config, weights.tensors, engine_group(world, layout.size))
+    groups = engine_groups(world, layout)
+    model = InferenceModel(config, weights.tensors, groups.tp, expert_group=groups.experts)
     errors = [relative_error(engine_logits(model, token_ids), before)]
+    pair = FP8Pair(policy, layout, weights, world) if case["fp8"] else None
+    differences = [pair.difference(token_ids)] if pair else [0.0]
     for weight in local_weights(policy).values():
         weight.mul_(GROWTH)
     moved = weights.update()
     errors.append(relative_error(engine_logits(model, token_ids), after))
-    worst = torch.tensor(errors)
+    moved_in_fp8 = 0
+    if pair:
+        moved_in_fp8 = pair.update()
+        differences.append(pair.difference(token_ids))
+    worst = torch.tensor([*errors, max(differences)])
     dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-    bytes_of = torch.tensor([moved.sent + moved.copied, moved.in_place])
+    bytes_of = torch.tensor([moved.sent + moved.copied, moved.in_place, moved_in_fp8])
     dist.all_reduce(bytes_of)
-    return {"errors": worst.tolist(), "moved": int(bytes_of[0]), "in_place": int(bytes_of[1])}
+    return {
+        "errors": worst[:2].tolist(),
+        "fp8_difference": float(worst[2]),
+        "moved": int(bytes_of[0]),
+        "in_place": int(bytes_of[1]),
+        "moved_in_fp8": int(bytes_of[2]),
+    }
 
 
 def walk(

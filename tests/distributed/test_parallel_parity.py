@@ -20,12 +20,14 @@ Measure = Callable[[str], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Case:
-    """A world of processes, its [parallel] table, what backward computes again, and the model: "dense" or "moe"."""
+    """A world of processes, its [parallel] table, what backward computes again, the model ("dense" or "moe"), and whether
+    gradients and weights travel beside the computation, in small buckets."""
 
     processes: int
     parallel: dict[str, int | bool]
     recompute: str = "none"
     model: str = "dense"
+    overlap: bool = False
 
 
 LAYOUTS = {
@@ -36,6 +38,7 @@ LAYOUTS = {
     "pp2 x vpp2": Case(2, {"pp": 2, "vpp": 2}),
     "cp2": Case(2, {"cp": 2}),
     "dp2": Case(2, {}),
+    "dp2 with overlap": Case(2, {}, overlap=True),
     "full recompute": Case(1, {}, "full"),
     "cp2 with full recompute": Case(2, {"cp": 2}, "full"),
     "experts on one process": Case(1, {}, model="moe"),
@@ -45,6 +48,9 @@ SLOW_LAYOUTS = {
     "selective recompute": Case(1, {}, "selective"),
     "tp2 x pp2": Case(4, {"tp": 2, "pp": 2}),
     "pp2 x dp2": Case(4, {"pp": 2}),
+    "pp2 x dp2 with overlap": Case(4, {"pp": 2}, overlap=True),
+    "pp2 x vpp2 x dp2 with overlap": Case(4, {"pp": 2, "vpp": 2}, overlap=True),
+    "tp2 x pp2 x dp2": Case(8, {"tp": 2, "pp": 2}),
     "pp2 of 3 layers and 1": Case(2, {"pp": 2, "first_layers": 3}),
     "tp2 x pp2 x vpp2": Case(4, {"tp": 2, "pp": 2, "vpp": 2}),
     "cp4": Case(4, {"cp": 4}),
@@ -61,6 +67,7 @@ SLOW_LAYOUTS = {
     "ep2 with selective recompute": Case(2, {"ep": 2}, "selective", model="moe"),
     "pp2 x ep2": Case(4, {"pp": 2, "ep": 2}, model="moe"),
     "ep2 x dp2": Case(4, {"ep": 2}, model="moe"),
+    "ep2 x dp2 with overlap": Case(4, {"ep": 2}, model="moe", overlap=True),
 }
 CASES = LAYOUTS | SLOW_LAYOUTS
 REFERENCES = {"dense": "one process", "moe": "experts on one process"}
@@ -106,7 +113,7 @@ def measure(folders: dict[str, Path]) -> Measure:
     @cache
     def measured(name: str) -> dict[str, Any]:
         case = CASES[name]
-        tables = json.dumps({"parallel": case.parallel, "recompute": case.recompute})
+        tables = json.dumps({"parallel": case.parallel, "recompute": case.recompute, "overlap": case.overlap})
         figures: dict[str, Any] = json.loads(
             run_worker("parity_worker", (tables, folders[case.model]), case.processes)
         )
@@ -124,6 +131,8 @@ def assert_equal_figures(name: str, measure: Measure) -> None:
                 np.testing.assert_allclose(ours, theirs, atol=1e-5, err_msg=f"{name}: {key}")
         elif key == "logits_difference":
             assert figures[key] <= 1e-4, f"{name}: logits differ from transformers' by {figures[key]}"
+        elif key == "entropy_difference":
+            assert figures[key] <= 1e-12, f"{name}: entropy is off by {figures[key]}"
         elif key != "resume":
             np.testing.assert_allclose(figures[key], expected, rtol=1e-5, err_msg=f"{name}: {key}")
 

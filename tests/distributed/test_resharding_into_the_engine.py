@@ -17,17 +17,17 @@ from tests.distributed.reshard_worker import GROWTH
 from tests.families import save_family
 
 
-def case(engine_tp: int, engine_ep: int = 1, **parallel: int | bool) -> dict[str, Any]:
-    return {"parallel": parallel, "tp": engine_tp, "ep": engine_ep}
+def case(engine_tp: int, engine_ep: int = 1, *, fp8: bool = False, **parallel: int | bool) -> dict[str, Any]:
+    return {"parallel": parallel, "tp": engine_tp, "ep": engine_ep, "fp8": fp8}
 
 
 TWO = {
-    "tp2 to tp1": case(1, tp=2),
-    "pp2 to tp2": case(2, pp=2),
+    "tp2 to tp1": case(1, tp=2, fp8=True),
+    "pp2 to tp2": case(2, pp=2, fp8=True),
     "pp2 x vpp2 to tp1": case(1, pp=2, vpp=2),
-    "dp2 to tp2": case(2),
+    "dp2 to tp2": case(2, fp8=True),
     "cp2 to tp2": case(2, cp=2),
-    "zero copy: tp2 to tp2": case(2, tp=2),
+    "zero copy: tp2 to tp2": case(2, tp=2, fp8=True),
     "zero copy: dp2 to tp1": case(1),
 }
 
@@ -35,8 +35,10 @@ TWO = {
 EXPERTS = {
     "ep2 to tp1": case(1, ep=2),
     "ep2 to tp2": case(2, ep=2),
-    "pp2 to tp2 x ep2": case(2, 2, pp=2),
+    "pp2 to tp2 x ep2": case(2, 2, pp=2, fp8=True),
     "zero copy: tp2 x ep2 to tp2 x ep2": case(2, 2, tp=2, ep=2, sequence_parallel=True),
+    "tp2 x ep2 to tp1 x ep2": case(1, 2, tp=2, ep=2, sequence_parallel=True),
+    "zero copy: ep2 to tp1 x ep2": case(1, 2, ep=2),
 }
 
 
@@ -47,13 +49,10 @@ def everything(experts: bool) -> dict[str, dict[str, Any]]:
     for tp, (pp, vpp), ep, engine_tp, engine_ep in itertools.product(
         (1, 2, 4), ((1, 1), (2, 1), (2, 2)), sizes, (1, 2, 4), sizes
     ):
-        if engine_tp % engine_ep:
-            continue
-        # In place: the same cut of attention, all layers, and experts of the engine that the same rank trains: whole ones
-        # (a trainer's are never cut), one share of them or a part of its share.
-        alike = (
-            engine_tp == tp and pp == 1 and (not experts or (engine_ep == engine_tp and engine_ep % ep == 0))
-        )
+        # In place: the same cut of attention, all layers, and whole experts that the rank trains.
+        alike = engine_tp == tp and pp == 1
+        if experts:
+            alike = alike and engine_ep >= engine_tp and ep in (1, engine_ep)
         name = f"{'zero copy: ' if alike else ''}tp{tp} pp{pp} vpp{vpp} ep{ep} to tp{engine_tp} ep{engine_ep}"
         cases[name] = case(
             engine_tp, engine_ep, tp=tp, pp=pp, vpp=vpp, ep=ep, sequence_parallel=experts and tp > 1
@@ -82,6 +81,7 @@ def walk(cases: dict[str, dict[str, Any]], processes: int, folder: Path) -> dict
 
 def check(figures: dict[str, dict[str, Any]]) -> None:
     for name, found in figures.items():
+        assert found["fp8_difference"] == 0.0 and found["moved_in_fp8"] <= 0.45 * found["moved"], name
         assert max(found["errors"]) <= 1e-5, f"{name}: {found['errors']}"
         if name.startswith("zero copy"):
             assert found["moved"] == 0 and found["in_place"] > 0, name

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from megatron_npr.resharding import for_replica, plan
 from megatron_npr.resharding.exchange import checksum
+from megatron_npr.resharding.schedule import wire_bytes
 from tests.distributed.exchange_worker import CASES, WORLDS
 from tests.distributed.launch import worker_command, worker_environment
 
@@ -24,10 +25,13 @@ WORLD = 4
 
 @dataclass(frozen=True)
 class Outcome:
-    """What four processes did: exit codes, figures of the walk through the cases, figures after rank 1 was lost."""
+    """What the processes did: exit codes, figures of the walk through the cases, of the same for an engine in FP8, of updates
+    with a damaged bit each, and figures after rank 1 was lost."""
 
     codes: list[int]
     walked: dict[int, Any]
+    in_fp8: dict[int, Any]
+    damaged: dict[int, Any]
     lost: dict[int, Any]
 
 
@@ -55,7 +59,8 @@ def run_world(size: int, folder: Path) -> Outcome:
 
     walked = read("walk")
     assert len(walked) == size, messages[0][-3000:]
-    return Outcome([process.returncode for process in processes], walked, read("lost"))
+    codes = [process.returncode for process in processes]
+    return Outcome(codes, walked, read("fp8_"), read("damaged"), read("lost"))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -81,12 +86,43 @@ def test_the_bytes_moved_are_those_of_the_plan(case: str, outcome: Outcome) -> N
 
 
 @pytest.mark.parametrize("case", CASES)
+def test_an_engine_in_fp8_gets_bit_for_bit_what_it_makes_of_its_whole_shard(
+    case: str, outcome: Outcome
+) -> None:
+    for rank in range(WORLD):
+        found = outcome.in_fp8[rank][case]
+        assert found["wrong"] == 0
+        assert bool(found["projections"]) == (case != "zero copy")
+        assert all(name.endswith((".weight",)) and ".linear_" in name for name in found["projections"])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_bytes_moved_in_fp8_are_a_quarter_and_the_scales(case: str, outcome: Outcome) -> None:
+    planned = plan(*CASES[case])
+    transfers = [for_replica(planned, replica).transfers for replica in range(planned.num_replicas)]
+    sent, received, copied, in_place = (
+        sum(column)
+        for column in zip(*(outcome.in_fp8[rank][case]["moved"] for rank in range(WORLD)), strict=True)
+    )
+    assert sent == received == sum(wire_bytes(planned, each, 4, fp8=True) for each in transfers)
+    wide = sum(wire_bytes(planned, each, 4) for each in transfers)
+    assert (sent + copied == 0) == (in_place > 0) == (case == "zero copy")
+    assert sent < wide or sent == 0
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_stale_and_torn_versions_are_refused(case: str, outcome: Outcome) -> None:
     for rank in range(WORLD):
         stale, torn = outcome.walked[rank][case]["refused"]
         assert stale == "weights of version 5 are stale: the engine has version 5"
         assert torn == "torn update: ranks bring versions 6 to 9 to engines at 5 to 5"
         assert outcome.walked[rank][case]["version"] == 5
+
+
+def test_one_damaged_bit_at_one_rank_is_refused_by_all(outcome: Outcome) -> None:
+    for rank in range(WORLD):
+        found = outcome.damaged[rank]
+        assert found["refused"] == found["faults"] > 5 and found["changed"] == 0
 
 
 def test_a_sender_that_dies_in_an_update_leaves_the_engine_on_the_old_version(outcome: Outcome) -> None:
@@ -104,6 +140,7 @@ def test_eight_processes_walk_through_every_combination_of_layouts(tmp_path: Pat
         assert {case: found["errors"] for case, found in outcome.walked[rank].items()} == {
             case: [0.0, 0.0, 0.0] for case in WORLDS[8]
         }
+        assert {case for case, found in outcome.in_fp8[rank].items() if found["wrong"]} == set()
 
 
 @given(st.binary(min_size=1, max_size=64), st.data())

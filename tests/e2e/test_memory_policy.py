@@ -121,7 +121,8 @@ def test_stage_three_is_the_same_with_every_saving_on(tmp_path: Path) -> None:
     savings = [f"--memory.{name}=true" for name in MemorySettings.model_fields]
     usual, saving = figures(tmp_path / "usual"), figures(tmp_path / "saving", *savings)
     assert len(usual) == 2 and any(line["grad_norm"] > 0 for line in usual), "a round that trains"
+    assert any(line["entropy"] > 0 for line in usual)
     for mine, theirs in zip(usual, saving, strict=True):
         assert mine["rollout_memory_gb"] > 0.1 and mine["train_memory_gb"] > 0.1
-        for name in ("loss", "grad_norm", "accuracy", "format_valid", "response_tokens", "nll"):
+        for name in ("loss", "grad_norm", "accuracy", "format_valid", "response_tokens", "nll", "entropy"):
             assert mine[name] == theirs[name] or mine[name] != mine[name], name

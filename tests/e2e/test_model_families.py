@@ -105,7 +105,7 @@ def test_the_policys_logits_and_log_probs_are_transformers_own_and_its_weights_c
     assert float((logits - expected).abs().max()) <= 1e-4
     targets = torch.arange(4, len(token_ids))
     with torch.no_grad(), megatron_context():
-        found = policy.chunks[0](
+        (found,) = policy.chunks[0](
             token_ids[None], layout[:1], layout, labels=token_ids[None], loss_mask=targets
         )
     wanted = expected.log_softmax(-1)[targets - 1, token_ids[targets]]

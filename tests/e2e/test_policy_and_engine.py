@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from megatron_npr.parallel import check_sizes, close_world
 from megatron_npr.problems import training_prompts
 from megatron_npr.rollouts import collect, train_sample
 from megatron_npr.session import open_session
+from megatron_npr.trainer import StepReport
 from npr_engine.backend import Backend
 from npr_engine.rollout import Rollout
 from npr_ext import branch_layout
@@ -215,3 +217,29 @@ def test_stage_three_refuses_to_go_off_policy(config: Stage3Config) -> None:
 def test_a_world_that_does_not_fit_the_layout_is_one_clear_line() -> None:
     with pytest.raises(UserError, match="world size 3 does not fit tp 2 x pp 1 x cp 1 = 2"):
         check_sizes(3, tensor=2, pipeline=1, context=1)
+
+
+def test_an_entropy_bonus_raises_the_entropy_that_idle_tokens_do_not_dilute(config: Stage3Config) -> None:
+    plain, engine = learner_and_engine(config)
+    samples = [train_sample(rollout, 0.0) for rollout in rollouts_of(plain, engine, config)[:4]]
+    paid = Learner(
+        plain.session,
+        optimizer=config.optimizer.model_copy(update={"lr": 1e-4, "schedule": "constant", "min_lr": 0.0}),
+        batch=config.batch,
+        checkpoint=config.checkpoint,
+        num_updates=3,
+        entropy_coefficient=0.5,
+    )
+
+    def step(learner: Learner, idle: int) -> StepReport:
+        return learner.trainer.step(
+            samples, lambda lp, row: papo_loss(lp, row.advantages), branching=True, idle_targets=idle
+        )
+
+    assert math.isnan(step(plain, 0).entropy)
+    count = sum(int(sample.trained.sum()) for sample in samples)
+    reports = [step(paid, 3 * count), step(paid, 0), step(paid, 0)]
+    assert 0 < reports[0].entropy < reports[1].entropy < reports[2].entropy < math.log(1e6)
+    # Without advantages the loss is the bonus alone, over four times as many tokens in the first step.
+    assert reports[0].loss == pytest.approx(-0.5 * reports[0].entropy / 4, rel=1e-5)
+    assert reports[1].loss == pytest.approx(-0.5 * reports[1].entropy, rel=1e-5)

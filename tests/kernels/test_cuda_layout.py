@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_npr.bench.gpu import packed, waits
+from megatron_npr.bench.gpu_layout import packed
+from megatron_npr.bench.gpu_timing import waits
 from npr_ext import BranchLayout, TagIds, branch_attention, branch_layout
 from npr_ext.reference import reference_attention
 from npr_ext.shard import shard_of

@@ -12,19 +12,39 @@ pytest.importorskip(
     "triton", reason="triton is not installed: pip install '.[triton]' tests the GPU's operators"
 )
 
-WORKER = Path(__file__).with_name("triton_worker.py")
+KERNELS = Path(__file__).parent
 
 
-@pytest.mark.parametrize("case", ["attention", "split_heads", "rows", "categorical"])
+@pytest.mark.parametrize(
+    "case", ["attention", "split_heads", "rows", "quantise", "categorical", "broken_rows"]
+)
 def test_the_gpus_operators_equal_the_cpus(case: str) -> None:
+    assert "equal" in output_of("triton_worker.py", case)
+
+
+def test_the_engine_on_the_gpus_operators_samples_what_the_cpu_samples() -> None:
+    """Forks, joins and preemption, every step padded to its bucket; on a GPU see test_cuda_engine.py."""
+    if torch.cuda.is_available():
+        pytest.skip("the kernels run on the GPU")
+    assert "equal" in output_of("triton_engine_worker.py")
+
+
+@pytest.mark.slow
+def test_the_gpus_operators_compile_for_a_gpu_that_is_not_there() -> None:
+    """At Qwen3-4B's shape, for sm_90; what a block takes of shared memory is there."""
+    assert "compiled" in output_of("triton_compile_worker.py", interpret=False)
+
+
+def output_of(worker: str, *words: str, interpret: bool = True) -> str:
     """In a process of its own: Triton decides for its interpreter when it is imported."""
-    interpreted = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
+    interpreted = {"TRITON_INTERPRET": "1"} if interpret and not torch.cuda.is_available() else {}
+    paths = os.pathsep.join((str(KERNELS.parents[1]), os.environ.get("PYTHONPATH", "")))
     done = subprocess.run(
-        [sys.executable, str(WORKER), case],
+        [sys.executable, str(KERNELS / worker), *words],
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, **interpreted},
+        env={**os.environ, **interpreted, "PYTHONPATH": paths},
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "equal" in done.stdout
+    return done.stdout

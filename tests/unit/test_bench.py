@@ -8,8 +8,10 @@ import torch
 
 from megatron_npr import cli
 from megatron_npr.architecture import KNOWN
-from megatron_npr.bench import attention, gpu, layout, reshard
+from megatron_npr.bench import attention, layout, reshard
 from megatron_npr.bench.timing import peak_bytes
+from megatron_npr.resharding import EngineLayout, TrainerLayout, for_replica, plan, split_layers
+from megatron_npr.resharding.schedule import wire_bytes
 from npr_ext.testing import random_layout
 
 
@@ -44,27 +46,16 @@ def test_the_reshard_bench_counts_zero_bytes_where_layouts_agree() -> None:
     assert found["bytes_read_in_place"] >= 4 * 2 * KNOWN["Qwen3-4B"].num_parameters
 
 
+def test_in_fp8_the_reshard_bench_counts_half_the_bytes_of_projections_and_two_numbers_a_row() -> None:
+    planned = plan(KNOWN["Qwen3-4B"], TrainerLayout(split_layers(36, pp=2), pp=2), EngineLayout())
+    to_first = for_replica(planned, 0).transfers  # layers 18 to 35 and the last norm, from the other stage
+    matrices = [(6144, 2560), (2560, 4096), (2 * 9728, 2560), (2560, 9728)]
+    elements, rows = (18 * sum(sizes) for sizes in ([r * c for r, c in matrices], [r for r, _ in matrices]))
+    norms = 18 * (2 * 2560 + 2 * 128) + 2560
+    assert wire_bytes(planned, to_first, 2) == 2 * (elements + norms)
+    assert wire_bytes(planned, to_first, 2, fp8=True) == elements + 8 * rows + 2 * norms
+
+
 def test_an_unknown_bench_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", "lay"]) == 2
     assert "invalid choice: 'lay'" in capsys.readouterr().err
-
-
-def test_the_gpu_bench_measures_what_its_table_names() -> None:
-    """On the CPU at small sizes: the same functions, figures of no meaning."""
-    shape = gpu.Shape(1024, heads=2, kv_heads=1, head_dim=16, dtype=torch.float32)
-    figures = gpu.measure(torch.device("cpu"), sequences=2, length=1024, shapes=(shape,))
-    assert figures["layout"]["tokens"] == 2048
-    assert figures["layout"]["synchronisations"] == []
-    assert figures["attention"][1024]["density"] == pytest.approx(random_layout(0, 1024).layout().density())
-    assert figures["attention"][1024]["branching_over_causal"] > 0
-
-
-def test_attention_takes_fourteen_operations_a_pair_head_and_dimension() -> None:
-    assert gpu.Shape(8, heads=3, head_dim=5).flops(7) == 14 * 7 * 3 * 5
-
-
-def test_the_gpu_bench_says_that_there_is_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("there is one")
-    assert gpu.main() == 2
-    assert "no CUDA device" in capsys.readouterr().err

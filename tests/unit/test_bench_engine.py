@@ -18,7 +18,6 @@ import megatron_npr
 from megatron_npr import cli
 from megatron_npr.bench import branch_response, engine, kv_pressure
 from megatron_npr.bench.bench_model import Opened, made_folder, open_model
-from megatron_npr.bench.branch_response import response_script
 from megatron_npr.bench.contenders import (
     Decoded,
     Ours,
@@ -29,6 +28,7 @@ from megatron_npr.bench.contenders import (
     tokens_per_second,
 )
 from megatron_npr.bench.engine import EngineBench
+from megatron_npr.bench.script import response_script
 from megatron_npr.bench.vllm_contender import Vllm, VllmSettings, environment
 from npr_engine.engine import Engine, EngineConfig
 from npr_engine.model import InferenceModel

@@ -1,9 +1,10 @@
 """The objectives against closed forms, in float64."""
 
+import pytest
 import torch
 from torch import Tensor
 
-from megatron_npr.losses import dapo_loss, papo_loss, sft_loss
+from megatron_npr.losses import dapo_loss, papo_loss, sft_loss, with_entropy
 
 
 def log_probs_of(logits: Tensor, targets: Tensor) -> Tensor:
@@ -64,3 +65,14 @@ def test_dapo_on_policy_has_the_gradient_of_papo() -> None:
     )
     (papo,) = torch.autograd.grad(papo_loss(log_probs, advantages).total, log_probs)
     torch.testing.assert_close(dapo, papo)
+
+
+def test_an_entropy_bonus_lowers_the_loss_and_none_leaves_it() -> None:
+    log_probs = torch.tensor([-1.0, -2.0], requires_grad=True)
+    entropy = torch.tensor([0.5, 1.5], requires_grad=True)
+    plain = sft_loss(log_probs)
+    assert with_entropy(plain, entropy, 0.0).total is plain.total
+    paid = with_entropy(plain, entropy, 0.1)
+    assert float(paid.total.detach()) == pytest.approx(3.0 - 0.2)
+    assert {name: float(value) for name, value in paid.watched.items()} == {"nll": 3.0, "entropy": 2.0}
+    torch.testing.assert_close(torch.autograd.grad(paid.total, entropy)[0], torch.tensor([-0.1, -0.1]))

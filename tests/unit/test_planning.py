@@ -11,13 +11,16 @@ import pytest
 from megatron_npr.architecture import KNOWN
 from megatron_npr.bench import plan as memory_bench
 from megatron_npr.cli import main
-from megatron_npr.config import ParallelSettings, RolloutSettings
+from megatron_npr.config import ParallelSettings, RolloutSettings, Stage3Config, load_config
 from megatron_npr.engine_grid import engine_layout
+from megatron_npr.parallel import check_sizes
 from megatron_npr.planning import CLUSTER_GPUS, Cluster, Layout, Workload, best, evaluate, memory_of
-from megatron_npr.planning.memory import kv_bytes_per_token, parameters_of
+from megatron_npr.planning.memory import engine_parameters, kv_bytes_per_token, parameters_of
 from megatron_npr.planning.search import candidates
 from megatron_npr.planning.times import train_flops
-from megatron_npr.resharding import EngineLayout
+from megatron_npr.resharding import EngineLayout, TrainerLayout, for_replica, plan, split_layers
+from megatron_npr.resharding.catalog import catalog
+from megatron_npr.resharding.cuts import local_size
 from npr_engine.model import ModelConfig
 from npr_ext.errors import UserError
 
@@ -122,6 +125,18 @@ def test_planned_memory_is_within_a_tenth_of_what_training_adds_to_a_process(cas
     assert found["planned_bytes"] == pytest.approx(found["measured_bytes"], rel=0.1)
 
 
+def test_an_engine_with_weights_of_its_own_needs_them_twice_during_an_update() -> None:
+    model, work = (
+        KNOWN["Qwen3-30B-A3B"],
+        Workload(kv_slots=1000, row_tokens=16, batch_tokens=16, max_running=1),
+    )
+    layout = Layout(tp=4, ep=8, dp=8, sequence_parallel=True, engine_tp=4, engine_ep=16)
+    memory = memory_of(model, layout, work)
+    assert memory.engine_weights + memory.workspace + memory.activations == pytest.approx(
+        2 * 2 * engine_parameters(model, layout) + 2e9
+    )
+
+
 def test_recompute_and_more_ranks_never_need_more_memory() -> None:
     model = KNOWN["Qwen3-14B"]
     by_recompute = [
@@ -154,8 +169,74 @@ def test_the_search_takes_a_valid_layout_that_nothing_beats_by_far(name: str, no
             assert found.times.rollout + found.times.train <= 1.06 * (other.times.rollout + other.times.train)
 
 
-def test_decoding_refuses_an_engine_layout_that_can_only_be_planned() -> None:
+@pytest.mark.parametrize(
+    ("name", "model", "nodes", "expected", "in_place"),
+    [
+        ("30b-a3b-4node", "Qwen3-30B-A3B", 4, EngineLayout(4, 8, 1), True),
+        ("235b-a22b-32node", "Qwen3-235B-A22B", 32, EngineLayout(4, 32, 1), False),
+    ],
+)
+def test_a_ready_configuration_of_experts_is_taken_at_run_time(
+    name: str, model: str, nodes: int, expected: EngineLayout, in_place: bool
+) -> None:
+    """All that a run decides about its layout before it makes groups and tensors, at the world size of the configuration."""
+    config = load_config(Stage3Config, CONFIGS / name / "stage3.toml")
+    world_size, parallel, moe = 8 * nodes, config.parallel, ModelConfig(**vars(KNOWN[model]))
+    check_sizes(world_size, tensor=parallel.tp, pipeline=parallel.pp, context=parallel.cp, expert=parallel.ep)
+    engine = engine_layout(config.rollout, parallel, moe, world_size)
+    assert engine == expected
+    layers = split_layers(
+        moe.num_layers, pp=parallel.pp, first=parallel.first_layers, last=parallel.last_layers
+    )
+    places = world_size // parallel.pp
+    trainer = TrainerLayout(
+        layers, tp=parallel.tp, pp=parallel.pp, data=places // parallel.tp, ep=parallel.ep
+    )
+    planned = plan(moe, trainer, engine)
+    assert planned.num_replicas == world_size // engine.size
+    for replica in range(planned.num_replicas):
+        moved = for_replica(planned, replica)
+        assert (len(moved.transfers) == 0) == in_place
+    for rank in {0, 1, engine.tp, engine.size - 1}:
+        own = planned.routes[planned.routes["destination"] == rank]
+        held = int((own["rows"] * own["row_length"]).sum())
+        sizes = Layout(engine_tp=engine.tp, engine_ep=engine.ep)
+        assert held == engine_parameters(moe, sizes)
+
+
+@pytest.mark.parametrize(
+    ("rollout", "world_size", "message"),
+    [
+        ({"tp": 4, "ep": 6}, 24, r"rollout\.ep = 6 and rollout\.tp = 4: make one a multiple of the other"),
+        ({"tp": 1, "ep": 3}, 24, r"rollout\.ep = 3 does not divide the model's 128 experts"),
+        ({"tp": 2, "ep": 8}, 12, r"rollout\.ep = 8 does not divide the world of 12 processes"),
+        ({"tp": 8, "ep": 1}, 12, r"rollout\.tp = 8 does not divide the world of 12 processes"),
+    ],
+)
+def test_an_engine_layout_that_cannot_decode_is_refused_in_one_line(
+    rollout: dict[str, int], world_size: int, message: str
+) -> None:
     moe = ModelConfig(**vars(KNOWN["Qwen3-30B-A3B"]))
-    assert engine_layout(RolloutSettings(tp=4, ep=2), ParallelSettings(), moe) == EngineLayout(4, 2, 2)
-    with pytest.raises(UserError, match=r"rollout\.ep = 2 can be planned"):
-        engine_layout(RolloutSettings(ep=2), ParallelSettings(), moe)
+    with pytest.raises(UserError, match=message):
+        engine_layout(RolloutSettings(**rollout), ParallelSettings(), moe, world_size)
+
+
+def test_experts_of_a_dense_model_are_refused() -> None:
+    dense = ModelConfig(**vars(KNOWN["Qwen3-4B"]))
+    assert engine_layout(RolloutSettings(tp=4), ParallelSettings(), dense, 8) == EngineLayout(4)
+    with pytest.raises(UserError, match=r"rollout\.ep = 2: the model has no experts"):
+        engine_layout(RolloutSettings(ep=2), ParallelSettings(), dense, 8)
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4, 8])
+@pytest.mark.parametrize("ep", [1, 2, 4, 8, 16])
+def test_the_plan_counts_the_weights_that_an_engine_rank_holds(tp: int, ep: int) -> None:
+    """Also where fewer ranks than share the attention hold experts, and cut them."""
+    model = KNOWN["Qwen3-30B-A3B"]
+    engine = Layout(engine_tp=tp, engine_ep=ep).engine(model)
+    held = 0
+    for weight in catalog(model).values():
+        if weight.engine_holds(model.num_experts, engine, rank=0):
+            cut, _, size = weight.engine_cut(engine, 0)
+            held += local_size(weight.kind.matrix, cut, size)
+    assert engine_parameters(model, Layout(engine_tp=tp, engine_ep=ep)) == held

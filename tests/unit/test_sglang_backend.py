@@ -5,20 +5,28 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
 from megatron_npr.config import EvalConfig, load_config
 from megatron_npr.demo.base import FOLDER
+from megatron_npr.flat_buckets import flat_buckets
+from megatron_npr.huggingface import HuggingFaceWeights, named_tensors, read_model_config
 from megatron_npr.parallel import close_world
+from megatron_npr.resharding.catalog import catalog
 from megatron_npr.session import build_engine, open_session
-from megatron_npr.sglang_backend import rollout_of, sampling_dict
+from megatron_npr.sglang_backend import bucket_message, rollout_of, sampling_dict
 from npr_engine.backend import Backend
 from npr_engine.response_state import Request
 from npr_engine.sampling import SamplingParams
 from npr_ext.errors import UserError
+from tests.families import save_family
 
 EOS = 1
 PARAMS = SamplingParams(max_tokens=20, branching=False, seed=3)
@@ -73,6 +81,39 @@ def test_an_answer_becomes_a_rollout(told: dict[str, Any], reason: str) -> None:
     assert rollout.critical_path == rollout.num_tokens == 3
     cooler = rollout_of(request(temperature=0.5), answer(told), eos_id=EOS, version=4)
     assert np.isnan(cooler.sampler_logprobs).all() and np.isfinite(cooler.logprobs).all()
+
+
+@pytest.mark.parametrize("family", ["qwen3 tied", "qwen3_moe"])
+def test_weights_reach_sglang_under_the_folders_names_bit_for_bit(family: str, tmp_path: Path) -> None:
+    """What SGLang's reader makes of the messages is the Hugging Face folder that the weights came from."""
+    folder = save_family(family, tmp_path)
+    config = read_model_config(folder)
+    with HuggingFaceWeights(folder, config) as source:
+        weights = {name: source.full(name) for name in catalog(config)}
+    read: dict[str, Tensor] = {}
+    sizes = []
+    for bucket in flat_buckets(named_tensors(weights, config), bucket_bytes=40_000):
+        message = bucket_message(bucket, SimpleNamespace)
+        sizes.append(message["flattened_tensor"].nbytes)
+        for entry in message["metadata"]:
+            bytes_of = message["flattened_tensor"][entry.start_idx : entry.end_idx]
+            assert entry.name not in read and entry.numel == len(bytes_of)
+            read[entry.name] = bytes_of.view(entry.dtype).reshape(entry.shape)
+    saved = load_file(folder / "model.safetensors")
+    assert read.keys() == saved.keys() and len(sizes) > 3 and max(sizes) <= 40_000
+    assert all(torch.equal(read[name], saved[name]) for name in saved)
+
+
+def test_fp8_is_not_silently_left_out(tmp_path: Path) -> None:
+    overrides = ["--run.dir", str(tmp_path), "--model.path", str(FOLDER), "--eval.problems", "demo"]
+    overrides += ["--rollout.backend", "sglang", "--rollout.branching", "false", "--rollout.fp8", "true"]
+    config = load_config(EvalConfig, None, overrides)
+    try:
+        session = open_session(config, config.run, config.model, config.parallel)
+        with pytest.raises(UserError, match=r"rollout\.fp8 is of rollout\.backend = 'native'"):
+            build_engine(session, {}, config.rollout)
+    finally:
+        close_world()
 
 
 @pytest.mark.parametrize(

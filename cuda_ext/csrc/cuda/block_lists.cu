@@ -91,7 +91,7 @@ cudaError_t launch_block_lists(const VisibilityArrays& layout, int32_t block, co
                                const BlockListArrays& of_keys, cudaStream_t stream) {
   const int32_t k_blocks = (layout.num_tokens + block - 1) / block;
   const int32_t q_blocks = k_blocks - layout.first_query / block;
-  if (q_blocks == 0) return cudaSuccess;
+  if (k_blocks == 0) return cudaSuccess;  // without queries the lists of the keys are empty, but they are written
   block_lists_kernel<<<static_cast<unsigned>(q_blocks + k_blocks), kThreads, static_cast<size_t>(k_blocks), stream>>>(
       layout, block, q_blocks, k_blocks, of_queries, of_keys);
   return cudaGetLastError();

@@ -1,7 +1,8 @@
-// npr::block_lists on the GPU, around npr/block_lists_cuda.h.
+// npr::block_lists on the GPU, around npr/block_lists_cuda.h; headers as in layout_cuda_op.cpp.
 #include <ATen/ATen.h>
-#include <ATen/cuda/CUDAContext.h>
+#include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
 #include <vector>
@@ -39,7 +40,7 @@ std::vector<at::Tensor> block_lists(const at::Tensor& layout, int64_t block, int
   const VisibilityArrays visibility{rows + num_tokens, rows + 2 * num_tokens, rows + 3 * num_tokens,
                                     static_cast<int32_t>(num_tokens), static_cast<int32_t>(first_query)};
   C10_CUDA_CHECK(launch_block_lists(visibility, static_cast<int32_t>(block), of_queries, of_keys,
-                                    at::cuda::getCurrentCUDAStream()));
+                                    c10::cuda::getCurrentCUDAStream()));
   return lists;
 }
 

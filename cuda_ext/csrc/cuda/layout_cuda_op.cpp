@@ -1,7 +1,9 @@
-// npr::branch_layout on the GPU, around npr/layout_cuda.h.
+// npr::branch_layout on the GPU, around npr/layout_cuda.h. ATen/cuda's own headers would ask for those of cuBLAS and cuSPARSE, which a
+// machine with nvcc alone has not.
 #include <ATen/ATen.h>
-#include <ATen/cuda/CUDAContext.h>
+#include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
 #include <optional>
@@ -29,7 +31,7 @@ void launch(const at::Tensor& tokens, const at::Tensor& bounds, const at::Tensor
                                    tags,
                                    branching};
   C10_CUDA_CHECK(
-      launch_branch_layout(inputs, out, verdicts, scratch.mutable_data_ptr(), at::cuda::getCurrentCUDAStream()));
+      launch_branch_layout(inputs, out, verdicts, scratch.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream()));
 }
 
 // As on the CPU; see csrc/layout_op.cpp. Nothing waits for the device.

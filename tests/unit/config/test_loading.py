@@ -116,6 +116,8 @@ def test_settings_that_contradict_each_other_are_refused() -> None:
         Stage3Config, None, [*REQUIRED, "--parallel.sequence_parallel", "true"]
     )
     assert "min_lr 1 exceeds" in message(Stage3Config, None, [*REQUIRED, "--optimizer.min_lr", "1"])
+    bonus = ["--train.entropy", "false", "--train.entropy_coefficient", "0.01"]
+    assert "0.01 needs train.entropy = true" in message(Stage3Config, None, [*REQUIRED, *bonus])
 
 
 def test_a_missing_required_key_says_how_to_set_it() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
 import numpy as np
@@ -26,7 +26,7 @@ ENDLESS = SamplingParams(max_tokens=3000, branching=False, ignore_eos=True)
 TIGHT = {"num_kv_slots": 336, "block_size": 4, "max_batch_tokens": 24}
 
 
-async def read(stream: AsyncIterator[TokenEvent | Rollout]) -> tuple[list[TokenEvent], Rollout]:
+async def read(stream: AsyncGenerator[TokenEvent | Rollout]) -> tuple[list[TokenEvent], Rollout]:
     items = [item async for item in stream]
     events = [item for item in items if isinstance(item, TokenEvent)]
     rollout = items[-1]
@@ -84,7 +84,7 @@ def test_tokens_arrive_before_the_response_ends(new_engine: Callable[..., Engine
     async def main() -> int:
         async with AsyncEngine(new_engine()) as service:
             stream = service.generate_async(PROMPTS[0], ENDLESS, "a")
-            async with aclosing(stream):  # type: ignore[type-var]
+            async with aclosing(stream):
                 first = await anext(stream)
                 assert isinstance(first, TokenEvent)
                 return len(first.token_ids)

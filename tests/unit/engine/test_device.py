@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,10 +12,21 @@ from hypothesis import strategies as st
 
 from npr_engine.batch import Batch, Sampled, SampleInputs
 from npr_engine.constraint import Constraint
-from npr_engine.device_forward import GRAPH_ROWS, NO_SLOT, bucket_of, decodes_only, padded_arrays, runs_of
+from npr_engine.device_forward import (
+    DECODE_BUCKETS,
+    MIXED_BUCKETS,
+    NO_SLOT,
+    Bucket,
+    bucket_of,
+    decodes_only,
+    padded_arrays,
+    padded_step,
+    runs_of,
+)
 from npr_engine.device_table import DeviceTable
 from npr_engine.engine import Engine, EngineConfig
-from npr_engine.fp8 import Fp8Weight, fp8_linear, quantise
+from npr_engine.fp8 import Fp8Weight, fp8_linear, is_projection, quantise
+from npr_engine.linear import Weight
 from npr_engine.model import InferenceModel
 from npr_engine.runner import Runner
 from npr_engine.sampling import SamplingParams
@@ -52,6 +65,7 @@ def test_the_table_on_the_device_follows_forks_joins_preemption_and_new_weights(
     stats = engine.stats()
     assert stats.forks > 5 and stats.joins > 0 and stats.preemptions > 0, stats
     assert any(decodes_only(batch) for batch in reader.batches)
+    assert not all(decodes_only(batch) for batch in reader.batches)
     moved = sum(len(batch.rows) for batch in reader.batches)
     assert moved > 1000
 
@@ -98,16 +112,20 @@ def test_runs_cover_every_token_once_and_stay_in_their_row(lengths: list[int]) -
     assert len(runs_of(rows)) == sum(-(-length // RUN_TOKENS) for length in lengths)
 
 
-@given(st.integers(1, 600))
-def test_a_bucket_is_the_least_that_holds_the_rows(rows: int) -> None:
-    holding = [bucket for bucket in GRAPH_ROWS if bucket >= rows]
-    assert bucket_of(rows) == (min(holding) if holding else None)
+@given(st.integers(1, 600), st.booleans())
+def test_a_bucket_is_the_least_that_holds_the_tokens(count: int, mixed: bool) -> None:
+    tables = np.arange(1200, dtype=np.int32).reshape(600, 2)
+    batch = batch_of(tables, np.ones(600, np.int64), rows=list(range(count)), lengths=[1] * count)
+    if mixed:
+        batch = replace(batch, num_decode=count - 1)
+    holding = [size for size in (MIXED_BUCKETS if mixed else DECODE_BUCKETS) if size >= count]
+    assert bucket_of(batch) == (Bucket(min(holding), mixed) if holding else None)
 
 
 def test_padding_rows_see_no_key_and_leave_none() -> None:
     tables = np.arange(80, dtype=np.int32).reshape(4, 20)
     batch = batch_of(tables, np.ones(4, np.int64), rows=[0, 2, 3], lengths=[7, 12, 1])
-    arrays = padded_arrays(batch, 4)
+    arrays = padded_arrays(batch, Bucket(4, mixed=False))
     assert arrays[:, :3].tolist() == [
         batch.token_ids.tolist(),
         batch.positions.tolist(),
@@ -116,6 +134,20 @@ def test_padding_rows_see_no_key_and_leave_none() -> None:
         batch.lengths.tolist(),
     ]
     assert arrays[:, 3].tolist() == [0, 0, NO_SLOT, 0, 0]
+
+
+def test_a_mixed_bucket_computes_the_tokens_of_a_row_together_and_padding_alone() -> None:
+    tables = np.arange(120, dtype=np.int32).reshape(4, 30)
+    rows, lengths = [1] + [2] * 20 + [0], [5, *range(3, 23), 9]
+    batch = replace(batch_of(tables, np.ones(4, np.int64), rows, lengths), num_decode=1)
+    bucket = bucket_of(batch)
+    assert bucket == Bucket(32, mixed=True)
+    step = padded_step(torch.from_numpy(padded_arrays(batch, bucket)), torch.from_numpy(tables))
+    assert step.runs is not None
+    runs = [tuple(run) for run in step.runs.tolist() if run[1]]
+    assert runs == [(0, 1), (1, 16), (17, 4), (21, 1), (22, 10)]
+    assert step.lengths.tolist() == lengths + [0] * 10 and set(step.slots[22:].tolist()) == {NO_SLOT}
+    assert step.rows.tolist() == rows + [0] * 10
 
 
 @given(st.integers(0, 10**6), st.floats(1e-6, 1e6))
@@ -149,6 +181,31 @@ def test_an_engine_in_fp8_decodes_and_follows_new_weights() -> None:
     engine.update_weights(random_weights(5, torch.float32), 1)
     new = InferenceModel(CONFIG, random_weights(5, torch.float32), fp8=True)
     assert torch.equal(first_logits(fp8), first_logits(new))
+
+
+def in_fp8(seed: int) -> dict[str, Weight]:
+    """Random weights whose projections are given in FP8."""
+    weights = random_weights(seed, torch.float32)
+    return {name: Fp8Weight.of(w) if is_projection(name) else w for name, w in weights.items()}
+
+
+def test_weights_given_in_fp8_are_those_that_the_engine_makes_and_are_kept_where_they_lie() -> None:
+    given, made = in_fp8(0), InferenceModel(CONFIG, random_weights(0, torch.float32), fp8=True)
+    model = InferenceModel(CONFIG, given, fp8=True)
+    assert torch.equal(first_logits(model), first_logits(made))
+    assert not model._quantised and len(made._quantised) == len(
+        [w for w in given.values() if isinstance(w, Fp8Weight)]
+    )
+    engine = Engine(model, GRAMMAR, EngineConfig(num_kv_slots=1024))
+    name = "decoder.layers.0.mlp.linear_fc1.weight"
+    place = given[name].values_DC.data_ptr()
+    engine.update_weights(in_fp8(5), 1)
+    assert given[name].values_DC.data_ptr() == place
+    new = InferenceModel(CONFIG, random_weights(5, torch.float32), fp8=True)
+    assert torch.equal(first_logits(model), first_logits(new))
+    for wrong in (random_weights(5, torch.float32)[name], in_fp8(5)[name].values_DC):
+        with pytest.raises(UserError, match=r"linear_fc1\.weight is"):
+            engine.update_weights({name: wrong}, 2)
 
 
 def first_logits(model: InferenceModel) -> torch.Tensor:
