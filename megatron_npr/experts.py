@@ -35,7 +35,9 @@ class Router(TopKRouter):
 def experts_spec(linears: LinearModules) -> ModuleSpec:
     """The MLP of a layer with experts; the configuration's `moe_grouped_gemm` has to go with it."""
     if linears.grouped is None:
-        mlp = MLPSubmodules(linear_fc1=linears.column, linear_fc2=linears.row)
+        mlp = MLPSubmodules(
+            linear_fc1=linears.column, linear_fc2=linears.row, activation_func=linears.activation
+        )
         experts = ModuleSpec(module=SequentialMLP, submodules=mlp)
     else:
         column, row = linears.grouped

@@ -16,13 +16,14 @@ from megatron.core import optimizer as megatron_optimizer
 from megatron.core.extensions import transformer_engine as engine_layers
 from megatron.core.tensor_parallel import layers as megatron_layers
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from megatron.core.utils import get_te_version
 from torch import Tensor
-from torch.nn import functional
 
 from megatron_npr.config import Fp8Settings
+from npr_ext import differentiable
 from npr_ext.errors import UserError
 
 
@@ -42,9 +43,7 @@ class NormColumnParallelLinear(ColumnParallelLinear):
         mark_sequence_parallel(self.layer_norm_weight, config)
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        normed = functional.rms_norm(
-            hidden, (hidden.shape[-1],), self.layer_norm_weight, self.config.layernorm_epsilon
-        )
+        normed = differentiable.rms_norm(hidden, self.layer_norm_weight, self.config.layernorm_epsilon)
         output: tuple[Tensor, Tensor | None] = super().forward(normed, *args, **kwargs)
         return output
 
@@ -65,19 +64,29 @@ class NormColumnParallelLinear(ColumnParallelLinear):
         )
 
 
+class SwiGLU(MegatronModule):
+    """[..., 2F] -> [..., F], Megatron's activation between the projections of an MLP (Shazeer 2020)."""
+
+    def forward(self, gate_up: Tensor) -> Tensor:
+        return differentiable.silu_mul(gate_up)
+
+
 @dataclass(frozen=True)
 class LinearModules:
     """Classes of the layers' projections. `norm_column` has the RMSNorm before it; `grouped` are the column and row projections
-    of all local experts at once, where the library has such."""
+    of all local experts at once, where the library has such; `activation` is SwiGLU in one module, else Megatron's own."""
 
     library: str
     norm_column: type[torch.nn.Module]
     column: type[torch.nn.Module]
     row: type[torch.nn.Module]
-    grouped: tuple[type[torch.nn.Module], type[torch.nn.Module]] | None
+    grouped: tuple[type[torch.nn.Module], type[torch.nn.Module]] | None = None
+    activation: type[torch.nn.Module] | None = None
 
 
-OWN = LinearModules("Megatron-Core", NormColumnParallelLinear, ColumnParallelLinear, RowParallelLinear, None)
+OWN = LinearModules(
+    "Megatron-Core", NormColumnParallelLinear, ColumnParallelLinear, RowParallelLinear, activation=SwiGLU
+)
 TRANSFORMER_ENGINE = LinearModules(
     "Transformer Engine",
     engine_layers.TELayerNormColumnParallelLinear,

@@ -25,12 +25,11 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
-from torch.nn import functional
 
 from megatron_npr.context_parallel import KeyExchange, fetch_rows, plan_key_exchange
 from megatron_npr.experts import experts_spec
 from megatron_npr.linears import OWN, LinearModules, mark_sequence_parallel
-from npr_ext import BranchLayout, branch_attention
+from npr_ext import BranchLayout, branch_attention, differentiable
 
 
 class RMSNorm(torch.nn.Module):
@@ -46,7 +45,7 @@ class RMSNorm(torch.nn.Module):
         mark_sequence_parallel(self.weight, config)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return functional.rms_norm(hidden, (hidden.shape[-1],), self.weight, self.eps)
+        return differentiable.rms_norm(hidden, self.weight, self.eps)
 
 
 @dataclass(frozen=True)
@@ -189,5 +188,7 @@ def layer_spec(*, qk_norm: bool, experts: bool = False, linears: LinearModules =
 def _mlp_spec(linears: LinearModules) -> ModuleSpec:
     return ModuleSpec(
         module=MLP,
-        submodules=MLPSubmodules(linear_fc1=linears.norm_column, linear_fc2=linears.row),
+        submodules=MLPSubmodules(
+            linear_fc1=linears.norm_column, linear_fc2=linears.row, activation_func=linears.activation
+        ),
     )

@@ -196,6 +196,7 @@ def transformer_config(
         kv_channels=model.head_dim,
         gated_linear_unit=True,
         activation_func=functional.silu,
+        use_te_activation_func=linears.activation is not None,  # the name means: a module, whoever's
         add_bias_linear=False,
         add_qkv_bias=model.qkv_bias,
         qk_layernorm=model.qk_norm,

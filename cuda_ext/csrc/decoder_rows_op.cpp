@@ -1,4 +1,4 @@
-// npr::rms_norm, npr::silu_mul and npr::split_heads on the CPU, around npr/decoder_rows.h.
+// npr::rms_norm and npr::silu_mul with their gradients, and npr::split_heads, on the CPU, around npr/decoder_rows.h.
 #include "npr/decoder_rows.h"
 
 #include <ATen/ATen.h>
@@ -6,6 +6,7 @@
 #include <torch/library.h>
 
 #include <optional>
+#include <tuple>
 
 #include "storage_type.h"
 
@@ -54,6 +55,44 @@ at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps) {
   return output;
 }
 
+std::tuple<at::Tensor, at::Tensor> rms_norm_backward(const at::Tensor& gradient, const at::Tensor& x,
+                                                     const at::Tensor& weight, double eps) {
+  TORCH_CHECK_VALUE(x.dim() == 2 && weight.sizes() == at::IntArrayRef{x.size(1)} && gradient.sizes() == x.sizes(),
+                    "gradient and x [T, D] and weight [D] do not fit: ", gradient.sizes(), ", ", x.sizes(), ", ",
+                    weight.sizes());
+  TORCH_CHECK_VALUE(x.scalar_type() == weight.scalar_type() && x.scalar_type() == gradient.scalar_type(),
+                    "gradient, x and weight differ in type: ", gradient.scalar_type(), ", ", x.scalar_type(), ", ",
+                    weight.scalar_type());
+  const at::Tensor given = gradient.contiguous();
+  const at::Tensor rows = x.contiguous();
+  const at::Tensor scale = weight.contiguous();
+  const int64_t num_rows = x.size(0);
+  const int64_t size = x.size(1);
+  // A part of the weight's gradient for every run of rows, summed in order: the same whichever thread comes first.
+  const int64_t rows_per_run = std::max<int64_t>(1, kElementsPerThread / std::max<int64_t>(1, size));
+  const int64_t runs = (num_rows + rows_per_run - 1) / rows_per_run;
+  at::Tensor x_gradient = at::empty_like(rows);
+  at::Tensor parts;
+  with_storage_type(x.scalar_type(), "rms_norm_backward", [&]<typename Stored>(Stored) {
+    using T = ComputeOf<Stored>;
+    parts = at::zeros({runs, size}, x.options().dtype(sizeof(T) == 8 ? at::kDouble : at::kFloat));
+    const Stored* from = read<Stored>(rows);
+    const Stored* factor = read<Stored>(scale);
+    const Stored* above = read<Stored>(given);
+    Stored* to = write<Stored>(x_gradient);
+    T* sums = static_cast<T*>(parts.mutable_data_ptr());
+    at::parallel_for(0, runs, 1, [=](int64_t begin, int64_t end) {
+      for (int64_t run = begin; run < end; ++run) {
+        const int64_t last = std::min(num_rows, (run + 1) * rows_per_run);
+        for (int64_t t = run * rows_per_run; t < last; ++t) {
+          rms_norm_backward_row(from + t * size, factor, above + t * size, to + t * size, sums + run * size, size, eps);
+        }
+      }
+    });
+  });
+  return {x_gradient, parts.sum(0).to(weight.scalar_type())};
+}
+
 at::Tensor silu_mul(const at::Tensor& gate_up) {
   TORCH_CHECK_VALUE(gate_up.dim() == 2 && gate_up.size(1) % 2 == 0, "gate_up must be [T, 2F], not ", gate_up.sizes());
   const at::Tensor rows = gate_up.contiguous();
@@ -63,6 +102,27 @@ at::Tensor silu_mul(const at::Tensor& gate_up) {
     const Stored* from = read<Stored>(rows);
     Stored* to = write<Stored>(output);
     for_each_row(gate_up.size(0), 2 * size, [=](int64_t t) { silu_mul_row(from + t * 2 * size, to + t * size, size); });
+  });
+  return output;
+}
+
+at::Tensor silu_mul_backward(const at::Tensor& gradient, const at::Tensor& gate_up) {
+  TORCH_CHECK_VALUE(gate_up.dim() == 2 && gradient.dim() == 2 && gradient.size(0) == gate_up.size(0) &&
+                        gate_up.size(1) == 2 * gradient.size(1),
+                    "gradient [T, F] and gate_up [T, 2F] do not fit: ", gradient.sizes(), ", ", gate_up.sizes());
+  TORCH_CHECK_VALUE(gradient.scalar_type() == gate_up.scalar_type(),
+                    "gradient and gate_up differ in type: ", gradient.scalar_type(), ", ", gate_up.scalar_type());
+  const at::Tensor given = gradient.contiguous();
+  const at::Tensor rows = gate_up.contiguous();
+  const int64_t size = gradient.size(1);
+  at::Tensor output = at::empty_like(rows);
+  with_storage_type(gate_up.scalar_type(), "silu_mul_backward", [&]<typename Stored>(Stored) {
+    const Stored* from = read<Stored>(rows);
+    const Stored* above = read<Stored>(given);
+    Stored* to = write<Stored>(output);
+    for_each_row(rows.size(0), 2 * size, [=](int64_t t) {
+      silu_mul_backward_row(from + t * 2 * size, above + t * size, to + t * 2 * size, size);
+    });
   });
   return output;
 }
@@ -148,7 +208,9 @@ at::Tensor split_heads(const at::Tensor& qkv, const std::optional<at::Tensor>& q
 
 TORCH_LIBRARY_FRAGMENT(npr, library) {
   library.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
+  library.def("rms_norm_backward(Tensor gradient, Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)");
   library.def("silu_mul(Tensor gate_up) -> Tensor");
+  library.def("silu_mul_backward(Tensor gradient, Tensor gate_up) -> Tensor");
   library.def(
       "split_heads(Tensor qkv, Tensor? query_norm, Tensor? key_norm, Tensor cos, Tensor sin, Tensor positions, "
       "Tensor slots, Tensor(a!) k_cache, Tensor(b!) v_cache, float eps) -> Tensor");
@@ -156,7 +218,9 @@ TORCH_LIBRARY_FRAGMENT(npr, library) {
 
 TORCH_LIBRARY_IMPL(npr, CPU, library) {
   library.impl("rms_norm", &rms_norm);
+  library.impl("rms_norm_backward", &rms_norm_backward);
   library.impl("silu_mul", &silu_mul);
+  library.impl("silu_mul_backward", &silu_mul_backward);
   library.impl("split_heads", &split_heads);
 }
 

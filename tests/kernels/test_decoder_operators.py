@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from npr_ext import categorical, linear, rms_norm, silu_mul, split_heads
+from npr_ext import categorical, differentiable, linear, rms_norm, silu_mul, split_heads
 
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-13, torch.bfloat16: 1e-2}
 DTYPES = st.sampled_from(list(TOLERANCE))
@@ -250,3 +250,43 @@ def test_categorical_is_greedy_at_temperature_zero(dtype: torch.dtype, vocabular
     expected = logits.double().log_softmax(1).gather(1, indices[:, None])[:, 0]
     assert (policy.double() - expected).abs().max() <= 1e-5
     assert not sampler.any()
+
+
+@settings(max_examples=60)
+@given(SEEDS, DTYPES, st.sampled_from([(), (3,), (2, 5)]), st.integers(1, 300), st.integers(1, 70))
+def test_gradients_of_the_norm_are_those_of_its_definition(
+    seed: int, dtype: torch.dtype, leading: tuple[int, ...], rows: int, size: int
+) -> None:
+    x = random_tensor(seed, dtype, *leading, rows, size).requires_grad_()
+    weight = random_tensor(seed + 1, dtype, size).requires_grad_()
+    normed = differentiable.rms_norm(x, weight, EPS)
+    exact_x, exact_weight = (tensor.detach().double().requires_grad_() for tensor in (x, weight))
+    factor = torch.rsqrt(exact_x.square().mean(-1, keepdim=True) + EPS)
+    exact = exact_x * factor * exact_weight
+    assert_close(normed.detach(), exact.detach(), dtype)
+    above = random_tensor(seed + 2, dtype, *x.shape)
+    ours = torch.autograd.grad((normed * above).sum(), (x, weight))
+    theirs = torch.autograd.grad((exact * above.double()).sum(), (exact_x, exact_weight))
+    # The gradient of x is a difference of two terms of the first one's size, which a short row makes as large as 1 / |x|;
+    # that of the weight a sum over all rows.
+    term = float((factor * exact_weight * above).abs().max())
+    assert_close(ours[0] / max(1.0, term), theirs[0] / max(1.0, term), dtype)
+    weighed = max(1.0, float((exact_x * factor * above).abs().sum(tuple(range(x.dim() - 1))).max()))
+    assert_close(ours[1] / weighed, theirs[1] / weighed, dtype)
+
+
+@settings(max_examples=60)
+@given(SEEDS, DTYPES, st.sampled_from([(), (3,)]), st.integers(1, 100), st.integers(1, 70))
+def test_gradients_of_swiglu_are_those_of_its_definition(
+    seed: int, dtype: torch.dtype, leading: tuple[int, ...], rows: int, size: int
+) -> None:
+    gate_up = (30 * random_tensor(seed, dtype, *leading, rows, 2 * size)).requires_grad_()
+    product = differentiable.silu_mul(gate_up)
+    exact_gate_up = gate_up.detach().double().requires_grad_()
+    gate, up = exact_gate_up.chunk(2, dim=-1)
+    exact = F.silu(gate) * up
+    assert_close(product.detach(), exact.detach(), dtype)
+    above = random_tensor(seed + 1, dtype, *product.shape)
+    (ours,) = torch.autograd.grad((product * above).sum(), (gate_up,))
+    (theirs,) = torch.autograd.grad((exact * above.double()).sum(), (exact_gate_up,))
+    assert_close(ours, theirs, dtype)

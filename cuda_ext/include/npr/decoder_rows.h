@@ -22,6 +22,51 @@ inline void rms_norm_row(const In* x, const Stored* weight, Out* out, int64_t si
   for (int64_t i = 0; i < size; ++i) out[i] = narrow<Out>(widen(x[i]) * factor * widen(weight[i]));
 }
 
+// Gradients of rms_norm_row from that of its output: of x, and added to `weight_gradient`, of the weight.
+template <typename Stored>
+inline void rms_norm_backward_row(const Stored* x, const Stored* weight, const Stored* gradient, Stored* x_gradient,
+                                  ComputeOf<Stored>* weight_gradient, int64_t size, double eps) {
+  using T = ComputeOf<Stored>;
+  T squares = 0;
+  T along = 0;  // of the weighted gradient, along x
+#pragma omp simd reduction(+ : squares, along)
+  for (int64_t i = 0; i < size; ++i) {
+    squares += widen(x[i]) * widen(x[i]);
+    along += widen(x[i]) * widen(weight[i]) * widen(gradient[i]);
+  }
+  const T mean = squares / static_cast<T>(size) + static_cast<T>(eps);
+  const T factor = T{1} / std::sqrt(mean);
+  const T part = along / (static_cast<T>(size) * mean);
+#pragma omp simd
+  for (int64_t i = 0; i < size; ++i) {
+    const T normed = widen(x[i]) * factor;
+    weight_gradient[i] += normed * widen(gradient[i]);
+    x_gradient[i] = narrow<Stored>(factor * (widen(weight[i]) * widen(gradient[i]) - widen(x[i]) * part));
+  }
+}
+
+// `count` numbers of a row's vector, zeros behind them.
+template <typename Stored>
+inline Vec<ComputeOf<Stored>> load_some(const Stored* from, int count) {
+  using T = ComputeOf<Stored>;
+  if (count == kLanes<T>) return load(from);
+  Vec<T> found = {};
+  for (int i = 0; i < count; ++i) found[i] = widen(from[i]);
+  return found;
+}
+
+template <typename Stored>
+inline void store_some(Stored* to, Vec<ComputeOf<Stored>> value, int count) {
+  if (count == kLanes<ComputeOf<Stored>>) return store_narrow(to, value);
+  for (int i = 0; i < count; ++i) to[i] = narrow<Stored>(value[i]);
+}
+
+template <typename T>
+inline Vec<T> sigmoid_of(Vec<T> x) {
+  const Vec<T> negative = x < T{-88} ? broadcast(T{88}) : -x;  // exp_of takes at most 88
+  return T{1} / (exp_of(negative) + T{1});
+}
+
 // silu(gate) * up (SwiGLU, Shazeer 2020) of one token's [gate | up].
 template <typename Stored>
 inline void silu_mul_row(const Stored* gate_up, Stored* out, int64_t size) {
@@ -29,18 +74,25 @@ inline void silu_mul_row(const Stored* gate_up, Stored* out, int64_t size) {
   constexpr int kCount = kLanes<T>;
   for (int64_t start = 0; start < size; start += kCount) {
     const int count = static_cast<int>(std::min<int64_t>(kCount, size - start));
-    Vec<T> gate = {};
-    Vec<T> up = {};
-    if (count == kCount) {
-      gate = load(gate_up + start);
-      up = load(gate_up + size + start);
-    } else {
-      for (int i = 0; i < count; ++i) gate[i] = widen(gate_up[start + i]);
-      for (int i = 0; i < count; ++i) up[i] = widen(gate_up[size + start + i]);
-    }
-    const Vec<T> negative = gate < T{-88} ? broadcast(T{88}) : -gate;  // exp_of takes at most 88
-    const Vec<T> product = gate / (exp_of(negative) + T{1}) * up;
-    for (int i = 0; i < count; ++i) out[start + i] = narrow<Stored>(product[i]);
+    const Vec<T> gate = load_some(gate_up + start, count);
+    const Vec<T> up = load_some(gate_up + size + start, count);
+    store_some(out + start, gate * sigmoid_of<T>(gate) * up, count);
+  }
+}
+
+// Gradient of silu_mul_row's [gate | up] from that of its output.
+template <typename Stored>
+inline void silu_mul_backward_row(const Stored* gate_up, const Stored* gradient, Stored* out, int64_t size) {
+  using T = ComputeOf<Stored>;
+  constexpr int kCount = kLanes<T>;
+  for (int64_t start = 0; start < size; start += kCount) {
+    const int count = static_cast<int>(std::min<int64_t>(kCount, size - start));
+    const Vec<T> gate = load_some(gate_up + start, count);
+    const Vec<T> up = load_some(gate_up + size + start, count);
+    const Vec<T> given = load_some(gradient + start, count);
+    const Vec<T> sigmoid = sigmoid_of<T>(gate);
+    store_some(out + start, given * up * sigmoid * (T{1} + gate * (T{1} - sigmoid)), count);
+    store_some(out + size + start, given * gate * sigmoid, count);
   }
 }
 
