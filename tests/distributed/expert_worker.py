@@ -1,6 +1,6 @@
 """One rank of engines whose experts lie on more ranks than their attention; rank 0 writes all responses as JSON.
 
-Started by `test_engine_expert_parallel.py` through torchrun: expert_worker.py FOLDER CASES OUT, where CASES is JSON
+Started by `test_engine_expert_parallel.py`: expert_worker.py FOLDER CASES OUT, where CASES is JSON
 [[rollout.tp, rollout.ep, [indices of PROMPTS of copy 0, of copy 1, ...]], ...].
 """
 

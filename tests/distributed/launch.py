@@ -13,9 +13,9 @@ SECONDS = 280.0
 """What a world may take by default: less than pytest gives a test, so that a hanging world shows what it said."""
 
 
-def worker_command(worker: str) -> list[str]:
-    """`-m tests.distributed.WORKER`, which imports the tests' own modules as the tests do: tests.NAME."""
-    return ["-m", f"tests.distributed.{worker}"]
+def worker_module(worker: str) -> str:
+    """Started with `python -m`, a worker imports the tests' own modules as the tests do: tests.NAME."""
+    return f"tests.distributed.{worker}"
 
 
 def worker_environment() -> dict[str, str]:
@@ -23,29 +23,28 @@ def worker_environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
 
 
-def run_worker(worker: str, arguments: Iterable[object], processes: int, timeout: float = SECONDS) -> str:
-    """What rank 0 wrote into the file that is the last argument of a world of `processes`: WORKER ARGUMENTS... OUT.
+def torchrun(module: str, arguments: Iterable[object], processes: int, timeout: float = SECONDS) -> None:
+    """A world of `processes` that run a module; AssertionError with the end of what they said if one of them fails."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    process = subprocess.Popen(
+        [sys.executable, *launcher, "-m", module, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=worker_environment(),
+    )
+    with process:
+        try:
+            said, _ = process.communicate(timeout=timeout)
+        except BaseException:
+            process.terminate()  # torchrun takes its processes down with it; were it killed, it would leave them
+            raise
+    assert process.returncode == 0, said[-6000:]
 
-    AssertionError with the end of what the processes said if one of them fails.
-    """
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+
+def run_worker(worker: str, arguments: Iterable[object], processes: int, timeout: float = SECONDS) -> str:
+    """What rank 0 wrote into the file that is the last argument of each process: WORKER ARGUMENTS... OUT."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
-        process = subprocess.Popen(
-            [
-                *(*torchrun, f"--nproc-per-node={processes}", *worker_command(worker)),
-                *(*map(str, arguments), str(out)),
-            ],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=worker_environment(),
-        )
-        with process:
-            try:
-                said, _ = process.communicate(timeout=timeout)
-            except BaseException:
-                process.terminate()  # torchrun takes its processes down with it; were it killed, it would leave them
-                raise
-        assert process.returncode == 0, said[-6000:]
+        torchrun(worker_module(worker), (*arguments, out), processes, timeout)
         return out.read_text()

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +11,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_npr.parallel import init_world
+from megatron_npr.parallel import World
 from npr_engine.testing import PIECES
 from tests.distributed.expert_worker import LENGTHS, PROMPTS, decode
+from tests.distributed.launch import run_worker
 from tests.families import save_family
 
-WORKER = Path(__file__).with_name("expert_worker.py")
 EVERYTHING = list(range(len(PROMPTS)))
 
 
@@ -28,26 +25,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_family("qwen3_moe", tmp_path_factory.mktemp("model"), vocab_size=len(PIECES))
 
 
-def decoded(folder: Path, cases: list[Any], processes: int, out: Path) -> list[Any]:
+def decoded(folder: Path, cases: list[Any], processes: int) -> list[Any]:
     """The responses of each case, in one world; see the worker."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    done = subprocess.run(
-        [*command, str(WORKER), str(folder), json.dumps(cases), str(out)],
-        capture_output=True,
-        check=False,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    figures: list[Any] = json.loads(out.read_text())
-    return figures
+    found: list[Any] = json.loads(run_worker("expert_worker", (folder, json.dumps(cases)), processes))
+    return found
 
 
 @pytest.fixture(scope="module")
-def alone(folder: Path) -> Any:
-    """What one process decodes. Its world is left open: Megatron's groups are made once a process."""
-    return decode(folder, init_world(), 1, 1, [EVERYTHING])
+def alone(folder: Path, world: World) -> Any:
+    """What one process decodes."""
+    return decode(folder, world, 1, 1, [EVERYTHING])
 
 
 def same(found: Any, expected: Any) -> None:
@@ -68,20 +55,16 @@ def test_one_process_decodes_greedily_what_transformers_does(folder: Path, alone
         np.testing.assert_allclose(log_probs, expected, atol=1e-4)
 
 
-def test_two_copies_share_experts_and_one_of_them_may_have_nothing_to_do(
-    folder: Path, alone: Any, tmp_path: Path
-) -> None:
+def test_two_copies_share_experts_and_one_of_them_may_have_nothing_to_do(folder: Path, alone: Any) -> None:
     """Also two ranks of one copy, each with whole experts."""
     cases = [[1, 2, [EVERYTHING, []]], [1, 2, [[3], [4, 2, 1, 0]]], [2, 2, [EVERYTHING]]]
-    for found in decoded(folder, cases, 2, tmp_path / "out.json"):
+    for found in decoded(folder, cases, 2):
         same(found, alone)
 
 
 @pytest.mark.slow
-def test_four_ranks_share_experts_as_four_copies_and_as_two_of_two_ranks(
-    folder: Path, alone: Any, tmp_path: Path
-) -> None:
+def test_four_ranks_share_experts_as_four_copies_and_as_two_of_two_ranks(folder: Path, alone: Any) -> None:
     cases = [[1, 4, [[0], [], [1, 2, 4], [3]]], [2, 4, [[2, 0], [1, 3, 4]]], [2, 4, [[], EVERYTHING]]]
     cases.append([1, 2, [[0, 1], [], [], [2, 3, 4]]])  # two groups of two: they need not step together
-    for found in decoded(folder, cases, 4, tmp_path / "out.json"):
+    for found in decoded(folder, cases, 4):
         same(found, alone)

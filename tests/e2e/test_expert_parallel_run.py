@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_npr.demo.base import FOLDER
+from tests.distributed.launch import torchrun
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo" / "stage3.toml"
 NUM_EXPERTS = 4
@@ -70,16 +68,7 @@ def figures(model: Path, run: Path, processes: int, *overrides: str) -> list[dic
         "log.progress": "false",
     }
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    done = subprocess.run(
-        [sys.executable, *launcher, "-m", "megatron_npr", "stage3", str(DEMO), *words, *overrides],
-        capture_output=True,
-        check=False,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    torchrun("megatron_npr", ["stage3", DEMO, *words, *overrides], processes)
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
