@@ -34,13 +34,11 @@ class Router(TopKRouter):
 
 def experts_spec(linears: LinearModules) -> ModuleSpec:
     """The MLP of a layer with experts; the configuration's `moe_grouped_gemm` has to go with it."""
-    if linears.grouped is None:
-        mlp = MLPSubmodules(
-            linear_fc1=linears.column, linear_fc2=linears.row, activation_func=linears.activation
-        )
-        experts = ModuleSpec(module=SequentialMLP, submodules=mlp)
-    else:
-        column, row = linears.grouped
-        mlp = MLPSubmodules(linear_fc1=column, linear_fc2=row)
-        experts = ModuleSpec(module=TEGroupedMLP, submodules=mlp)
+    module, (column, row) = (
+        (SequentialMLP, (linears.column, linears.row))
+        if linears.grouped is None
+        else (TEGroupedMLP, linears.grouped)
+    )
+    mlp = MLPSubmodules(linear_fc1=column, linear_fc2=row, activation_func=linears.activation)
+    experts = ModuleSpec(module=module, submodules=mlp)
     return ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=experts, router=Router))

@@ -58,4 +58,4 @@ def silu_mul(gate_up: Tensor) -> Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
         return functional.silu(gate) * up
     product: Tensor = _SiluMul.apply(gate_up.reshape(-1, gate_up.shape[-1]))
-    return product.view(*gate_up.shape[:-1], -1)
+    return product.view(*gate_up.shape[:-1], gate_up.shape[-1] // 2)

@@ -253,7 +253,7 @@ def test_categorical_is_greedy_at_temperature_zero(dtype: torch.dtype, vocabular
 
 
 @settings(max_examples=60)
-@given(SEEDS, DTYPES, st.sampled_from([(), (3,), (2, 5)]), st.integers(1, 300), st.integers(1, 70))
+@given(SEEDS, DTYPES, st.sampled_from([(), (3,), (2, 5)]), st.integers(0, 300), st.integers(1, 70))
 def test_gradients_of_the_norm_are_those_of_its_definition(
     seed: int, dtype: torch.dtype, leading: tuple[int, ...], rows: int, size: int
 ) -> None:
@@ -269,14 +269,14 @@ def test_gradients_of_the_norm_are_those_of_its_definition(
     theirs = torch.autograd.grad((exact * above.double()).sum(), (exact_x, exact_weight))
     # The gradient of x is a difference of two terms of the first one's size, which a short row makes as large as 1 / |x|;
     # that of the weight a sum over all rows.
-    term = float((factor * exact_weight * above).abs().max())
+    term = float((factor * exact_weight * above).abs().max()) if rows else 1.0
     assert_close(ours[0] / max(1.0, term), theirs[0] / max(1.0, term), dtype)
     weighed = max(1.0, float((exact_x * factor * above).abs().sum(tuple(range(x.dim() - 1))).max()))
     assert_close(ours[1] / weighed, theirs[1] / weighed, dtype)
 
 
 @settings(max_examples=60)
-@given(SEEDS, DTYPES, st.sampled_from([(), (3,)]), st.integers(1, 100), st.integers(1, 70))
+@given(SEEDS, DTYPES, st.sampled_from([(), (3,)]), st.integers(0, 100), st.integers(1, 70))
 def test_gradients_of_swiglu_are_those_of_its_definition(
     seed: int, dtype: torch.dtype, leading: tuple[int, ...], rows: int, size: int
 ) -> None:
