@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch.overrides import TorchFunctionMode
 
-from npr_engine.linear import linear
+from megatron_npr import cpu_matmul
 
 _CPU = torch.device("cpu")
 _CUDA_TYPE_OF = {
@@ -35,28 +35,8 @@ def _is_cuda(device: object) -> bool:
     )
 
 
-_MATMULS = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
-_LONGEST_SUM = 1024
-
-
-def _suits_linear(left: torch.Tensor, right: torch.Tensor) -> bool:
-    """Products of many rows by a weight, as in a layer's forward and input-gradient GEMM, outside of autograd's recording.
-
-    Weight gradients (sums over all tokens) stay with the BLAS of torch, which is as fast there.
-    """
-    return (
-        right.dim() == 2
-        and left.dim() >= 2
-        and 0 < right.shape[0] <= _LONGEST_SUM  # 0: the weight gradient of an expert that got no token
-        and left.numel() > 0
-        and not (torch.is_grad_enabled() and (left.requires_grad or right.requires_grad))
-    )
-
-
-def _matmul(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """left @ right by the library that is faster here (see npr_engine.linear): 2 to 3 times at 8k rows."""
-    rows = left.reshape(-1, left.shape[-1])
-    return linear(rows, right.t().contiguous()).view(*left.shape[:-1], right.shape[1])
+_MATMULS = frozenset((torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__))
+_WATCHED = _MATMULS | {torch.Tensor.cuda, torch.Tensor.type, torch.Tensor.to}
 
 
 class CudaOnCpu(TorchFunctionMode):
@@ -69,16 +49,18 @@ class CudaOnCpu(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        kwargs = dict(kwargs or {})
+        kwargs = kwargs or {}
+        if func not in _WATCHED and "device" not in kwargs:  # nearly all: some 5,000 calls a training step
+            return func(*args, **kwargs)
         if func is torch.Tensor.cuda:
             return args[0]
-        if func in _MATMULS and len(args) == 2 and _suits_linear(*args):
-            return _matmul(*args)
+        if func in _MATMULS and len(args) == 2 and cpu_matmul.takes(*args):
+            return cpu_matmul.product(*args)
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
             name = func(args[0])
             return _CUDA_TYPE_OF.get(name, name)
         if _is_cuda(kwargs.get("device")):
-            kwargs["device"] = _CPU
+            kwargs = {**kwargs, "device": _CPU}
         if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
             args = (args[0], _CPU, *args[2:])
         return func(*args, **kwargs)

@@ -20,7 +20,7 @@ from npr_engine.fp8 import Fp8Weight, fp8_linear
 from npr_ext import linear as rows_linear
 
 ROWS_OF_A_STEP = 256
-_HAS_ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+HAS_ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 Weight: TypeAlias = Tensor | Fp8Weight
@@ -33,7 +33,7 @@ def linear(x_TC: Tensor, weight_DC: Weight, bias_D: Tensor | None = None) -> Ten
     if x_TC.device.type == "cpu":
         if len(x_TC) < ROWS_OF_A_STEP:
             return rows_linear(x_TC, weight_DC, bias_D)
-        if _HAS_ONEDNN and x_TC.dtype == torch.float32:
+        if HAS_ONEDNN and x_TC.dtype == torch.float32:
             product: Tensor = torch.ops.mkldnn._linear_pointwise(x_TC, weight_DC, bias_D, "none", [], "")
             return product
     return F.linear(x_TC, weight_DC, bias_D)

@@ -1,7 +1,7 @@
 """`make demo`: all three stages on the small base model, the controls, and the report; nothing but its own samples.
 
-base ─► stage 1 (DAPO) ─► zero ─► sample ─► stage 2 (SFT of base) ─► beta ─► stage 3 (PAPO) ─► npr
-  └───► sequential RL (as many updates and samples as stages 1 and 3)         └─► more SFT (as many updates as stage 3)
+the road    base ─► stage 1 (DAPO) ─► zero ─► sample ─► stage 2 (SFT of base) ─► beta ─► stage 3 (PAPO) ─► npr
+beside it   └─► sequential RL (as many updates and samples as stages 1 and 3)       └─► more SFT (as many updates as stage 3)
 every model is measured on the same held-out problems ─► report.html, report.json, the floors that are missed
 """
 
@@ -28,8 +28,9 @@ from megatron_npr.config import (
     load_config,
 )
 from megatron_npr.demo import base, speed
+from megatron_npr.demo.beside import Beside
 from megatron_npr.demo.measure import Measured, measure
-from megatron_npr.demo.phases import Phases
+from megatron_npr.demo.phases import Phases, covered
 from megatron_npr.demo.tasks import demo_problems
 from megatron_npr.evaluate import mode_settings
 from megatron_npr.huggingface import load_tokenizer
@@ -64,6 +65,8 @@ MEASURED: dict[str, tuple[EvalMode, str]] = {
 }
 """Name in the report -> (way of decoding, model)."""
 CONTROLS = ("beta_more_sft",)
+ROAD, BESIDE = "phases-road.json", "phases-beside.json"
+ZERO, BETA = "stage 1: zero", "stage 2: beta"
 
 
 def run(folder: Path, *, seed: int | None = None, resume: bool = False) -> list[str]:
@@ -103,7 +106,9 @@ class Demo:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.seed = int(json.loads((folder / "demo.json").read_text())["seed"])
-        self.phases = Phases(folder / "phases.json")
+        self.road = Phases(folder / ROAD)
+        self.cores = len(os.sched_getaffinity(0))
+        self.threads = max(1, self.cores // 2)  # of each of the two processes
 
     def model(self, name: str) -> Path:
         """Folder of a model of this run."""
@@ -112,29 +117,35 @@ class Demo:
     def config(self, cls: type[Config], file: str, name: str, *overrides: str) -> Config:
         """A file of configs/demo with this run's folder and seed."""
         own = ["--run.dir", str(self.folder / name), "--run.seed", str(self.seed), "--run.resume", "true"]
+        own += ["--run.threads", str(self.threads)]
         return load_config(cls, CONFIGS / f"{file}.toml", [*own, *overrides])
 
-    def train_and_measure(self) -> None:
-        """Every phase that is not done yet."""
-        zero = self.config(Stage1Config, "stage1", "zero", "--model.path", str(self.model("base")))
-        samples = self.config(SampleConfig, "sample", "samples", "--model.path", str(self.model("zero")))
-        samples_file = str(self.folder / "samples" / samples.sample.out)
-        beta = self.config(
-            Stage2Config,
-            "stage2",
-            "beta",
-            "--model.path",
-            str(self.model("base")),
-            "--sft.data",
-            samples_file,
-        )
-        npr = self.config(Stage3Config, "stage3", "npr", "--model.path", str(self.model("beta")))
+    @property
+    def zero(self) -> Stage1Config:
+        return self.config(Stage1Config, "stage1", "zero", "--model.path", str(self.model("base")))
+
+    @property
+    def samples(self) -> SampleConfig:
+        return self.config(SampleConfig, "sample", "samples", "--model.path", str(self.model("zero")))
+
+    @property
+    def beta(self) -> Stage2Config:
+        return self._sft("beta", "base")
+
+    @property
+    def npr(self) -> Stage3Config:
+        return self.config(Stage3Config, "stage3", "npr", "--model.path", str(self.model("beta")))
+
+    @property
+    def sequential_rl(self) -> Stage3Config:
+        """As many updates and responses as stages 1 and 3 together."""
+        zero, npr = self.zero, self.npr
         updates = zero.train.steps * zero.train.updates_per_step + npr.train.steps
         responses = sum(
             one.train.steps * one.rollout.prompts_per_step * one.rollout.samples_per_prompt
             for one in (zero, npr)
         )
-        sequential = self.config(
+        return self.config(
             Stage3Config,
             "sequential_rl",
             "sequential_rl",
@@ -142,51 +153,79 @@ class Demo:
             *("--rollout.prompts_per_step", str(round(responses / updates / npr.rollout.samples_per_prompt))),
             *("--rollout.samples_per_prompt", str(npr.rollout.samples_per_prompt)),
         )
-        more = self.config(
-            Stage2Config,
-            "stage2",
+
+    @property
+    def beta_more_sft(self) -> Stage2Config:
+        """As many more steps as stage 3 has updates, at its learning rate: restarting SFT at its own peak would undo
+        beta instead of continuing it."""
+        train, optimizer = self.npr.train, self.npr.optimizer
+        return self._sft(
             "beta_more_sft",
-            *("--model.path", str(self.model("beta")), "--sft.data", samples_file),
-            *("--train.steps", str(npr.train.steps)),
-            # At stage 3's learning rate: restarting SFT at its own peak would undo beta instead of continuing it.
-            *("--optimizer.lr", str(npr.optimizer.lr), "--optimizer.min_lr", str(npr.optimizer.min_lr)),
+            "beta",
+            *("--train.steps", str(train.steps)),
+            *("--optimizer.lr", str(optimizer.lr), "--optimizer.min_lr", str(optimizer.min_lr)),
         )
+
+    def _sft(self, name: str, start: str, *overrides: str) -> Stage2Config:
+        samples = str(self.folder / "samples" / self.samples.sample.out)
+        paths = ("--model.path", str(self.model(start)), "--sft.data", samples)
+        return self.config(Stage2Config, "stage2", name, *paths, *overrides)
+
+    def train_and_measure(self) -> None:
+        """Every phase that is not done yet: the road here, the rest beside it, and the speed when all is quiet."""
+        print(f"controls and measurements run beside, their log is {self.folder / 'beside.log'}", flush=True)
+        road = self.road.run
+        with (
+            Beside(self.folder, self.folder / BESIDE, threads=self.threads) as beside,
+            Verifier() as verifier,
+        ):
+            for phase, work in (
+                (ZERO, lambda: stage1.run(self.zero)),
+                ("rejection sampling", lambda: sample.run(self.samples)),
+                (BETA, lambda: stage2.run(self.beta)),
+                ("stage 3: npr", lambda: stage3.run(self.npr)),
+                ("measure npr", lambda: self.measure("npr", verifier)),
+            ):
+                road(phase, work)
+                beside.tell()
+            beside.finish()
+        road("measure speed", self.measure_speed)
+
+    def beside(self) -> None:
+        """What the road does not wait for: controls, and measurements of what it has made."""
+        phases = Phases(self.folder / BESIDE)
         with Verifier() as verifier:
-            self.measure("base", verifier)
-            self.measure("base_sequential", verifier)
-            self.phases.run("stage 1: zero", lambda: stage1.run(zero))
-            self.measure("zero", verifier)
-            self.phases.run("rejection sampling", lambda: sample.run(samples))
-            self.phases.run("stage 2: beta", lambda: stage2.run(beta))
-            self.measure("beta", verifier)
-            self.phases.run("stage 3: npr", lambda: stage3.run(npr))
-            self.measure("npr", verifier)
-            self.phases.run("measure speed", self.measure_speed)
-            self.phases.run("control: sequential RL", lambda: stage3.run(sequential))
-            self.measure("sequential_rl", verifier)
-            self.phases.run("control: more SFT", lambda: stage2.run(more))
-            self.measure("beta_more_sft", verifier)
+
+            def measure(name: str) -> None:
+                phases.run(f"measure {name}", lambda: self.measure(name, verifier))
+
+            phases.run("control: sequential RL", lambda: stage3.run(self.sequential_rl))
+            for name in ("base", "base_sequential", "sequential_rl"):
+                measure(name)
+            self.road.wait_for(ZERO)
+            measure("zero")
+            self.road.wait_for(BETA)
+            measure("beta")
+            phases.run("control: more SFT", lambda: stage2.run(self.beta_more_sft))
+            measure("beta_more_sft")
 
     def measure(self, name: str, verifier: Verifier) -> None:
         """Measure one model in its way of decoding."""
         mode, model = MEASURED[name]
-        config = self.evaluation(model)
-        self.phases.run(
-            f"measure {name}",
-            lambda: measure(config, mode, self.folder / "measured", name, verifier),
-        )
+        measure(self.evaluation(name, model), mode, self.folder / "measured", name, verifier)
 
-    def evaluation(self, model: str) -> EvalConfig:
+    def evaluation(self, name: str, model: str, *overrides: str) -> EvalConfig:
         """The evaluation's configuration for one model."""
-        return self.config(EvalConfig, "eval", "measured", "--model.path", str(self.model(model)))
+        folder = f"measured/{name}"
+        return self.config(EvalConfig, "eval", folder, "--model.path", str(self.model(model)), *overrides)
 
     def measured(self, name: str) -> Measured:
         """What was measured of one model."""
         return Measured(self.folder / "measured" / f"{name}.npz")
 
     def measure_speed(self) -> None:
-        """npr's weights, with and without branches, at batch 1 and 32."""
-        config = self.evaluation("npr")
+        """npr's weights on all cores, with and without branches, at batch 1 and 32."""
+        config = self.evaluation("speed", "npr", "--run.threads", str(self.cores))
         session = open_session(config, config.run, config.model, config.parallel)
         engine = folder_engine(session, config.rollout)
         prompts = evaluation_prompts(session, config.eval, "parallel")
@@ -203,6 +242,7 @@ class Demo:
 
     def result(self, report_folder: Path) -> DemoResult:
         """What the report shows."""
+        beside = Phases(self.folder / BESIDE)
         measured = {name: self.measured(name) for name in MEASURED}
         figures = {name: one.figures() for name, one in measured.items()}
         correct = {name: one.array("sampled", "correct") for name, one in measured.items()}
@@ -217,15 +257,15 @@ class Demo:
         problems, samples = correct["npr"].shape
         return DemoResult(
             seed=self.seed,
-            wall_seconds=self.phases.total,
-            evaluation_seconds=self.phases.measuring,
+            wall_seconds=covered([*self.road.intervals.values(), *beside.intervals.values()]),
+            evaluation_seconds=self.road.measuring + beside.measuring,
             num_problems=problems,
             samples_per_problem=samples,
             stages={name: value for name, value in figures.items() if name not in CONTROLS},
             controls={name: figures[name] for name in CONTROLS},
             comparisons={f"{a} - {b}": paired_difference(correct[a], correct[b]) for a, b in pairs},
             speedup=self.speedup(),
-            phase_seconds=self.phases.seconds,
+            phase_seconds={"the road": self.road.seconds, "beside it": beside.seconds},
             curves={
                 title: Path(os.path.relpath(self.folder / name / "metrics.jsonl", report_folder))
                 for title, name in {

@@ -198,10 +198,14 @@ def _timelines(timelines: Sequence[Timeline]) -> str:
 
 
 def _time(result: DemoResult) -> str:
-    share = result.evaluation_seconds / result.wall_seconds
-    bar = charts.stacked_bar(result.phase_seconds) if result.phase_seconds else ""
+    share = result.evaluation_seconds / result.busy_seconds
+    bars = "".join(
+        f"<h3>{escape(process)}</h3>{charts.stacked_bar(seconds)}"
+        for process, seconds in result.phase_seconds.items()
+    )
     return (
-        f"<h2>Where the time went</h2><p>{result.wall_seconds:.0f} s in all, {share:.0%} of it evaluation.</p>{bar}"
+        f"<h2>Where the time went</h2><p>{result.wall_seconds:.0f} s in all, in two processes; {share:.0%} of their work was "
+        f"evaluation.</p>{bars}"
         f"<h2>Reproduce</h2><p><code>make demo SEED={result.seed}</code>. The numbers of this page stand in "
         "<code>report.json</code>.</p>"
     )

@@ -92,7 +92,8 @@ class DemoResult:
         stages: by the names of STAGES.
         controls: beside the stages, e.g. "beta_more_sft".
         comparisons: paired over the same problems, e.g. {"npr - beta": ..., "npr - base": ...}; the first is required.
-        phase_seconds: wall time by phase, in order; `evaluation_seconds` is the share that measures.
+        wall_seconds: in which at least one phase ran.
+        phase_seconds: of each process, by phase, in order; `evaluation_seconds` is what measuring has of them.
         curves: metrics.jsonl of every training run by title, relative to the report's folder.
     """
 
@@ -105,9 +106,14 @@ class DemoResult:
     controls: Mapping[str, StageFigures]
     comparisons: Mapping[str, PairedDifference]
     speedup: Speedup
-    phase_seconds: Mapping[str, float] = field(default_factory=dict)
+    phase_seconds: Mapping[str, Mapping[str, float]]
     curves: Mapping[str, Path] = field(default_factory=dict)
     timelines: tuple[Timeline, ...] = ()
+
+    @property
+    def busy_seconds(self) -> float:
+        """Of all processes together."""
+        return sum(sum(phases.values()) for phases in self.phase_seconds.values())
 
     def to_report(self) -> dict[str, Any]:
         """report.json: the keys that the floors are checked against, and `details`."""
@@ -126,7 +132,7 @@ class DemoResult:
                 "samples_per_problem": self.samples_per_problem,
                 "evaluation_seconds": self.evaluation_seconds,
                 "median_step_tokens": median,
-                "phase_seconds": dict(self.phase_seconds),
+                "phase_seconds": {name: dict(phases) for name, phases in self.phase_seconds.items()},
                 "comparisons": {name: _comparison(value) for name, value in self.comparisons.items()},
             },
         }

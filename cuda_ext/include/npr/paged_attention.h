@@ -44,9 +44,9 @@ class PagedAttentionTask {
   using Stored = typename Products::Stored;
   using T = typename Products::Sum;
   static constexpr int kKeysAhead = 32;
-  // Up to this many heads of one token dot products are faster: 45 steps of reduction a head against 256 of
-  // transposition for a vector of keys (16 of them, of 64 dimensions).
+  // A vector of keys (16) costs 45 steps of reduction a head by dot products, 4 steps a dimension to be transposed.
   static constexpr int kMostDotRows = 4;
+  static bool suits_dots(int heads, int dim) { return heads <= kMostDotRows && 45 * heads <= 4 * dim; }
 
   PagedAttentionTask() : query_(kTileRows), scores_(kTileRows), output_(kTileRows) {}
 
@@ -79,7 +79,7 @@ class PagedAttentionTask {
       const OffsetRows<Stored> key_rows{job.k_cache + head, offsets_};
       const OffsetRows<Stored> value_rows{job.v_cache + head, offsets_};
       const int num_rows = row_end - row_begin;
-      if (num_rows == group && group <= kMostDotRows) {
+      if (num_rows == group && suits_dots(group, job.dim)) {
         const Stored* query = job.q + first_head(job, tokens.first + row_begin / group, kv_head, group);
         if (group == 1) score_dots<1>(job, query, key_rows, value_rows, row_begin, keys);
         if (group == 2) score_dots<2>(job, query, key_rows, value_rows, row_begin, keys);

@@ -91,7 +91,7 @@ def test_missed_gains_speeds_and_sizes_are_named(tmp_path: Path) -> None:
     missed = floors(bad.to_report())
     assert [line.split(" is ")[0] for line in missed] == [
         "wall time",
-        "evaluation's share of the wall time",
+        "evaluation's share of the time",
         "held-out problems",
         "accuracy npr - beta",
         "lower end of the 95 % interval of npr - beta",
