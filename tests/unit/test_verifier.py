@@ -1,5 +1,10 @@
 """The verifier: math-verify's verdicts, order in tuples, time-outs."""
 
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -48,3 +53,21 @@ def test_an_answer_that_takes_too_long_is_wrong_and_counted_and_the_next_is_deci
         assert verifier.num_timeouts == 1
     with Verifier(1) as verifier:
         assert verifier.correct("x^2+2x+1", "(x+1)^2") is True
+
+
+def test_ctrl_c_in_the_terminal_does_not_reach_a_worker_that_is_just_starting() -> None:
+    script = (
+        "import signal; from megatron_npr.verifier import Verifier\n"
+        "signal.signal(signal.SIGINT, lambda number, frame: None)\n"
+        "print('go', flush=True)\n"
+        "with Verifier(1) as verifier: print(verifier.correct('x^2+2x+1', '(x+1)^2'))\n"
+    )
+    command = [sys.executable, "-c", script]
+    # A process group of its own, as the terminal's foreground job is one.
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, process_group=0) as process:
+        assert process.stdout is not None and process.stdout.readline() == "go\n"
+        for _ in range(5):  # math-verify takes a second to import
+            time.sleep(0.1)
+            os.killpg(process.pid, signal.SIGINT)
+        assert process.stdout.read() == "True\n"
+    assert process.returncode == 0
