@@ -164,7 +164,9 @@ def test_fp8_runs_where_device_and_package_allow_it(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 def test_fp8_on_a_cpu_ends_a_run_before_it_starts(tmp_path: Path) -> None:
-    words = ["--run.dir", str(tmp_path), "--model.path", str(FOLDER), "--model.dtype", "fp8"]
+    # One thread: the session sets their number for this whole process, and so for the tests after this one.
+    words = ["--run.dir", str(tmp_path), "--run.threads", "1"]
+    words += ["--model.path", str(FOLDER), "--model.dtype", "fp8"]
     config = load_config(Stage3Config, DEMO, words)
     with pytest.raises(
         UserError, match=r"model\.dtype = 'fp8' cannot run here: cpu is no GPU.*transformer-engine"
