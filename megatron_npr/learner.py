@@ -56,10 +56,11 @@ class Learner:
         entropy_coefficient: float | None = None,
     ) -> None:
         self.session, self._every, self._memory = session, checkpoint.every, memory
-        if session.model.dtype == "fp8":
+        in_fp8 = session.model.dtype == "fp8"
+        if in_fp8:
             require_fp8(session.world.device, fp8.recipe)
         if session.world.is_main and session.world.device.type == "cuda":
-            print(f"npr: {describe(session.world.device)}", file=sys.stderr)
+            print(f"npr: {describe(session.world.device, fp8=in_fp8)}", file=sys.stderr)
         policy = build_policy(
             session.model_config,
             session.world,
@@ -67,7 +68,7 @@ class Learner:
             parallel=session.parallel,
             recompute=session.model.recompute,
             router_aux_loss=session.model.router_aux_loss,
-            fp8=fp8 if session.model.dtype == "fp8" else None,
+            fp8=fp8 if in_fp8 else None,
             entropy_coefficient=entropy_coefficient,
         )
         load_policy_weights(policy, session.model.path)

@@ -1,19 +1,18 @@
 """Which linear layers, Adam and gradient accumulation a run has: Transformer Engine's or apex's where they are installed.
 
-device ──► linear_modules ──► layer spec     (the same parameter names either way, so checkpoints do not know)
+device, FP8 or not ──► linear_modules ──► layer spec     (the same parameter names always, so checkpoints do not know)
 FP8 settings ──► require_fp8 ──► fp8_options ──► Megatron's TransformerConfig
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from megatron.core import optimizer as megatron_optimizer
 from megatron.core.extensions import transformer_engine as engine_layers
+from megatron.core.fp8_utils import is_first_last_bf16_layer
 from megatron.core.tensor_parallel import layers as megatron_layers
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.module import MegatronModule
@@ -23,6 +22,8 @@ from megatron.core.utils import get_te_version
 from torch import Tensor
 
 from megatron_npr.config import Fp8Settings
+from megatron_npr.fp8_linears import Fp8ColumnParallelLinear, Fp8RowParallelLinear, LinearConfig
+from megatron_npr.fp8_matmul import ALIGNMENT
 from npr_ext import differentiable
 from npr_ext.errors import UserError
 
@@ -64,6 +65,10 @@ class NormColumnParallelLinear(ColumnParallelLinear):
         )
 
 
+class Fp8NormColumnParallelLinear(NormColumnParallelLinear, Fp8ColumnParallelLinear):
+    """The same with the product in FP8."""
+
+
 class SwiGLU(MegatronModule):
     """[..., 2F] -> [..., F], Megatron's activation between the projections of an MLP (Shazeer 2020)."""
 
@@ -87,6 +92,13 @@ class LinearModules:
 OWN = LinearModules(
     "Megatron-Core", NormColumnParallelLinear, ColumnParallelLinear, RowParallelLinear, activation=SwiGLU
 )
+SCALED_MM = LinearModules(
+    "Megatron-Core, FP8 by torch._scaled_mm",
+    Fp8NormColumnParallelLinear,
+    Fp8ColumnParallelLinear,
+    Fp8RowParallelLinear,
+    activation=SwiGLU,
+)
 TRANSFORMER_ENGINE = LinearModules(
     "Transformer Engine",
     engine_layers.TELayerNormColumnParallelLinear,
@@ -98,9 +110,16 @@ TRANSFORMER_ENGINE = LinearModules(
 )
 
 
-def linear_modules(device: torch.device) -> LinearModules:
-    """Transformer Engine's on a GPU where it is installed, our own elsewhere."""
-    return TRANSFORMER_ENGINE if device.type == "cuda" and engine_layers.HAVE_TE else OWN
+def linear_modules(device: torch.device, *, fp8: bool = False) -> LinearModules:
+    """Transformer Engine's on a GPU where it is installed, Megatron's elsewhere; with `fp8` those whose products are FP8."""
+    if device.type == "cuda" and engine_layers.HAVE_TE:
+        return TRANSFORMER_ENGINE
+    return SCALED_MM if fp8 else OWN
+
+
+def layer_linears(linears: LinearModules, config: TransformerConfig, layer: int) -> LinearModules:
+    """Those of one layer of the model: it may be one that stays in bf16. Transformer Engine is told so at each pass."""
+    return OWN if linears is SCALED_MM and is_first_last_bf16_layer(config, layer) else linears
 
 
 def fuses_gradients(device: torch.device) -> bool:
@@ -108,12 +127,12 @@ def fuses_gradients(device: torch.device) -> bool:
     return device.type == "cuda" and bool(megatron_layers._grad_accum_fusion_available)
 
 
-def describe(device: torch.device) -> str:
+def describe(device: torch.device, *, fp8: bool = False) -> str:
     """One line: whose linear layers, Adam and gradient accumulation run on this device."""
     adam = megatron_optimizer.Adam.__module__.split(".")[0]
     fused = {"transformer_engine": "Transformer Engine, fused", "apex": "apex, fused"}.get(adam, adam)
     accumulation = "in the GEMM (apex)" if fuses_gradients(device) else "after the GEMM"
-    library = linear_modules(device).library
+    library = linear_modules(device, fp8=fp8).library
     return f"linear layers: {library}; Adam: {fused}; gradient accumulation: {accumulation}"
 
 
@@ -128,10 +147,21 @@ def fp8_obstacle(
     obstacles = []
     if capability is None or capability < needed:
         compute = f"has compute capability {'.'.join(map(str, capability))}" if capability else "is no GPU"
-        obstacles.append(f"{device} {compute}, recipe {recipe} needs {'.'.join(map(str, needed))}")
-    if engine_version is None:
-        obstacles.append("the package transformer-engine is not installed (extra gpu)")
+        package = " (with the package transformer-engine, extra gpu, or with torch alone)"
+        alternative = package if recipe == "tensorwise" else ""
+        obstacles.append(
+            f"{device} {compute}, recipe {recipe} needs {'.'.join(map(str, needed))}{alternative}"
+        )
+    if engine_version is None and recipe != "tensorwise":
+        obstacles.append(_needs_engine(recipe))
     return "; ".join(obstacles) or None
+
+
+def _needs_engine(recipe: str) -> str:
+    return (
+        f"fp8.recipe = '{recipe}' needs the package transformer-engine, which is not installed: install it (extra gpu) or "
+        "choose fp8.recipe = 'tensorwise'"
+    )
 
 
 def transformer_engine_version() -> str | None:
@@ -152,36 +182,39 @@ def require_fp8(device: torch.device, recipe: str = "tensorwise") -> None:
         raise UserError(f"model.dtype = 'fp8' cannot run here: {obstacle}; use bf16")
 
 
-NO_FP8: Mapping[str, Any] = MappingProxyType({})
-
-
-def fp8_options(settings: Fp8Settings, *, num_layers: int, stages: int) -> dict[str, Any]:
-    """Megatron's settings of FP8 training. UserError where the layers kept in bf16 do not lie in one pipeline stage each."""
+def fp8_options(
+    settings: Fp8Settings, linears: LinearModules, *, num_layers: int, stages: int
+) -> dict[str, Any]:
+    """What these linear layers want in the configuration for FP8 training. UserError for a recipe that they do not have, and
+    where the layers kept in bf16 do not lie in one pipeline stage each."""
+    assert linears is not OWN, "their products are not FP8"
+    if linears is SCALED_MM and settings.recipe != "tensorwise":
+        raise UserError(_needs_engine(settings.recipe))
     for end in ("first", "last"):
         count = settings.model_dump()[f"{end}_layers_bf16"]
         if count > num_layers // stages:
             raise UserError(
                 f"fp8.{end}_layers_bf16 = {count} is more than the {num_layers // stages} layers of a pipeline stage"
             )
-    return {
+    ends: dict[str, Any] = {
+        "first_last_layers_bf16": settings.first_layers_bf16 + settings.last_layers_bf16 > 0,
+        "num_layers_at_start_in_bf16": settings.first_layers_bf16,
+        "num_layers_at_end_in_bf16": settings.last_layers_bf16,
+    }
+    if linears is SCALED_MM:
+        return ends | {"scaled_mm": settings.format}
+    return ends | {
         "fp8": settings.format,
         "fp8_recipe": settings.recipe,
         # The history of Transformer Engine's own recipe; the other recipes look at the tensor at hand.
         "fp8_amax_history_len": 1024,
         "fp8_amax_compute_algo": "max",
-        "first_last_layers_bf16": settings.first_layers_bf16 + settings.last_layers_bf16 > 0,
-        "num_layers_at_start_in_bf16": settings.first_layers_bf16,
-        "num_layers_at_end_in_bf16": settings.last_layers_bf16,
     }
 
 
-FP8_TOKENS = 16
-"""Rows and columns of an FP8 GEMM are multiples of it (cuBLAS)."""
-
-
-def token_multiple(config: TransformerConfig) -> int:
+def token_multiple(config: LinearConfig) -> int:
     """What the length of a row has to be a multiple of, so that each rank's share of it suits the GEMMs."""
     shares = config.context_parallel_size * (
         config.tensor_model_parallel_size if config.sequence_parallel else 1
     )
-    return FP8_TOKENS * shares if config.fp8 else 1
+    return ALIGNMENT * shares if config.fp8 or config.scaled_mm else 1

@@ -18,15 +18,21 @@ import torch
 from megatron.core import tensor_parallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 from torch.nn import functional
 
 from megatron_npr.config import Fp8Settings, ParallelSettings, Recompute
 from megatron_npr.context_parallel import shard_bounds
+from megatron_npr.fp8_linears import LinearConfig
 from megatron_npr.huggingface import HuggingFaceWeights
-from megatron_npr.linears import LinearModules, fp8_options, fuses_gradients, linear_modules
+from megatron_npr.linears import (
+    LinearModules,
+    fp8_options,
+    fuses_gradients,
+    layer_linears,
+    linear_modules,
+)
 from megatron_npr.logprobs import token_log_probs
 from megatron_npr.modules import LayoutRotaryEmbedding, RMSNorm, layer_spec
 from megatron_npr.parallel import World, megatron_context
@@ -135,7 +141,7 @@ class Policy(torch.nn.ModuleList):
         self.chunks, self.layout = tuple(chunks), layout
 
     @property
-    def config(self) -> TransformerConfig:
+    def config(self) -> LinearConfig:
         """Megatron's configuration, one object for all chunks."""
         return self.chunks[0].config
 
@@ -176,9 +182,9 @@ def transformer_config(
     router_aux_loss: float = 0.0,
     fp8: Fp8Settings | None = None,
     linears: LinearModules | None = None,
-) -> TransformerConfig:
+) -> LinearConfig:
     """Megatron's configuration of a model in this world; `linears`: the device's by default."""
-    linears = linears or linear_modules(world.device)
+    linears = linears or linear_modules(world.device, fp8=fp8 is not None)
     for name, count in (
         ("num_attention_heads", model.num_heads),
         ("num_key_value_heads", model.num_kv_heads),
@@ -187,7 +193,7 @@ def transformer_config(
             raise UserError(
                 f"parallel.tp {world.tensor_size} does not divide the model's {name} {count}: choose a divisor"
             )
-    return TransformerConfig(
+    return LinearConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,
@@ -230,7 +236,11 @@ def transformer_config(
         **(
             RECOMPUTE[recompute]
             | (_moe_settings(model, world, recompute, router_aux_loss, linears) if model.num_experts else {})
-            | (fp8_options(fp8, num_layers=model.num_layers, stages=world.pipeline_size) if fp8 else {})
+            | (
+                fp8_options(fp8, linears, num_layers=model.num_layers, stages=world.pipeline_size)
+                if fp8
+                else {}
+            )
         ),
     )
 
@@ -291,7 +301,7 @@ def build_policy(
     """The policy's part on this rank, randomly initialised; the sizes of the axes are those of `world`, `parallel` tells how
     layers and activations go with them. With an `entropy_coefficient` the entropy is computed beside the log-probs, with
     gradient unless it is 0. `linears`: the device's by default."""
-    linears = linears or linear_modules(world.device)
+    linears = linears or linear_modules(world.device, fp8=fp8 is not None)
     layout = trainer_layout(model, world, parallel)
     check_layouts(model, layout, EngineLayout())
     if model.num_experts and world.tensor_size > 1 and not parallel.sequence_parallel:
@@ -320,20 +330,28 @@ def build_policy(
 def _build_chunk(
     model: ModelConfig,
     world: World,
-    config: TransformerConfig,
+    config: LinearConfig,
     linears: LinearModules,
     number: int,
     entropy_coefficient: float | None,
 ) -> PolicyChunk:
     stage = _virtual_stage(world, number)
+    first = get_transformer_layer_offset(config, vp_stage=stage, pp_rank=world.pipeline_rank)
+    layers = range(first, first + get_num_layers_to_build(config, stage))
     return PolicyChunk(
         model_config=model,
         world=world,
         entropy_coefficient=entropy_coefficient,
         config=config,
         transformer_layer_spec=TransformerBlockSubmodules(
-            layer_specs=[layer_spec(qk_norm=model.qk_norm, experts=model.num_experts > 0, linears=linears)]
-            * get_num_layers_to_build(config, stage),
+            layer_specs=[
+                layer_spec(
+                    qk_norm=model.qk_norm,
+                    experts=model.num_experts > 0,
+                    linears=layer_linears(linears, config, layer),
+                )
+                for layer in layers
+            ],
             layer_norm=RMSNorm,
         ),
         vocab_size=padded_vocabulary(model.vocab_size, world.tensor_size),

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_npr.config import BatchSettings, OptimizerSettings, ParallelSettings
+from megatron_npr.config import BatchSettings, Fp8Settings, OptimizerSettings, ParallelSettings, Recompute
 from megatron_npr.huggingface import read_model_config
 from megatron_npr.losses import sft_loss
 from megatron_npr.packing import TrainSample
@@ -51,9 +51,12 @@ def new_trainer(
     dtype: torch.dtype = torch.float32,
     optimizer: OptimizerSettings = FAST,
     parallel: ParallelSettings = NO_AXES,
+    recompute: Recompute = "none",
+    fp8: Fp8Settings | None = None,
 ) -> Trainer:
     """For ten updates, from the weights of a Hugging Face folder."""
-    policy = build_policy(read_model_config(model_folder), world, dtype=dtype, parallel=parallel)
+    model = read_model_config(model_folder)
+    policy = build_policy(model, world, dtype=dtype, parallel=parallel, recompute=recompute, fp8=fp8)
     load_policy_weights(policy, model_folder)
     return Trainer(
         policy,

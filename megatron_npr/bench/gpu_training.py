@@ -52,7 +52,7 @@ TINY = Sizes(gpu_model.TINY, torch.float32, ((1024, 2), (2048, 1)), 128, steps=2
 
 
 def measure(device: torch.device, *, tiny: bool) -> list[TrainingFigures]:
-    """bf16 at all lengths, then FP8 where it can run."""
+    """bf16 at all lengths, then FP8 where it can run: Transformer Engine's where it is installed, else torch's own."""
     sizes = TINY if tiny else FULL
     rate = matmul_rate(device, sizes.square, sizes.dtype)
     found = []
@@ -105,7 +105,7 @@ def train(
     planned = memory_of(model.shape, Layout(), _workload(sizes.dtype, tokens, recompute))
     return TrainingFigures(
         precision="fp8" if fp8 else str(sizes.dtype).replace("torch.bfloat16", "bf16").removeprefix("torch."),
-        library=linear_modules(device).library,
+        library=linear_modules(device, fp8=fp8 is not None).library,
         row_tokens=tokens,
         rows=rows,
         density=sum(pairs) / (rows * tokens**2),

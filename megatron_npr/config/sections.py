@@ -49,7 +49,9 @@ class ModelSettings(Section):
 
 class Fp8Settings(Section):
     recipe: Literal["delayed", "tensorwise", "blockwise"] = Field(
-        "tensorwise", description="scales: from earlier steps, of the tensor at hand, of its blocks"
+        "tensorwise",
+        description="scales: from earlier steps, of the tensor at hand (the one recipe without transformer-engine), of its "
+        "blocks",
     )
     format: Literal["hybrid", "e4m3"] = Field("hybrid", description="hybrid = gradients in e5m2")
     first_layers_bf16: NonNegativeInt = Field(0, description="layers at the beginning that stay in bf16")

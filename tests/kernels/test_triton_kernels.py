@@ -16,7 +16,7 @@ KERNELS = Path(__file__).parent
 
 
 @pytest.mark.parametrize(
-    "case", ["attention", "split_heads", "rows", "quantise", "categorical", "broken_rows"]
+    "case", ["attention", "split_heads", "rows", "quantise", "divide", "categorical", "broken_rows"]
 )
 def test_the_gpus_operators_equal_the_cpus(case: str) -> None:
     assert "equal" in output_of("triton_worker.py", case)

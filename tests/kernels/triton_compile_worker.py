@@ -6,7 +6,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from npr_ext import triton_categorical, triton_kernels
+from npr_ext import triton_categorical, triton_fp8, triton_kernels
 
 HOPPER = GPUTarget("cuda", 90, 32)
 SHARED_BYTES = 227 << 10  # of a block, at most
@@ -53,6 +53,12 @@ def main() -> None:
     check(triton_kernels._silu_mul, "*bf16 *bf16 i32", {"block": 1024})
     row = {"width": 9728, "block": 16_384}
     check(triton_kernels._quantise, "*bf16 *fp8e4nv *fp32 fp32", row, num_warps=16)
+    for values in ("fp8e4nv", "fp8e5"):
+        tile = {"tile": triton_fp8.TILE, "writes_rows": True, "writes_columns": True}
+        types = f"*bf16 *fp32 *{values} *{values} i32 i32"
+        check(triton_fp8._divide, types, tile, num_warps=triton_fp8.WARPS)
+    turned = {"rows_RC": None, "tile": triton_fp8.TILE, "writes_rows": False, "writes_columns": True}
+    check(triton_fp8._divide, "*fp8e4nv *fp32 *fp8e4nv i32 i32", turned, num_warps=triton_fp8.WARPS)
     for logits, wide in (("bf16", tl.float32), ("fp64", tl.float64)):
         part = {"part_size": triton_categorical.PART, "wide": wide}
         of_rows = "*fp64" if logits == "fp64" else "*fp32"

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import npr_ext
 from npr_engine import fp8
-from npr_ext import triton_categorical, triton_kernels
+from npr_ext import triton_categorical, triton_fp8, triton_kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
@@ -115,6 +115,27 @@ def quantise() -> None:
     close(values.float().cpu().to(fp8.FP8).float(), expected_values.float(), torch.float32)
 
 
+def divide() -> None:
+    """One scale, both layouts or one of them; shapes that no tile divides, a scale that leaves NaN."""
+    for dtype, (num_rows, num_columns) in itertools.product(TYPES, ((0, 5), (3, 200), (257, 130))):
+        generator = torch.Generator().manual_seed(num_rows)
+        x, scale = randn(generator, dtype, num_rows, num_columns), torch.tensor(0.037)
+        expected = (x.float() / scale).to(ROUNDED)
+        both = [torch.empty(shape, dtype=ROUNDED, device=DEVICE) for shape in (x.shape, x.T.shape)]
+        alone = [torch.empty_like(each) for each in both]
+        on_device = x.to(DEVICE), scale.to(DEVICE)
+        triton_fp8.divide(*on_device, *both)
+        triton_fp8.divide(*on_device, alone[0], None)
+        triton_fp8.divide(*on_device, None, alone[1])
+        for rows_RC, columns_CR in (both, alone):
+            close(rows_RC.float(), expected.float(), torch.float32)
+            close(columns_CR.float(), expected.T.float(), torch.float32)
+    broken = torch.empty(2, 3, dtype=ROUNDED, device=DEVICE)
+    infinite = torch.tensor([[1.0, torch.inf, -torch.inf]] * 2, device=DEVICE)
+    triton_fp8.divide(infinite, torch.tensor(torch.inf, device=DEVICE), broken, None)
+    assert broken.float().cpu().isnan().tolist() == [[False, True, True]] * 2
+
+
 def categorical() -> None:
     """The same draws, with truncated distributions, at both ends of the uniform numbers, over one and several parts."""
     generator = torch.Generator().manual_seed(0)
@@ -162,7 +183,9 @@ def broken_rows() -> None:
     assert ((indices >= 0) & (indices < 57)).all()
 
 
-CASES = {case.__name__: case for case in (attention, split_heads, rows, quantise, categorical, broken_rows)}
+CASES = {
+    case.__name__: case for case in (attention, split_heads, rows, quantise, divide, categorical, broken_rows)
+}
 
 if __name__ == "__main__":
     CASES[sys.argv[1]]()

@@ -16,7 +16,16 @@ from megatron_npr import linears, stage3
 from megatron_npr.config import Fp8Settings, ParallelSettings, Stage3Config, load_config
 from megatron_npr.demo.base import FOLDER
 from megatron_npr.huggingface import read_model_config
-from megatron_npr.linears import describe, fp8_obstacle, fp8_options, linear_modules, token_multiple
+from megatron_npr.linears import (
+    SCALED_MM,
+    TRANSFORMER_ENGINE,
+    LinearModules,
+    describe,
+    fp8_obstacle,
+    fp8_options,
+    linear_modules,
+    token_multiple,
+)
 from megatron_npr.modules import layer_spec
 from megatron_npr.packing import RowPlan, row_length
 from megatron_npr.parallel import World, megatron_context
@@ -29,8 +38,15 @@ CPU = torch.device("cpu")
 DEMO = Path(__file__).parents[2] / "configs" / "demo" / "stage3.toml"
 
 
-def config_of(world: World, model: ModelConfig, fp8: Fp8Settings | None = None) -> object:
-    return transformer_config(model, world, dtype=torch.bfloat16, parallel=ParallelSettings(), fp8=fp8)
+def config_of(
+    world: World,
+    model: ModelConfig,
+    fp8: Fp8Settings | None = None,
+    linears: LinearModules | None = None,
+) -> object:
+    return transformer_config(
+        model, world, dtype=torch.bfloat16, parallel=ParallelSettings(), fp8=fp8, linears=linears
+    )
 
 
 @pytest.mark.parametrize("family", ["qwen3 tied", "qwen3 untied", "qwen2", "llama", "qwen3_moe"])
@@ -85,6 +101,25 @@ def test_a_cpu_has_megatrons_own_layers_and_says_so() -> None:
     assert linear_modules(CPU) is linears.OWN
     said = "linear layers: Megatron-Core; Adam: torch; gradient accumulation: after the GEMM"
     assert describe(CPU) == said
+    assert "linear layers: Megatron-Core, FP8 by torch._scaled_mm; Adam" in describe(CPU, fp8=True)
+
+
+def test_on_a_gpu_transformer_engine_comes_first_and_torchs_fp8_only_where_it_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gpu = torch.device("cuda", 0)
+    for installed, expected in (
+        (True, (linears.TRANSFORMER_ENGINE, linears.TRANSFORMER_ENGINE)),
+        (False, (linears.OWN, linears.SCALED_MM)),
+    ):
+        monkeypatch.setattr(transformer_engine, "HAVE_TE", installed)
+        assert (linear_modules(gpu), linear_modules(gpu, fp8=True)) == expected
+
+
+NEEDS_ENGINE = (
+    "fp8.recipe = '{}' needs the package transformer-engine, which is not installed: install it (extra gpu) or choose "
+    "fp8.recipe = 'tensorwise'"
+)
 
 
 @pytest.mark.parametrize(
@@ -100,13 +135,24 @@ def test_a_cpu_has_megatrons_own_layers_and_says_so() -> None:
             "L40S has compute capability 8.9, recipe blockwise needs 9.0",
         ),
         ("delayed", "A100", (8, 0), "2.20.2", "A100 has compute capability 8.0, recipe delayed needs 8.9"),
-        ("delayed", "H100", (9, 0), None, "the package transformer-engine is not installed (extra gpu)"),
+        ("tensorwise", "H100", (9, 0), None, None),
+        ("delayed", "H100", (9, 0), None, NEEDS_ENGINE.format("delayed")),
+        ("blockwise", "H100", (9, 0), None, NEEDS_ENGINE.format("blockwise")),
+        (
+            "tensorwise",
+            "A100",
+            (8, 0),
+            None,
+            "A100 has compute capability 8.0, recipe tensorwise needs 8.9 (with the package transformer-engine, extra gpu, "
+            "or with torch alone)",
+        ),
         (
             "tensorwise",
             "cpu",
             None,
             None,
-            "cpu is no GPU, recipe tensorwise needs 8.9; the package transformer-engine is not installed (extra gpu)",
+            "cpu is no GPU, recipe tensorwise needs 8.9 (with the package transformer-engine, extra gpu, or with torch "
+            "alone)",
         ),
     ],
 )
@@ -118,7 +164,9 @@ def test_fp8_runs_where_device_and_package_allow_it(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 def test_fp8_on_a_cpu_ends_a_run_before_it_starts(tmp_path: Path) -> None:
-    words = ["--run.dir", str(tmp_path), "--model.path", str(FOLDER), "--model.dtype", "fp8"]
+    # One thread: the session sets their number for this whole process, and so for the tests after this one.
+    words = ["--run.dir", str(tmp_path), "--run.threads", "1"]
+    words += ["--model.path", str(FOLDER), "--model.dtype", "fp8"]
     config = load_config(Stage3Config, DEMO, words)
     with pytest.raises(
         UserError, match=r"model\.dtype = 'fp8' cannot run here: cpu is no GPU.*transformer-engine"
@@ -129,21 +177,39 @@ def test_fp8_on_a_cpu_ends_a_run_before_it_starts(tmp_path: Path) -> None:
 def test_layers_at_both_ends_stay_in_bf16(world: World) -> None:
     model = ModelConfig(8, 64, 4, 2, 16, 96, 97)
     settings = Fp8Settings(recipe="blockwise", format="e4m3", first_layers_bf16=2, last_layers_bf16=1)
-    config = config_of(world, model, settings)
-    assert (config.fp8, config.fp8_recipe) == ("e4m3", "blockwise")
+    config = config_of(world, model, settings, TRANSFORMER_ENGINE)
+    assert (config.fp8, config.fp8_recipe, config.scaled_mm) == ("e4m3", "blockwise", None)
     kept = [layer for layer in range(8) if is_first_last_bf16_layer(config, layer)]
     assert kept == [0, 1, 7]
     with pytest.raises(UserError, match=r"fp8\.first_layers_bf16 = 5 is more than the 4 layers"):
-        fp8_options(Fp8Settings(first_layers_bf16=5), num_layers=8, stages=2)
+        fp8_options(Fp8Settings(first_layers_bf16=5), TRANSFORMER_ENGINE, num_layers=8, stages=2)
+    with pytest.raises(UserError, match=r"fp8\.last_layers_bf16 = 9 is more than the 8 layers"):
+        fp8_options(Fp8Settings(last_layers_bf16=9), SCALED_MM, num_layers=8, stages=1)
     with pytest.raises(ValidationError, match=r"recipe delayed scales all layers at once"):
         Fp8Settings(recipe="delayed", last_layers_bf16=1)
+
+
+@pytest.mark.parametrize("recipe", ["delayed", "blockwise"])
+def test_recipes_that_torch_does_not_have_are_refused_with_what_to_do(recipe: str, world: World) -> None:
+    model = ModelConfig(8, 64, 4, 2, 16, 96, 97)
+    with pytest.raises(UserError) as refused:
+        config_of(world, model, Fp8Settings(recipe=recipe), SCALED_MM)
+    assert str(refused.value) == NEEDS_ENGINE.format(recipe)
+
+
+def test_megatron_is_not_told_of_torchs_fp8(world: World) -> None:
+    """Its own setting makes it call Transformer Engine, for recomputation and for experts."""
+    model = ModelConfig(8, 64, 4, 2, 16, 96, 97)
+    config = config_of(world, model, Fp8Settings(format="e4m3"), SCALED_MM)
+    assert (config.fp8, config.scaled_mm) == (None, "e4m3")
 
 
 def test_rows_suit_fp8_gemms_on_every_rank(world: World) -> None:
     model = ModelConfig(8, 64, 4, 2, 16, 96, 97)
     assert token_multiple(config_of(world, model)) == 1
-    config = config_of(world, model, Fp8Settings())
-    assert token_multiple(config) == 16
+    for library in (TRANSFORMER_ENGINE, SCALED_MM):
+        config = config_of(world, model, Fp8Settings(), library)
+        assert token_multiple(config) == 16
     config.context_parallel_size, config.tensor_model_parallel_size, config.sequence_parallel = 3, 4, True
     assert token_multiple(config) == 16 * 3 * 4
     length = row_length([RowPlan((), 700)], multiple=token_multiple(config))
