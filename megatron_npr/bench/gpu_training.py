@@ -20,12 +20,12 @@ from megatron_npr.bench import gpu_model
 from megatron_npr.bench.gpu_result import TrainingFigures
 from megatron_npr.bench.gpu_timing import matmul_rate
 from megatron_npr.config import BatchSettings, Fp8Settings, OptimizerSettings, Recompute
-from megatron_npr.linears import fp8_obstacle, linear_modules, transformer_engine_version
+from megatron_npr.linears import TRANSFORMER_ENGINE, fp8_obstacle, linear_modules, transformer_engine_version
 from megatron_npr.losses import sft_loss
 from megatron_npr.memory_policy import peak_memory
 from megatron_npr.packing import TrainSample
 from megatron_npr.parallel import World, world_of
-from megatron_npr.planning import Layout, Workload, memory_of
+from megatron_npr.planning import Layout, Modules, Workload, memory_of
 from megatron_npr.planning.memory import RUNTIME_BYTES, USABLE
 from megatron_npr.planning.times import model_flops
 from megatron_npr.policy import build_policy
@@ -102,7 +102,7 @@ def train(
     pairs = [attended_pairs(sample, TAGS, branching=True) for sample in samples]
     seconds = statistics.median(report.seconds for report in reports[1:])
     flops = model_flops(model.shape, tokens=tokens * rows, targets=reports[0].num_targets, pairs=sum(pairs))
-    planned = memory_of(model.shape, Layout(), _workload(sizes.dtype, tokens, recompute))
+    planned = memory_of(model.shape, Layout(), _workload(sizes.dtype, tokens, recompute, device))
     return TrainingFigures(
         precision="fp8" if fp8 else str(sizes.dtype).replace("torch.bfloat16", "bf16").removeprefix("torch."),
         library=linear_modules(device, fp8=fp8 is not None).library,
@@ -139,8 +139,11 @@ def standard_sample(seed: int, tokens: int) -> TrainSample:
     )
 
 
-def _workload(dtype: torch.dtype, tokens: int, recompute: Recompute) -> Workload:
-    return Workload(bytes_per_weight=dtype.itemsize, recompute=recompute, row_tokens=tokens, kv_slots=0)
+def _workload(dtype: torch.dtype, tokens: int, recompute: Recompute, device: torch.device) -> Workload:
+    modules: Modules = "cpu"
+    if device.type == "cuda":
+        modules = "transformer engine" if linear_modules(device) is TRANSFORMER_ENGINE else "torch"
+    return Workload(dtype.itemsize, modules, recompute, tokens, kv_slots=0)
 
 
 def lightest_recompute(
@@ -151,6 +154,7 @@ def lightest_recompute(
         return "none"
     room = USABLE * torch.cuda.get_device_properties(device).total_memory
     needs = {
-        each: memory_of(model.shape, Layout(), _workload(dtype, tokens, each)).total for each in RECOMPUTES
+        each: memory_of(model.shape, Layout(), _workload(dtype, tokens, each, device)).total
+        for each in RECOMPUTES
     }
     return next((each for each in RECOMPUTES if needs[each] <= room), "full")

@@ -49,7 +49,7 @@ def measure() -> dict[str, object]:
 def compare(name: str) -> dict[str, float]:
     """Bytes that training adds to a process, as planned and as measured."""
     architecture, tokens = CASES[name]
-    work = Workload(bytes_per_weight=4, row_tokens=tokens, kv_slots=0)
+    work = Workload(bytes_per_weight=4, modules="cpu", row_tokens=tokens, kv_slots=0)
     planned = memory_of(architecture, Layout(), work).total - RUNTIME_BYTES
     with _blocks_returned():
         measured = peak_bytes(functools.partial(prepare, name))

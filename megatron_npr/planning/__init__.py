@@ -4,7 +4,7 @@ Architecture, Cluster, Workload ──► search ──► Layout ──► memo
 """
 
 from megatron_npr.planning.cluster import CLUSTER_GPUS, Cluster, Gpu
-from megatron_npr.planning.job import Layout, Workload
+from megatron_npr.planning.job import Layout, Modules, Workload
 from megatron_npr.planning.memory import Memory, memory_of
 from megatron_npr.planning.search import JobPlan, best, evaluate
 from megatron_npr.planning.times import Times, times_of
@@ -16,6 +16,7 @@ __all__ = [
     "JobPlan",
     "Layout",
     "Memory",
+    "Modules",
     "Times",
     "Workload",
     "best",

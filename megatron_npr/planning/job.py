@@ -10,6 +10,8 @@ from megatron_npr.resharding import EngineLayout, TrainerLayout, split_layers
 from npr_ext.errors import UserError
 
 Recompute = Literal["none", "selective", "full"]
+Modules = Literal["cpu", "torch", "transformer engine"]
+"""Whose modules make up a layer: our own on the CPU, our own on a GPU, Transformer Engine's there."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class Workload:
 
     Attributes:
         bytes_per_weight: 2 for bf16, 4 for fp32.
+        modules: what is kept for the backward pass depends on them.
         row_tokens: tokens of a micro-batch.
         responses: of one step (SFT: samples); response_tokens: their mean length.
         speedup: tokens of a response over its critical path.
@@ -72,6 +75,7 @@ class Workload:
     """
 
     bytes_per_weight: int = 2
+    modules: Modules = "transformer engine"
     recompute: Recompute = "none"
     row_tokens: int = 32_768
     responses: int = 256

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from megatron_npr.architecture import Architecture
-from megatron_npr.planning.job import Layout, Workload
+from megatron_npr.planning.job import Layout, Modules, Workload
 from megatron_npr.resharding.catalog import Kind, Place, engine_cut, kinds
 from megatron_npr.resharding.cuts import local_size
 
@@ -18,6 +18,12 @@ GRADIENT_BYTES = 4  # Megatron's buffers accumulate in fp32
 LOSS_CHUNK = 4096  # rows of logits at a time; megatron_npr.logprobs
 RUNTIME_BYTES = 2.0e9  # CUDA context, NCCL's buffers, library workspaces
 USABLE = 0.94  # of a GPU's memory: the allocator's fragments take the rest
+SWIGLU: dict[Modules, tuple[int, int]] = {"cpu": (3, 3), "torch": (4, 4), "transformer engine": (5, 4)}
+"""Tensors as wide as an MLP: (kept for the backward pass, of gradients at once in it).
+
+Kept are gate and up together and their product; by PyTorch's operators also silu(gate); by Megatron's own activation, which
+adds an offset to up, also that sum. Gradients are those of the product and of gate and up together; PyTorch's operators hold
+the latter apart before they join them."""
 
 
 @dataclass(frozen=True)
@@ -91,33 +97,32 @@ def activation_bytes_per_token(
 ) -> tuple[float, float]:
     """(kept until backward, of the layer whose backward pass runs) per token of a row and layer on one rank.
 
-    As our own modules keep them (counted with torch's saved-tensor hooks): a norm its input, the normalised rows and its
-    output; fused QKV; queries and keys normalised and rotated, queries once more, attention's output and log-sum-exp;
-    the angles; gate and up together, both again apart, and their product. A backward pass through SwiGLU holds gradients
-    of four times its width besides.
+    As the modules keep them (counted with torch's saved-tensor hooks): the stream of hidden states before each norm, and what
+    the norm makes of it; fused QKV, of which keys and values are views; queries once more where they are normalised; queries
+    and keys rotated, attention's output and log-sum-exp; the angles; SWIGLU. Experts keep the rows that were sent to them, and
+    the product also times its probability; the router reads its rows in fp32, and keeps who goes where.
     """
     size, tp = work.bytes_per_weight, layout.tp
-    hidden = architecture.hidden_size / (tp if layout.sequence_parallel else 1)
+    stream = size * architecture.hidden_size / (tp if layout.sequence_parallel else 1)
     queries = architecture.num_heads * architecture.head_dim
     keys = architecture.num_kv_heads * architecture.head_dim
-    normed = (queries + keys) if architecture.qk_norm else 0
-    attention = architecture.qkv_rows + normed + 3 * queries + keys
-    kept_attention = size * (3 * hidden + attention / tp + 4 * architecture.head_dim)
+    attention = architecture.qkv_rows + (3 if architecture.qk_norm else 2) * queries + keys
+    kept_attention = 2 * stream + size * (attention / tp + 4 * architecture.head_dim)
     kept_attention += 4 * architecture.num_heads / tp
-    width = architecture.ffn_hidden_size / tp
+    widths, gradient_widths = SWIGLU[work.modules]
+    width = size * architecture.ffn_hidden_size / tp
     if architecture.num_experts:
         chosen = architecture.experts_per_token
-        kept_mlp = size * (2 * hidden + chosen * (2 * architecture.hidden_size / tp + 5 * width))
-        kept_mlp += 8 * architecture.num_experts / tp
+        routing = (5 * architecture.num_experts + 24 * chosen) / tp + (2 * stream if size == 2 else 0)
+        kept_mlp = stream + routing + chosen * (size * architecture.hidden_size / tp + (widths + 1) * width)
         width *= chosen
     else:
-        kept_mlp = size * (2 * hidden + 5 * width)
-    residual, gradients = size * hidden, size * 4 * width
-    everything = kept_attention + residual + kept_mlp
+        kept_mlp = stream + widths * width
+    everything, gradients = kept_attention + stream + kept_mlp, gradient_widths * width
     if work.recompute == "full":
-        return residual, everything + gradients
+        return stream, everything + gradients
     if work.recompute == "selective":
-        return kept_attention + residual, kept_mlp + gradients
+        return kept_attention + stream, kept_mlp + gradients
     return everything, gradients
 
 
@@ -178,14 +183,22 @@ def _engine_copy(architecture: Architecture, layout: Layout, work: Workload) -> 
 
 
 def _loss_workspace(architecture: Architecture, layout: Layout, work: Workload, stage: int) -> float:
-    """The last stage's: gathered hidden states with their gradient, three copies in fp32 of a chunk of logits (megatron_npr.
-    logprobs), the vocabulary matrix's gradient in fp32. Other stages: the rows that travel."""
+    """The last stage's: gathered hidden states with their gradient, and the wider pass over the logits (megatron_npr.logprobs).
+    Other stages: the rows that travel.
+
+    Forward holds a chunk of logits in fp32 and their exponentials. Backward turns the logits into their gradient in place and
+    in bf16 once more, while those of the chunk before are still there, and holds the vocabulary matrix's gradient in fp32 with
+    a chunk's part of it.
+    """
     size, tokens, hidden = work.bytes_per_weight, work.row_tokens / layout.cp, architecture.hidden_size
     if stage != layout.pp - 1:
         return 2 * size * tokens * hidden
     vocabulary = -(-architecture.vocab_size // layout.tp)
-    chunk = min(LOSS_CHUNK, tokens) * vocabulary * 12
-    return 3 * size * tokens * hidden + chunk + (4 + size) * vocabulary * hidden
+    logits = min(LOSS_CHUNK, tokens) * vocabulary
+    chunks_at_once = 2 if tokens > LOSS_CHUNK else 1
+    forward = 8 * logits
+    backward = chunks_at_once * (4 if size == 4 else 6) * logits + (4 + size) * vocabulary * hidden
+    return 3 * size * tokens * hidden + max(forward, backward)
 
 
 def _decoding_workspace(architecture: Architecture, layout: Layout, work: Workload) -> float:

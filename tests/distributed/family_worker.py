@@ -1,6 +1,6 @@
 """One process of a world that holds each model of a list: logits against transformers', weights gathered again.
 
-Started by `test_model_families.py`: family_worker.py TP PP FOLDER... OUT
+Started by `test_model_families.py`: family_worker.py TP PP EP FOLDER... OUT
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ def measure(world: World, folder: Path) -> dict[str, float]:
 def main() -> None:
     """Measure all folders in one world and write rank 0's figures."""
     torch.set_num_threads(1)
-    with world_of(tensor=int(sys.argv[1]), pipeline=int(sys.argv[2])) as world:
-        figures = [measure(world, Path(folder)) for folder in sys.argv[3:-1]]
+    tensor, pipeline, expert = map(int, sys.argv[1:4])
+    with world_of(tensor=tensor, pipeline=pipeline, expert=expert) as world:
+        figures = [measure(world, Path(folder)) for folder in sys.argv[4:-1]]
         if world.is_main:
             Path(sys.argv[-1]).write_text(json.dumps(figures))
         dist.barrier()

@@ -1,4 +1,4 @@
-"""Every model family under tensor and pipeline parallelism: transformers' logits, and the same bits gathered again."""
+"""Every model family under tensor, pipeline and expert parallelism: transformers' logits, and the same bits gathered again."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from tests.distributed.launch import run_worker
 from tests.families import FAMILIES, save_family
 
 
-def measure(folders: dict[str, Path], tensor: int, pipeline: int) -> None:
+def measure(folders: dict[str, Path], tensor: int, pipeline: int, expert: int = 1) -> None:
     """Start the world, and hold its figures against what they must be."""
-    said = run_worker("family_worker", (tensor, pipeline, *folders.values()), tensor * pipeline)
+    processes = pipeline * max(tensor, expert)
+    said = run_worker("family_worker", (tensor, pipeline, expert, *folders.values()), processes)
     for name, figures in zip(folders, json.loads(said), strict=True):
         assert figures["logits_difference"] <= 1e-4, name
         assert figures["other_tensors"] == 0, f"{name}: {figures['other_tensors']} tensors came back changed"
@@ -23,6 +24,21 @@ def measure(folders: dict[str, Path], tensor: int, pipeline: int) -> None:
 def test_tiny_models_of_all_families_under(tensor: int, pipeline: int, tmp_path: Path) -> None:
     folders = {name: save_family(name, tmp_path / name) for name in FAMILIES}
     measure(folders, tensor, pipeline)
+
+
+def experts_under(tensor: int, pipeline: int, folder: Path) -> None:
+    folders = {name: save_family(name, folder / name) for name in FAMILIES if "moe" in name}
+    measure(folders, tensor, pipeline, expert=2)
+
+
+def test_tiny_models_whose_experts_lie_on_two_ranks(tmp_path: Path) -> None:
+    experts_under(1, 1, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tensor, pipeline", [(2, 1), (1, 2)], ids=["tp2", "pp2"])
+def test_tiny_models_whose_experts_lie_on_two_ranks_under(tensor: int, pipeline: int, tmp_path: Path) -> None:
+    experts_under(tensor, pipeline, tmp_path)
 
 
 @pytest.mark.slow
