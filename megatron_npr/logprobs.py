@@ -43,14 +43,12 @@ class VocabParallelLogProbs(torch.autograd.Function):
         mean_logit_M = torch.empty_like(normalizer_M) if entropy else None
         for start in range(0, num_targets, chunk):
             part = slice(start, start + chunk)
-            logits_CV = _chunk_logits(hidden_MD[part], weight_VD, num_valid, accumulate)
-            local_C = targets_M[part] - first_row
-            owned_C = (local_C >= 0) & (local_C < num_valid)
-            picked_C = logits_CV.gather(1, local_C.clamp(0, weight_VD.shape[0] - 1)[:, None])[:, 0]
-            chosen_M[part] = torch.where(owned_C, picked_C, torch.zeros_like(picked_C))
-            normalizer_M[part] = torch.logsumexp(logits_CV, dim=1)
-            if mean_logit_M is not None:
-                mean_logit_M[part] = _mean_logit(logits_CV[:, :num_valid], normalizer_M[part])
+            chosen_C, normalizer_C, mean_logit_C = _chunk_values(
+                hidden_MD[part], weight_VD, targets_M[part] - first_row, num_valid, accumulate, entropy
+            )
+            chosen_M[part], normalizer_M[part] = chosen_C, normalizer_C
+            if mean_logit_M is not None and mean_logit_C is not None:
+                mean_logit_M[part] = mean_logit_C
         if group is not None and group.size() > 1:
             dist.all_reduce(chosen_M, group=group)
             own_normalizer_M, normalizer_M = normalizer_M, _log_sum_exp_over(normalizer_M, group)
@@ -73,23 +71,64 @@ class VocabParallelLogProbs(torch.autograd.Function):
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=normalizer_M.dtype)
         for start in range(0, hidden_MD.shape[0], ctx.chunk):
             part = slice(start, start + ctx.chunk)
-            logits_CV = _chunk_logits(hidden_MD[part], weight_VD, ctx.num_valid, normalizer_M.dtype)
-            # d log p(target) / d logits = onehot(target) - p; d entropy / d logits = -p (log p + entropy)
-            log_probs_CV = logits_CV.sub_(normalizer_M[part, None])
-            if grad_entropy_M is None:
-                grad_logits_CV = log_probs_CV.exp_().mul_(-grad_M[part, None])
-            else:
-                probs_CV = torch.exp(log_probs_CV)
-                grad_logits_CV = log_probs_CV.add_(entropy_M[part, None]).mul_(-grad_entropy_M[part, None])
-                grad_logits_CV.sub_(grad_M[part, None]).mul_(probs_CV)
-                grad_logits_CV[:, ctx.num_valid :] = 0  # 0 x -inf
-            local_C = targets_M[part] - ctx.first_row
-            rows = torch.nonzero((local_C >= 0) & (local_C < ctx.num_valid))[:, 0]
-            grad_logits_CV[rows, local_C[rows]] += grad_M[part][rows]
-            grad_logits_CV = grad_logits_CV.to(hidden_MD.dtype)
-            grad_hidden_MD[part] = grad_logits_CV @ weight_VD
-            grad_weight_VD += grad_logits_CV.T @ hidden_MD[part]
+            grad_hidden_MD[part] = _chunk_gradients(
+                hidden_MD[part],
+                weight_VD,
+                targets_M[part] - ctx.first_row,
+                normalizer_M[part, None],
+                grad_M[part, None],
+                None if grad_entropy_M is None else (entropy_M[part, None], grad_entropy_M[part, None]),
+                ctx.num_valid,
+                grad_weight_VD,
+            )
         return grad_hidden_MD, grad_weight_VD.to(weight_VD.dtype), None, None, None, None, None, None
+
+
+# What belongs to a chunk lives in these functions alone: in a loop's body its logits would still be there while the next
+# chunk's are computed.
+
+
+def _chunk_values(
+    hidden_CD: Tensor, weight_VD: Tensor, local_C: Tensor, num_valid: int, dtype: torch.dtype, entropy: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """This rank's parts: logits of the targets (0 where another rank has them), log sum exp, and with `entropy` mean logit;
+    [C] each. `local_C` are the targets, counted from this rank's first row."""
+    logits_CV = _chunk_logits(hidden_CD, weight_VD, num_valid, dtype)
+    owned_C = (local_C >= 0) & (local_C < num_valid)
+    picked_C = logits_CV.gather(1, local_C.clamp(0, len(weight_VD) - 1)[:, None])[:, 0]
+    normalizer_C = torch.logsumexp(logits_CV, dim=1)
+    mean_logit_C = _mean_logit(logits_CV[:, :num_valid], normalizer_C) if entropy else None
+    return torch.where(owned_C, picked_C, torch.zeros_like(picked_C)), normalizer_C, mean_logit_C
+
+
+def _chunk_gradients(
+    hidden_CD: Tensor,
+    weight_VD: Tensor,
+    local_C: Tensor,
+    normalizer_C1: Tensor,
+    grad_C1: Tensor,
+    entropies: tuple[Tensor, Tensor] | None,
+    num_valid: int,
+    grad_weight_VD: Tensor,
+) -> Tensor:
+    """The hidden states' gradient [C, D]; the weight's is added to `grad_weight_VD`. `entropies`: they and their gradients."""
+    logits_CV = _chunk_logits(hidden_CD, weight_VD, num_valid, normalizer_C1.dtype)
+    # d log p(target) / d logits = onehot(target) - p; d entropy / d logits = -p (log p + entropy)
+    log_probs_CV = logits_CV.sub_(normalizer_C1)
+    if entropies is None:
+        grad_logits_CV = log_probs_CV.exp_().mul_(-grad_C1)
+    else:
+        entropy_C1, grad_entropy_C1 = entropies
+        probs_CV = torch.exp(log_probs_CV)
+        grad_logits_CV = log_probs_CV.add_(entropy_C1).mul_(-grad_entropy_C1)
+        grad_logits_CV.sub_(grad_C1).mul_(probs_CV)
+        grad_logits_CV[:, num_valid:] = 0  # 0 x -inf
+    rows = torch.nonzero((local_C >= 0) & (local_C < num_valid))[:, 0]
+    grad_logits_CV[rows, local_C[rows]] += grad_C1[rows, 0]
+    narrow_CV = grad_logits_CV.to(hidden_CD.dtype)
+    del logits_CV, log_probs_CV, grad_logits_CV  # the products need the narrow one alone
+    grad_weight_VD += narrow_CV.T @ hidden_CD
+    return narrow_CV @ weight_VD
 
 
 def _chunk_logits(hidden_CD: Tensor, weight_VD: Tensor, num_valid: int, dtype: torch.dtype) -> Tensor:

@@ -187,17 +187,15 @@ def _loss_workspace(architecture: Architecture, layout: Layout, work: Workload, 
     Other stages: the rows that travel.
 
     Forward holds a chunk of logits in fp32 and their exponentials. Backward turns the logits into their gradient in place and
-    in bf16 once more, while those of the chunk before are still there, and holds the vocabulary matrix's gradient in fp32 with
-    a chunk's part of it.
+    in bf16 once more, and holds the vocabulary matrix's gradient in fp32 with a chunk's part of it.
     """
     size, tokens, hidden = work.bytes_per_weight, work.row_tokens / layout.cp, architecture.hidden_size
     if stage != layout.pp - 1:
         return 2 * size * tokens * hidden
     vocabulary = -(-architecture.vocab_size // layout.tp)
     logits = min(LOSS_CHUNK, tokens) * vocabulary
-    chunks_at_once = 2 if tokens > LOSS_CHUNK else 1
     forward = 8 * logits
-    backward = chunks_at_once * (4 if size == 4 else 6) * logits + (4 + size) * vocabulary * hidden
+    backward = (4 if size == 4 else 6) * logits + (4 + size) * vocabulary * hidden
     return 3 * size * tokens * hidden + max(forward, backward)
 
 

@@ -1,5 +1,7 @@
 """Chunked vocab-parallel log-probs and entropy against log_softmax, values and gradients."""
 
+import weakref
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -109,3 +111,35 @@ def test_no_tensor_is_larger_than_a_chunk_of_logits_whatever_the_length(num_targ
         assert entropy is not None
         (log_probs + entropy).sum().backward()
     assert seen.elements == 32 * 512
+
+
+class LiveLogits(TorchDispatchMode):
+    """The most bytes of chunks of logits that were there at once; views count with what they are views of."""
+
+    def __init__(self, elements: int) -> None:
+        super().__init__()
+        self.most, self._elements = 0, elements
+        self._seen: list[weakref.ref[torch.Tensor]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.numel() == self._elements:
+            self._seen.append(weakref.ref(result))
+        alive = [tensor for tensor in (reference() for reference in self._seen) if tensor is not None]
+        sizes = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in alive}
+        self.most = max(self.most, sum(sizes.values()))
+        return result
+
+
+@pytest.mark.parametrize(("dtype", "bytes_a_logit"), [(torch.float32, 4), (torch.bfloat16, 6)])
+@pytest.mark.parametrize("num_chunks", [1, 5])
+def test_logits_of_one_chunk_are_held_at_a_time(
+    num_chunks: int, dtype: torch.dtype, bytes_a_logit: int
+) -> None:
+    hidden = torch.randn(32 * num_chunks, 4).to(dtype).requires_grad_()
+    weight = torch.randn(500, 4).to(dtype).requires_grad_()
+    targets = torch.zeros(len(hidden), dtype=torch.long)
+    with LiveLogits(32 * 500) as seen:
+        log_probs, _ = token_log_probs(hidden, weight, targets, chunk=32)
+        log_probs.sum().backward()
+    assert seen.most == bytes_a_logit * 32 * 500
