@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from npr_ext import _C  # noqa: F401  (loading it registers torch.ops.npr)
+from npr_ext import decoder
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -21,8 +21,7 @@ class _RmsNorm(torch.autograd.Function):
     def forward(ctx: Any, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         ctx.save_for_backward(x_TD, weight_D)
         ctx.eps = eps
-        normed_TD: Tensor = torch.ops.npr.rms_norm(x_TD, weight_D, eps)
-        return normed_TD
+        return decoder.rms_norm(x_TD, weight_D, eps)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -34,8 +33,7 @@ class _SiluMul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up_TF: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up_TF)
-        product_TF: Tensor = torch.ops.npr.silu_mul(gate_up_TF)
-        return product_TF
+        return decoder.silu_mul(gate_up_TF)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:

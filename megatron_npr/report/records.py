@@ -131,6 +131,7 @@ class DemoResult:
                 "num_problems": self.num_problems,
                 "samples_per_problem": self.samples_per_problem,
                 "evaluation_seconds": self.evaluation_seconds,
+                "busy_seconds": self.busy_seconds,
                 "median_step_tokens": median,
                 "phase_seconds": {name: dict(phases) for name, phases in self.phase_seconds.items()},
                 "comparisons": {name: _comparison(value) for name, value in self.comparisons.items()},

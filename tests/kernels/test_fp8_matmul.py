@@ -8,15 +8,12 @@ import torch
 from megatron_npr.fp8_matmul import (
     FORWARD,
     GRADIENTS,
-    Scaled,
-    largest_magnitude,
     product,
-    rounded,
     rounded_both,
     rounded_transposed,
-    scale_of,
     transposed,
 )
+from tests.fp8_tensors import scaled
 
 pytestmark = pytest.mark.gpu
 E4M3, E5M2 = FORWARD, GRADIENTS["hybrid"]
@@ -27,11 +24,6 @@ def numbers(seed: int, *shape: int) -> torch.Tensor:
     return (
         torch.randn(shape, generator=generator) * torch.randn(shape, generator=generator).exp()
     ).bfloat16()
-
-
-def scaled(x_RC: torch.Tensor, dtype: torch.dtype) -> Scaled:
-    scale = scale_of(largest_magnitude(x_RC), dtype)
-    return Scaled(rounded(x_RC, scale, dtype), scale)
 
 
 @pytest.mark.parametrize("dtype", [E4M3, E5M2])

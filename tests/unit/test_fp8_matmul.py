@@ -9,7 +9,6 @@ import torch
 from megatron_npr.fp8_matmul import (
     FORWARD,
     GRADIENTS,
-    Scaled,
     largest_magnitude,
     product,
     rounded,
@@ -18,6 +17,7 @@ from megatron_npr.fp8_matmul import (
     scale_of,
     transposed,
 )
+from tests.fp8_tensors import scaled
 from tests.fp8_truth import E4M3, E5M2, quantised
 from tests.fp8_truth import scale_of as true_scale
 
@@ -28,11 +28,6 @@ def wide_numbers(seed: int, *shape: int) -> torch.Tensor:
     """From the format's subnormal numbers to its largest ones."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator) * torch.randn(shape, generator=generator).mul(4).exp()
-
-
-def scaled(x_RC: torch.Tensor, dtype: torch.dtype) -> Scaled:
-    scale = scale_of(largest_magnitude(x_RC), dtype)
-    return Scaled(rounded(x_RC, scale, dtype), scale)
 
 
 def test_the_formats_have_the_numbers_that_pytorch_has() -> None:

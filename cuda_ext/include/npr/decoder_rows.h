@@ -45,22 +45,6 @@ inline void rms_norm_backward_row(const Stored* x, const Stored* weight, const S
   }
 }
 
-// `count` numbers of a row's vector, zeros behind them.
-template <typename Stored>
-inline Vec<ComputeOf<Stored>> load_some(const Stored* from, int count) {
-  using T = ComputeOf<Stored>;
-  if (count == kLanes<T>) return load(from);
-  Vec<T> found = {};
-  for (int i = 0; i < count; ++i) found[i] = widen(from[i]);
-  return found;
-}
-
-template <typename Stored>
-inline void store_some(Stored* to, Vec<ComputeOf<Stored>> value, int count) {
-  if (count == kLanes<ComputeOf<Stored>>) return store_narrow(to, value);
-  for (int i = 0; i < count; ++i) to[i] = narrow<Stored>(value[i]);
-}
-
 template <typename T>
 inline Vec<T> sigmoid_of(Vec<T> x) {
   const Vec<T> negative = x < T{-88} ? broadcast(T{88}) : -x;  // exp_of takes at most 88
@@ -74,9 +58,9 @@ inline void silu_mul_row(const Stored* gate_up, Stored* out, int64_t size) {
   constexpr int kCount = kLanes<T>;
   for (int64_t start = 0; start < size; start += kCount) {
     const int count = static_cast<int>(std::min<int64_t>(kCount, size - start));
-    const Vec<T> gate = load_some(gate_up + start, count);
-    const Vec<T> up = load_some(gate_up + size + start, count);
-    store_some(out + start, gate * sigmoid_of<T>(gate) * up, count);
+    const Vec<T> gate = load_part(gate_up + start, count);
+    const Vec<T> up = load_part(gate_up + size + start, count);
+    store_part(out + start, gate * sigmoid_of<T>(gate) * up, count);
   }
 }
 
@@ -87,12 +71,12 @@ inline void silu_mul_backward_row(const Stored* gate_up, const Stored* gradient,
   constexpr int kCount = kLanes<T>;
   for (int64_t start = 0; start < size; start += kCount) {
     const int count = static_cast<int>(std::min<int64_t>(kCount, size - start));
-    const Vec<T> gate = load_some(gate_up + start, count);
-    const Vec<T> up = load_some(gate_up + size + start, count);
-    const Vec<T> given = load_some(gradient + start, count);
+    const Vec<T> gate = load_part(gate_up + start, count);
+    const Vec<T> up = load_part(gate_up + size + start, count);
+    const Vec<T> given = load_part(gradient + start, count);
     const Vec<T> sigmoid = sigmoid_of<T>(gate);
-    store_some(out + start, given * up * sigmoid * (T{1} + gate * (T{1} - sigmoid)), count);
-    store_some(out + size + start, given * gate * sigmoid, count);
+    store_part(out + start, given * up * sigmoid * (T{1} + gate * (T{1} - sigmoid)), count);
+    store_part(out + size + start, given * gate * sigmoid, count);
   }
 }
 

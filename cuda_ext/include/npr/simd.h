@@ -188,6 +188,13 @@ inline Vec<ComputeOf<Stored>> load_part(const Stored* from, int count) {
   return load(static_cast<const Stored*>(padded));
 }
 
+// The first `count` elements, rounded to the storage type; what lies behind them stays.
+template <typename Stored>
+inline void store_part(Stored* to, Vec<ComputeOf<Stored>> value, int count) {
+  if (count >= kLanes<ComputeOf<Stored>>) return store_narrow(to, value);
+  for (int i = 0; i < count; ++i) to[i] = narrow<Stored>(value[i]);
+}
+
 template <typename T>
 inline T sum_lanes(Vec<T> value) {
   T sum = 0;
