@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import statistics
 import time
@@ -23,22 +24,28 @@ def median_seconds(work: Callable[[], object], *, repeats: int = 7) -> float:
 def peak_bytes(prepare: Callable[[], Callable[[], object]]) -> int:
     """What the work adds to the peak of resident memory, in a process of its own: `prepare()` makes inputs and warms
     up, the work that it returns runs once. Both must be picklable."""
+    return in_own_process(functools.partial(_prepare_and_measure, prepare))
+
+
+def in_own_process(work: Callable[[], int]) -> int:
+    """What picklable work returns in a fresh process, whose memory nothing else has touched."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe(duplex=False)
-    process = context.Process(target=_measure, args=(prepare, there))
+    process = context.Process(target=_send, args=(work, there))
     process.start()
     there.close()
     try:
-        added: int = here.recv()
+        result: int = here.recv()
     except EOFError:
         raise RuntimeError(f"the measured process ended with code {process.exitcode}") from None
     finally:
         process.join()
-    return added
+    return result
 
 
 def added_bytes(work: Callable[[], object]) -> int:
-    """What the work adds to the peak of this process's resident memory."""
+    """What the work adds to the peak of this process's resident memory. True only where nothing else allocates, and
+    no earlier garbage is collected, meanwhile."""
     _forget_peak()
     before = _peak()
     result = work()
@@ -47,8 +54,12 @@ def added_bytes(work: Callable[[], object]) -> int:
     return added
 
 
-def _measure(prepare: Callable[[], Callable[[], object]], out: Connection) -> None:
-    out.send(added_bytes(prepare()))
+def _prepare_and_measure(prepare: Callable[[], Callable[[], object]]) -> int:
+    return added_bytes(prepare())
+
+
+def _send(work: Callable[[], int], out: Connection) -> None:
+    out.send(work())
 
 
 def _forget_peak() -> None:
