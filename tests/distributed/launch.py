@@ -25,20 +25,22 @@ def worker_environment() -> dict[str, str]:
 
 def torchrun(module: str, arguments: Iterable[object], processes: int, timeout: float = SECONDS) -> None:
     """A world of `processes` that run a module; AssertionError with the end of what they said if one of them fails."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    process = subprocess.Popen(
-        [sys.executable, *launcher, "-m", module, *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=worker_environment(),
-    )
-    with process:
-        try:
-            said, _ = process.communicate(timeout=timeout)
-        except BaseException:
-            process.terminate()  # torchrun takes its processes down with it; were it killed, it would leave them
-            raise
+    with tempfile.TemporaryDirectory() as logs:  # torchrun leaves its own behind
+        launcher = ["--standalone", f"--nproc-per-node={processes}", f"--log-dir={logs}", "-m", module]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", *launcher, *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=worker_environment(),
+        )
+        with process:
+            try:
+                said, _ = process.communicate(timeout=timeout)
+            except BaseException:
+                # torchrun takes its processes down with it; were it killed, it would leave them
+                process.terminate()
+                raise
     assert process.returncode == 0, said[-6000:]
 
 
