@@ -40,7 +40,7 @@ from megatron_npr.manifest import (
 )
 from megatron_npr.optimizer_state import allocate_optimizer_state, regrouped_state, repaired_optimizer_state
 from megatron_npr.parallel import World, megatron_context
-from megatron_npr.pickled_files import check_pickled_files
+from megatron_npr.pickled_files import check_pickled_files, plain_objects
 from megatron_npr.policy import Policy, PolicyChunk
 from megatron_npr.trainer import Trainer
 from npr_ext.errors import UserError
@@ -252,7 +252,8 @@ def _read(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     """The sharded state `wanted`, filled from a checkpoint whose pickled files hold plain data only."""
     check_pickled_files(path)
     try:
-        state: dict[str, Any] = dist_checkpointing.load(wanted, str(path))
+        with plain_objects(path):
+            state: dict[str, Any] = dist_checkpointing.load(wanted, str(path))
     except CheckpointingException as error:
         raise UserError(f"checkpoint {path} cannot be read: {error}") from error
     return state

@@ -22,6 +22,7 @@ from megatron.core.utils import get_te_version
 from torch import Tensor
 
 from megatron_npr.config import Fp8Settings
+from megatron_npr.engine_state import with_tensor_state
 from megatron_npr.fp8_linears import Fp8ColumnParallelLinear, Fp8RowParallelLinear, LinearConfig
 from megatron_npr.fp8_matmul import ALIGNMENT
 from npr_ext import differentiable
@@ -101,10 +102,13 @@ SCALED_MM = LinearModules(
 )
 TRANSFORMER_ENGINE = LinearModules(
     "Transformer Engine",
-    engine_layers.TELayerNormColumnParallelLinear,
-    engine_layers.TEColumnParallelLinear,
-    engine_layers.TERowParallelLinear,
-    (engine_layers.TEColumnParallelGroupedLinear, engine_layers.TERowParallelGroupedLinear)
+    with_tensor_state(engine_layers.TELayerNormColumnParallelLinear),
+    with_tensor_state(engine_layers.TEColumnParallelLinear),
+    with_tensor_state(engine_layers.TERowParallelLinear),
+    (
+        with_tensor_state(engine_layers.TEColumnParallelGroupedLinear),
+        with_tensor_state(engine_layers.TERowParallelGroupedLinear),
+    )
     if engine_layers.TEColumnParallelGroupedLinear is not None  # by Megatron from Transformer Engine 1.9 on
     else None,
 )

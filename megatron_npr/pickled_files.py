@@ -1,19 +1,25 @@
-"""A checkpoint's pickled files are read only where they hold plain data: nothing that a stranger wrote is called.
+"""A checkpoint's pickles are read only where they hold plain data: nothing that a stranger wrote is called.
 
-Megatron's format has two: `common.pt`, which torch reads with `weights_only`, and torch's `.metadata`, which torch unpickles
-without a limit. The latter is read here first by an unpickler that knows the record classes of the format and nothing else.
-The tensors (`*.distcp`) are read by torch with `weights_only`.
+Megatron's format has three: `common.pt`, which torch reads with `weights_only`; torch's `.metadata`, which torch unpickles
+without a limit, so it is read here first by an unpickler that knows the record classes of the format and nothing else; and the
+objects among the tensors (layers have such, for Transformer Engine's state), which torch unpickles without a limit, too: each
+is read with `weights_only` before. The tensors (`*.distcp`) are read by torch with `weights_only`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.planner import ReadItem
 
 from npr_ext.errors import UserError
 
@@ -69,3 +75,30 @@ def check_pickled_files(folder: Path) -> None:
         raise UserError(f"checkpoint {folder}: {METADATA} {error}") from None
     except Exception as error:  # a malformed pickle raises whatever its opcodes stumble over
         raise UserError(f"checkpoint {folder}: {METADATA} cannot be read: {error}") from None
+
+
+@contextlib.contextmanager
+def plain_objects(folder: Path) -> Iterator[None]:
+    """Within this context torch reads no object of a checkpoint that is more than plain data: UserError, with its name."""
+    read = DefaultLoadPlanner.load_bytes
+
+    def read_plain(self: DefaultLoadPlanner, read_item: ReadItem, value: io.BytesIO) -> None:
+        try:
+            torch.load(value, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:
+            raise UserError(
+                f"checkpoint {folder}: {read_item.dest_index.fqn} asks for more than plain data: it may be hostile"
+            ) from None
+        value.seek(0)
+        read(self, read_item, value)
+
+    DefaultLoadPlanner.load_bytes = read_plain  # type: ignore[method-assign]
+    try:
+        yield
+    except CheckpointException as error:  # torch's collection of what happened on each rank
+        found = next((each for each, _ in error.failures.values() if isinstance(each, UserError)), None)
+        if found is None:
+            raise
+        raise found from None
+    finally:
+        DefaultLoadPlanner.load_bytes = read  # type: ignore[method-assign]

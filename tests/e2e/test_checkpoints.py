@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import shutil
@@ -13,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from megatron_npr.checkpoint import Checkpoints
 from megatron_npr.checkpoint_export import convert_checkpoint
@@ -216,6 +218,28 @@ def test_nothing_that_a_checkpoint_names_is_run(
     write_manifest(path, replace(manifest, files={**manifest.files, name: file_sum(path / name)}))
     with pytest.raises(UserError, match=rf"{name} asks for .*may be hostile"):
         checkpoints.load(path, new_trainer(world, model_folder))
+    assert not harmed.exists()
+
+
+def test_no_object_among_the_tensors_is_run(
+    copied: Path, world: World, model_folder: Path, tmp_path: Path
+) -> None:
+    """Layers have an entry that is no tensor, for Transformer Engine's state; torch unpickles those without a limit."""
+    path, harmed = copied / "step_000003", tmp_path / "harmed"
+    metadata = pickle.loads((path / ".metadata").read_bytes())
+    kinds = metadata.state_dict_metadata
+    index = next(i for i in metadata.storage_data if isinstance(kinds[i.fqn], BytesStorageMetadata))
+    place = metadata.storage_data[index]
+    hostile = io.BytesIO()
+    torch.save([Hostile(harmed)], hostile)
+    with (path / place.relative_path).open("ab") as file:
+        place.offset, place.length = file.tell(), file.write(hostile.getvalue())
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+    manifest = read_manifest(path)
+    sums = {name: file_sum(path / name) for name in manifest.files}
+    write_manifest(path, replace(manifest, files=sums))
+    with pytest.raises(UserError, match=rf"{index.fqn} asks for more than plain data: it may be hostile"):
+        checkpoints_in(copied, world, model_folder).load(path, new_trainer(world, model_folder))
     assert not harmed.exists()
 
 
