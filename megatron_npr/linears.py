@@ -194,6 +194,11 @@ def fp8_options(
     assert linears is not OWN, "their products are not FP8"
     if linears is SCALED_MM and settings.recipe != "tensorwise":
         raise UserError(_needs_engine(settings.recipe))
+    if linears is SCALED_MM and settings.parameters:
+        raise UserError(
+            "fp8.parameters = true needs the package transformer-engine, which is not installed: install it (extra gpu) or set "
+            "it to false"
+        )
     for end in ("first", "last"):
         count = settings.model_dump()[f"{end}_layers_bf16"]
         if count > num_layers // stages:
@@ -210,6 +215,7 @@ def fp8_options(
     return ends | {
         "fp8": settings.format,
         "fp8_recipe": settings.recipe,
+        "fp8_param": settings.parameters,
         # The history of Transformer Engine's own recipe; the other recipes look at the tensor at hand.
         "fp8_amax_history_len": 1024,
         "fp8_amax_compute_algo": "max",

@@ -25,6 +25,7 @@ from torch.nn import functional
 from megatron_npr.config import Fp8Settings, ParallelSettings, Recompute
 from megatron_npr.context_parallel import shard_bounds
 from megatron_npr.fp8_linears import LinearConfig
+from megatron_npr.fp8_parameters import fill, plain_or_fp8
 from megatron_npr.huggingface import HuggingFaceWeights
 from megatron_npr.linears import (
     LinearModules,
@@ -371,7 +372,7 @@ def _virtual_stage(world: World, number: int) -> int | None:
 
 
 def local_weights(policy: Policy) -> dict[str, Tensor]:
-    """This rank's parameters by global name; the tensors themselves, no copies."""
+    """This rank's parameters by global name; the tensors themselves, no copies. Those held in FP8 are `fp8_parameters`'."""
     config, world = policy.config, policy.world
     named: dict[str, Tensor] = {}
     first_expert = world.expert_rank * (policy.model_config.num_experts // world.expert_size)
@@ -380,7 +381,7 @@ def local_weights(policy: Policy) -> dict[str, Tensor]:
             config, vp_stage=_virtual_stage(world, number), pp_rank=world.pipeline_rank
         )
         named |= {
-            global_name(name, first_layer=offset, first_expert=first_expert): weight.data
+            global_name(name, first_layer=offset, first_expert=first_expert): plain_or_fp8(weight)
             for name, weight in chunk.named_parameters()
         }
     if policy.model_config.tied_embeddings:
@@ -398,4 +399,4 @@ def load_policy_weights(policy: Policy, folder: Path) -> None:
         for name, weight in local_weights(policy).items():
             entry = listed[name]
             cut = entry.trainer_cut(policy.layout, world.rank)
-            weight.copy_(shard(source.full(name), entry.kind.matrix, *cut))
+            fill(weight, shard(source.full(name), entry.kind.matrix, *cut))

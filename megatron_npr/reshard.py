@@ -11,6 +11,7 @@ from dataclasses import replace
 import numpy as np
 from torch import Tensor
 
+from megatron_npr.fp8_parameters import PlainWeights, in_fp8
 from megatron_npr.policy import Policy, local_weights
 from megatron_npr.resharding import EngineLayout, Plan, plan
 from megatron_npr.resharding.exchange import Exchanged, WeightExchange
@@ -26,8 +27,12 @@ class EngineWeights:
 
     def __init__(self, policy: Policy, engine: EngineLayout, *, fp8: bool = False) -> None:
         """`fp8`: the engine decodes in FP8; projections that have to move then travel and arrive so."""
+        weights = local_weights(policy)
         self._exchange = WeightExchange(
-            plan(policy.model_config, policy.layout, engine), local_weights(policy), fp8=fp8
+            plan(policy.model_config, policy.layout, engine),
+            PlainWeights(weights),
+            fp8=fp8,
+            in_place=not in_fp8(weights),  # those are read as plain numbers
         )
         self.tensors: dict[str, Weight] = {**self._exchange.tensors, **self._exchange.fp8}
         self._exchange.update(0)
@@ -48,7 +53,7 @@ class EngineWeights:
 def full_weights(policy: Policy) -> dict[str, Tensor]:
     """Copies of the full (unsharded) weights on the CPU of every rank, some layers at a time; collective over the world."""
     planned = plan(policy.model_config, policy.layout, EngineLayout())
-    sources = local_weights(policy)
+    sources = PlainWeights(local_weights(policy))
     gathered: dict[str, Tensor] = {}
     for part in _parts(planned, EXPORT_ELEMENTS):
         exchange = WeightExchange(part, sources)

@@ -97,6 +97,7 @@ class Trainer:
                         overlap_grad_reduce=overlap,
                         overlap_param_gather=self._late_gather,
                         bucket_size=optimizer.bucket_size,
+                        fp8_param_gather=policy.config.fp8_param,
                     ),
                     module=chunk,
                     disable_bucketing=number
@@ -339,6 +340,7 @@ def _build_optimizer(
         overlap_param_gather=late_gather,
         bf16=policy.config.bf16,
         params_dtype=policy.config.params_dtype,
+        fp8_recipe=policy.config.fp8_recipe if policy.config.fp8 else None,
     )
     return get_megatron_optimizer(config, chunks, use_gloo_process_groups=policy.world.device.type == "cuda")
 

@@ -56,6 +56,11 @@ class Fp8Settings(Section):
     format: Literal["hybrid", "e4m3"] = Field("hybrid", description="hybrid = gradients in e5m2")
     first_layers_bf16: NonNegativeInt = Field(0, description="layers at the beginning that stay in bf16")
     last_layers_bf16: NonNegativeInt = Field(0, description="layers at the end that stay in bf16")
+    parameters: bool = Field(
+        False,
+        description="projections are FP8 in the model's memory, too, and gathered so over data-parallel ranks (the optimizer "
+        "keeps fp32); needs transformer-engine",
+    )
 
     @model_validator(mode="after")
     def _delayed_scales_are_of_all_layers(self) -> "Fp8Settings":

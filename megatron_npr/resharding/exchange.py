@@ -42,8 +42,8 @@ class Exchanged:
 
 
 class WeightExchange:
-    """The engine's weights on this rank: the trainer's own tensors where no rank of the world has to move any, buffers of
-    its own otherwise: `tensors`, and with `fp8` the projections in `fp8`.
+    """The engine's weights on this rank: the trainer's own tensors where no rank of the world has to move any (and `in_place`
+    allows it), buffers of its own otherwise: `tensors`, and with `fp8` the projections in `fp8`.
 
     `sources` are this rank's trainer shards by global name, contiguous and of one number format; they are read again at
     every update. What an engine in FP8 gets is bit for bit what it makes of its whole shard itself. Collective: every rank
@@ -58,13 +58,16 @@ class WeightExchange:
         *,
         bucket_bytes: int = BUCKET_BYTES,
         fp8: bool = False,
+        in_place: bool = True,
     ) -> None:
         self._plan, self._sources, self._group = planned, sources, group
         world = dist.get_world_size(group)
         assert world == planned.trainer.world_size, (world, planned.trainer.world_size)
         example = next(iter(sources.values()))
         self._dtype, self._device, self._size = example.dtype, example.device, example.element_size()
-        self._schedule = schedule(planned, dist.get_rank(group), bucket_bytes, self._size, fp8=fp8)
+        self._schedule = schedule(
+            planned, dist.get_rank(group), bucket_bytes, self._size, fp8=fp8, in_place=in_place
+        )
         self.version = -1  # nothing yet
         self.tensors: dict[str, Tensor] = {}
         self.fp8: dict[str, Fp8Weight] = {}

@@ -50,15 +50,24 @@ class Schedule:
 
 
 def schedule(
-    planned: Plan, rank: int, bucket_bytes: int, element_size: int, *, fp8: bool = False
+    planned: Plan,
+    rank: int,
+    bucket_bytes: int,
+    element_size: int,
+    *,
+    fp8: bool = False,
+    in_place: bool = True,
 ) -> Schedule:
     """The part of `rank`; buckets take about `bucket_bytes` of a replica's weights, more where one weight has more.
-    `fp8`: projections travel so, whatever the size of the others' elements is."""
+    `fp8`: projections travel so, whatever the size of the others' elements is. `in_place`: where no rank of the world has to
+    move any weight, the trainer's own are read."""
     own_replica = rank // planned.engine.size
     own = planned.routes[planned.routes["destination"] == rank % planned.engine.size]
     held = tuple(np.unique(own["tensor"]).tolist())
     num_elements = int((own["rows"] * own["row_length"]).sum())
-    if not any(len(for_replica(planned, number).transfers) for number in range(planned.num_replicas)):
+    if in_place and not any(
+        len(for_replica(planned, number).transfers) for number in range(planned.num_replicas)
+    ):
         return Schedule((), held, True, num_elements)
     sends = []
     for number in range(planned.num_replicas):

@@ -185,6 +185,8 @@ def test_layers_at_both_ends_stay_in_bf16(world: World) -> None:
         fp8_options(Fp8Settings(first_layers_bf16=5), TRANSFORMER_ENGINE, num_layers=8, stages=2)
     with pytest.raises(UserError, match=r"fp8\.last_layers_bf16 = 9 is more than the 8 layers"):
         fp8_options(Fp8Settings(last_layers_bf16=9), SCALED_MM, num_layers=8, stages=1)
+    with pytest.raises(UserError, match=r"fp8\.parameters = true needs the package transformer-engine"):
+        fp8_options(Fp8Settings(parameters=True), SCALED_MM, num_layers=8, stages=1)
     with pytest.raises(ValidationError, match=r"recipe delayed scales all layers at once"):
         Fp8Settings(recipe="delayed", last_layers_bf16=1)
 
