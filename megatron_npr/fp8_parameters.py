@@ -9,6 +9,7 @@ Where Transformer Engine is not installed no weight is of this kind.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
@@ -22,9 +23,19 @@ def plain_or_fp8(weight: torch.nn.Parameter) -> Tensor:
 
 def fill(weight: Tensor, value: Tensor) -> None:
     """Overwrite a weight of either kind."""
-    weight.copy_(value)
     if is_float8tensor(weight):
+        _forget_largest(weight)
         weight.get_high_precision_init_val().copy_(value)  # type: ignore[attr-defined]
+    weight.copy_(value)
+
+
+def _forget_largest(weight: Any) -> None:
+    """Delayed scaling: what the weight was made with is no part of the history that its scales follow from."""
+    from transformer_engine.pytorch.tensor.float8_tensor import Float8Quantizer
+
+    quantizer = weight._get_quantizer()
+    if isinstance(quantizer, Float8Quantizer):
+        quantizer.amax.zero_()
 
 
 def in_fp8(weights: Mapping[str, Tensor]) -> bool:

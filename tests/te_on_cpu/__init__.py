@@ -14,12 +14,13 @@ wants it calls `install` before it imports Megatron. That process sees TE for go
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -58,6 +59,16 @@ def install() -> None:
     # What is refused on a CPU by name: to build a module and to run one.
     _with_answer(TransformerEngineBaseModule, "__init__", torch.cuda, "is_available", lambda: True)
     _with_answer(TransformerEngineBaseModule, "prepare_forward", torch.Tensor, "is_cuda", True)
+    from megatron.core.distributed import param_and_grad_buffer
+
+    param_and_grad_buffer._coalescing_manager = _one_by_one
+
+
+@contextlib.contextmanager
+def _one_by_one(*_: object, async_ops: bool = False, **__: object) -> Iterator[None]:
+    """Megatron gathers bf16 and FP8 weights in one call; gloo reads all of them as numbers of one type."""
+    assert not async_ops
+    yield
 
 
 def _answer_as_a_gpu() -> None:

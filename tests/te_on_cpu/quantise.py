@@ -42,7 +42,8 @@ def quantize(tensor: Tensor, quantizer: Any, output: Any = None, noop: Tensor | 
         assert isinstance(quantizer, (Float8Quantizer, Float8CurrentScalingQuantizer)), type(quantizer)
         amax = tensor.detach().float().abs().amax() if tensor.numel() else torch.zeros(())
         if isinstance(quantizer, Float8Quantizer):
-            quantizer.amax.copy_(torch.maximum(quantizer.amax, amax))
+            if quantizer.amax.numel():  # weights held in FP8 come with a scale alone
+                quantizer.amax.copy_(torch.maximum(quantizer.amax, amax))
             return _by_one_scale(tensor.detach(), quantizer.scale.reshape(1), quantizer, output)
         if quantizer.with_amax_reduction:
             dist.all_reduce(amax, dist.ReduceOp.MAX, group=quantizer.amax_reduction_group)
@@ -79,6 +80,34 @@ def fp8_transpose(data: Tensor, dtype: int, out: Tensor | None = None) -> Tensor
     return _into(out, _columnwise(data))
 
 
+def fp8_block_scaling_compute_partial_amax(
+    part: Tensor, amax: Tensor, num_rows: int, num_columns: int, start: int, block: int
+) -> None:
+    """Largest absolute values of the blocks of a weight [M, K], of which this rank has the flat `part` from `start` on."""
+    whole = part.new_zeros(num_rows * num_columns)
+    whole[start : start + part.numel()] = part.reshape(-1)
+    m, k = -(-num_rows // block), -(-num_columns // block)
+    padded = functional.pad(
+        whole.view(num_rows, num_columns), (0, k * block - num_columns, 0, m * block - num_rows)
+    )
+    amax[:m, :k] = padded.view(m, block, k, block).abs().amax((1, 3))
+
+
+def fp8_block_scaling_partial_cast(
+    part: Tensor,
+    out: Tensor,
+    scale: Tensor,
+    num_rows: int,
+    num_columns: int,
+    start: int,
+    block: int,
+    dtype: int,
+) -> None:
+    """That part as bytes, each number by the scale of its block."""
+    of_each = scale.repeat_interleave(block, 0)[:num_rows].repeat_interleave(block, 1)[:, :num_columns]
+    out.copy_(_rounded(part.reshape(-1), of_each.reshape(-1)[start : start + part.numel()], dtype))
+
+
 def _by_one_scale(tensor: Tensor, scale_1: Tensor, quantizer: Any, output: Any) -> Any:
     from transformer_engine.pytorch.tensor.float8_tensor import Float8Tensor
     from transformer_engine.pytorch.tensor.storage.float8_tensor_storage import Float8TensorStorage
@@ -90,7 +119,7 @@ def _by_one_scale(tensor: Tensor, scale_1: Tensor, quantizer: Any, output: Any) 
         output._data = _into(output._data, rowwise)
         output._transpose = _into(output._transpose, columnwise)
         output._transpose_invalid = columnwise is None
-        output._scale_inv.copy_(1 / scale_1)
+        output._scale_inv.copy_((1 / scale_1).reshape(output._scale_inv.shape))
         return output
     parts = {
         "data": rowwise,

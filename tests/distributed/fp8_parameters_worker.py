@@ -1,0 +1,103 @@
+"""One process of a world whose weights are held in FP8: fp8_parameters_worker.py CASES OUT; figures as JSON.
+
+Started by `test_fp8_parameters.py`; CASES is the JSON of (layout, model folder, recipe).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from tests import te_on_cpu
+
+te_on_cpu.install()
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+
+from megatron_npr.checkpoint import Checkpoints  # noqa: E402
+from megatron_npr.config import Fp8Settings, ParallelSettings  # noqa: E402
+from megatron_npr.linears import TRANSFORMER_ENGINE  # noqa: E402
+from megatron_npr.parallel import World, close_world, init_world  # noqa: E402
+from megatron_npr.policy import local_weights  # noqa: E402
+from megatron_npr.reshard import EngineWeights  # noqa: E402
+from megatron_npr.resharding import EngineLayout  # noqa: E402
+from megatron_npr.trainer import Trainer  # noqa: E402
+from tests.training import axes, new_trainer, step  # noqa: E402
+
+LAYOUTS = {
+    "alone": ParallelSettings(),
+    "DP2": ParallelSettings(),
+    "TP2": ParallelSettings(tp=2),
+    "EP2": ParallelSettings(ep=2),
+}
+
+
+def train(
+    world: World, folder: Path, recipe: str, *, parameters: bool, parallel: ParallelSettings
+) -> Trainer:
+    fp8 = Fp8Settings.model_validate({"recipe": recipe, "parameters": parameters})
+    return new_trainer(
+        world, folder, dtype=torch.bfloat16, fp8=fp8, parallel=parallel, linears=TRANSFORMER_ENGINE
+    )
+
+
+def master_weights(trainer: Trainer) -> list[torch.Tensor]:
+    return [part.main_param.clone() for part in trainer.policy.parameters() if part.main_param is not None]
+
+
+def measure(world: World, folder: Path, recipe: str, parallel: ParallelSettings) -> dict[str, Any]:
+    """Of one model: where its training begins and goes, what its engine has, how it resumes."""
+    plain = train(world, folder, recipe, parameters=False, parallel=parallel)
+    trainer = train(world, folder, recipe, parameters=True, parallel=parallel)
+    found: dict[str, Any] = {
+        "kinds": sorted({type(weight).__name__ for weight in trainer.policy.parameters()}),
+        "begins": all(
+            torch.equal(one, other)
+            for one, other in zip(master_weights(plain), master_weights(trainer), strict=True)
+        ),
+        "plain": [step(plain)[:2] for _ in range(3)],
+        "steps": [step(trainer)[:2]],
+    }
+    engine = EngineWeights(trainer.policy, EngineLayout(tp=parallel.tp))
+    found["steps"] += [step(trainer)[:2] for _ in range(2)]
+    exchanged = engine.update()
+    found["in place"], found["moved"] = exchanged.in_place, exchanged.copied + exchanged.received
+    if world.size == 1:
+        read = local_weights(trainer.policy)
+        found["engine"] = all(
+            torch.equal(weight.view(-1), read[name].float().bfloat16().view(-1))
+            for name, weight in engine.tensors.items()
+        )
+    with tempfile.TemporaryDirectory() as own:
+        shared = [own]
+        dist.broadcast_object_list(shared)
+        checkpoints = Checkpoints(Path(shared[0]), world, keep=1, model_folder=folder, config={})
+        checkpoints.save(3, trainer, {})
+        found["uninterrupted"] = step(trainer)
+        for name, parameters in (("resumed", True), ("resumed without", False)):
+            other = train(world, folder, recipe, parameters=parameters, parallel=parallel)
+            checkpoints.resume(other)
+            found[name] = step(other)
+        dist.barrier()
+    return found
+
+
+def main() -> None:
+    cases, out = json.loads(sys.argv[1]), Path(sys.argv[2])
+    torch.set_num_threads(1)
+    found = []
+    for layout, folder, recipe in cases:
+        world = init_world(**axes(LAYOUTS[layout]))
+        found.append(measure(world, Path(folder), recipe, LAYOUTS[layout]))
+    if world.is_main:
+        out.write_text(json.dumps(found))
+    dist.barrier()
+    close_world()
+
+
+if __name__ == "__main__":
+    main()
