@@ -9,6 +9,7 @@ import torch
 
 from megatron_npr.config import BatchSettings, Fp8Settings, OptimizerSettings, ParallelSettings, Recompute
 from megatron_npr.huggingface import read_model_config
+from megatron_npr.linears import LinearModules
 from megatron_npr.losses import sft_loss
 from megatron_npr.packing import TrainSample
 from megatron_npr.parallel import World
@@ -53,10 +54,18 @@ def new_trainer(
     parallel: ParallelSettings = NO_AXES,
     recompute: Recompute = "none",
     fp8: Fp8Settings | None = None,
+    linears: LinearModules | None = None,
 ) -> Trainer:
-    """For ten updates, from the weights of a Hugging Face folder."""
-    model = read_model_config(model_folder)
-    policy = build_policy(model, world, dtype=dtype, parallel=parallel, recompute=recompute, fp8=fp8)
+    """For ten updates, from the weights of a Hugging Face folder; `linears`: the device's by default."""
+    policy = build_policy(
+        read_model_config(model_folder),
+        world,
+        dtype=dtype,
+        parallel=parallel,
+        recompute=recompute,
+        fp8=fp8,
+        linears=linears,
+    )
     load_policy_weights(policy, model_folder)
     return Trainer(
         policy,

@@ -10,7 +10,14 @@ from tests.te_on_cpu.dtypes import DType, FP8BwdTensors, FP8FwdTensors, NVTE_Fus
 from tests.te_on_cpu.norms import rmsnorm_bwd, rmsnorm_fwd
 from tests.te_on_cpu.optimizer import multi_tensor_adam, multi_tensor_l2norm, multi_tensor_scale
 from tests.te_on_cpu.products import generic_gemm, te_general_grouped_gemm
-from tests.te_on_cpu.quantise import bgrad_quantize, dequantize, fp8_transpose, quantize, split_quantize
+from tests.te_on_cpu.quantise import (
+    bgrad_quantize,
+    create_empty_quantized_tensor,
+    dequantize,
+    fp8_transpose,
+    quantize,
+    split_quantize,
+)
 from tests.te_on_cpu.rows import fused_multi_row_padding, fused_multi_row_unpadding, swap_first_dims
 from tests.te_on_cpu.scales import (
     compute_amax,
@@ -25,6 +32,7 @@ __all__ = [
     "NVTE_Fused_Attn_Backend",
     "bgrad_quantize",
     "compute_amax",
+    "create_empty_quantized_tensor",
     "dequantize",
     "fp8_transpose",
     "fused_amax_and_scale_update_after_reduction",
