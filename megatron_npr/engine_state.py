@@ -27,7 +27,7 @@ def with_tensor_state(layer: type[torch.nn.Module]) -> type[torch.nn.Module]:
     """A layer class of Transformer Engine whose extra state is a tensor; the class itself where that is not installed."""
     if not engine_layers.HAVE_TE:
         return layer
-    grouped = getattr(engine_layers, "TEGroupedLinear", None)
+    grouped = engine_layers.TEGroupedLinear  # None before Transformer Engine 1.9
     mixin = GroupedTensorState if grouped is not None and issubclass(layer, grouped) else TensorState
     return type(layer.__name__, (mixin, layer), {})
 

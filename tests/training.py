@@ -56,10 +56,15 @@ def new_trainer(
     fp8: Fp8Settings | None = None,
     linears: LinearModules | None = None,
 ) -> Trainer:
-    """For ten updates, from the weights of a Hugging Face folder."""
-    model = read_model_config(model_folder)
+    """For ten updates, from the weights of a Hugging Face folder; `linears`: the device's by default."""
     policy = build_policy(
-        model, world, dtype=dtype, parallel=parallel, recompute=recompute, fp8=fp8, linears=linears
+        read_model_config(model_folder),
+        world,
+        dtype=dtype,
+        parallel=parallel,
+        recompute=recompute,
+        fp8=fp8,
+        linears=linears,
     )
     load_policy_weights(policy, model_folder)
     return Trainer(

@@ -11,8 +11,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from itertools import groupby
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +21,13 @@ from torch import Tensor
 from megatron_npr.config import ParallelSettings, RolloutSettings
 from megatron_npr.engine_grid import engine_groups, engine_layout
 from megatron_npr.huggingface import read_model_config
-from megatron_npr.parallel import World, close_world, init_world
+from megatron_npr.parallel import World
 from megatron_npr.policy import Policy, build_policy, load_policy_weights, local_weights
 from megatron_npr.reshard import EngineWeights
 from megatron_npr.resharding import EngineLayout
 from npr_engine.model import InferenceModel
+from tests.distributed.worlds import worlds
 from tests.engine_logits import engine_logits
-from tests.training import axes
 
 GROWTH = 1.25
 """The "training step" of every case: all weights times this."""
@@ -101,28 +99,14 @@ def measure(
     }
 
 
-def walk(
-    cases: list[dict[str, Any]], folder: Path, expected: tuple[Tensor, Tensor, Tensor]
-) -> list[dict[str, Any]]:
-    """Figures of the cases. Cases of one training layout in a row share its groups; then all groups are closed, for every
-    one has threads, and the machine comes to a standstill under those of dozens of layouts."""
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
-    figures = []
-    for number, (tables, same) in enumerate(groupby(cases, key=itemgetter("parallel"))):
-        mine = dist.PrefixStore(f"layout{number}", store)
-        dist.init_process_group("gloo", store=mine, rank=rank, world_size=size)
-        world = init_world(**axes(ParallelSettings(**tables)))
-        figures += [measure(case, world, folder, expected) for case in same]
-        dist.barrier()
-        close_world()
-    return figures
-
-
 def main() -> None:
     cases, folder, out = json.loads(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(1)
-    figures = walk(cases, folder, torch.load(folder / "expected.pt"))
+    expected = torch.load(folder / "expected.pt")
+    layouts = [ParallelSettings(**case["parallel"]) for case in cases]
+    figures = [
+        measure(case, world, folder, expected) for world, case in zip(worlds(layouts), cases, strict=True)
+    ]
     if os.environ["RANK"] == "0":
         out.write_text(json.dumps(figures))
 

@@ -53,6 +53,18 @@ def quantize(tensor: Tensor, quantizer: Any, output: Any = None, noop: Tensor | 
         return _by_one_scale(tensor.detach(), scale.reshape(1), quantizer, output)
 
 
+def create_empty_quantized_tensor(
+    quantizer: Any, shape: Sequence[int], dtype: torch.dtype, device: torch.device, pin_memory: bool
+) -> Any:
+    """A tensor that the quantiser would make, whose numbers mean nothing."""
+    from transformer_engine.pytorch.tensor.float8_blockwise_tensor import Float8BlockQuantizer
+
+    nothing = torch.zeros(shape, dtype=dtype)
+    if isinstance(quantizer, Float8BlockQuantizer):
+        return _by_blocks(nothing, quantizer, None)
+    return _by_one_scale(nothing, torch.ones(1), quantizer, None)
+
+
 def split_quantize(
     tensor: Tensor,
     sections: Sequence[int],

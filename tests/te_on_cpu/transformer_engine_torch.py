@@ -12,9 +12,14 @@ from tests.te_on_cpu.optimizer import multi_tensor_adam, multi_tensor_l2norm, mu
 from tests.te_on_cpu.products import generic_gemm, te_general_grouped_gemm
 from tests.te_on_cpu.quantise import (
     bgrad_quantize,
+<<<<<<< HEAD
     dequantize,
     fp8_block_scaling_compute_partial_amax,
     fp8_block_scaling_partial_cast,
+=======
+    create_empty_quantized_tensor,
+    dequantize,
+>>>>>>> w20
     fp8_transpose,
     quantize,
     split_quantize,
@@ -33,6 +38,7 @@ __all__ = [
     "NVTE_Fused_Attn_Backend",
     "bgrad_quantize",
     "compute_amax",
+    "create_empty_quantized_tensor",
     "dequantize",
     "fp8_block_scaling_compute_partial_amax",
     "fp8_block_scaling_partial_cast",

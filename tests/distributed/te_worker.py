@@ -1,0 +1,31 @@
+"""One process of a world that trains with Transformer Engine's layers: te_worker.py RUNS OUT, RUNS as JSON of `te_runs.Run`.
+
+Started by `test_transformer_engine.py`. It takes seconds to import all this, so one world takes many runs, layout after layout.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from tests import te_on_cpu
+from tests.distributed.te_runs import Run
+
+
+def main() -> None:
+    te_on_cpu.install()  # before anything imports Megatron
+    from tests.distributed.te_bench import walk
+
+    torch.set_num_threads(1)
+    figures = walk({name: Run(**fields) for name, fields in json.loads(sys.argv[1]).items()})
+    if int(os.environ["RANK"]) == 0:
+        Path(sys.argv[2]).write_text(json.dumps({name: asdict(each) for name, each in figures.items()}))
+
+
+if __name__ == "__main__":
+    main()
