@@ -86,7 +86,7 @@ def train(
 ) -> TrainingFigures:
     """Median step after one that compiles."""
     device, model = world.device, sizes.model
-    recompute = lightest_recompute(model, sizes.dtype, tokens, device)
+    recompute = lightest_recompute(model, sizes.dtype, tokens, device, fp8)
     samples = [standard_sample(seed, tokens) for seed in range(rows)]
     with peak_memory(device) as peak:
         trainer = Trainer(
@@ -102,7 +102,7 @@ def train(
     pairs = [attended_pairs(sample, TAGS, branching=True) for sample in samples]
     seconds = statistics.median(report.seconds for report in reports[1:])
     flops = model_flops(model.shape, tokens=tokens * rows, targets=reports[0].num_targets, pairs=sum(pairs))
-    planned = memory_of(model.shape, Layout(), _workload(sizes.dtype, tokens, recompute, device))
+    planned = memory_of(model.shape, Layout(), _workload(sizes.dtype, tokens, recompute, device, fp8))
     return TrainingFigures(
         precision="fp8" if fp8 else str(sizes.dtype).replace("torch.bfloat16", "bf16").removeprefix("torch."),
         library=linear_modules(device, fp8=fp8 is not None).library,
@@ -139,22 +139,35 @@ def standard_sample(seed: int, tokens: int) -> TrainSample:
     )
 
 
-def _workload(dtype: torch.dtype, tokens: int, recompute: Recompute, device: torch.device) -> Workload:
+def _workload(
+    dtype: torch.dtype, tokens: int, recompute: Recompute, device: torch.device, fp8: Fp8Settings | None
+) -> Workload:
     modules: Modules = "cpu"
     if device.type == "cuda":
         modules = "transformer engine" if linear_modules(device) is TRANSFORMER_ENGINE else "torch"
-    return Workload(dtype.itemsize, modules, recompute, tokens, kv_slots=0)
+    return Workload(
+        bytes_per_weight=dtype.itemsize,
+        modules=modules,
+        fp8=fp8.recipe if fp8 else None,
+        recompute=recompute,
+        row_tokens=tokens,
+        kv_slots=0,
+    )
 
 
 def lightest_recompute(
-    model: ModelConfig, dtype: torch.dtype, tokens: int, device: torch.device
+    model: ModelConfig,
+    dtype: torch.dtype,
+    tokens: int,
+    device: torch.device,
+    fp8: Fp8Settings | None = None,
 ) -> Recompute:
     """The first that fits the device by the memory model; on a CPU there is nothing to save."""
     if device.type != "cuda":
         return "none"
     room = USABLE * torch.cuda.get_device_properties(device).total_memory
     needs = {
-        each: memory_of(model.shape, Layout(), _workload(dtype, tokens, each, device)).total
+        each: memory_of(model.shape, Layout(), _workload(dtype, tokens, each, device, fp8)).total
         for each in RECOMPUTES
     }
     return next((each for each in RECOMPUTES if needs[each] <= room), "full")

@@ -100,6 +100,8 @@ def plan_config(arguments: argparse.Namespace, cluster: Cluster) -> tuple[str, A
     )
     work = Workload(
         bytes_per_weight=4 if config.model.dtype == "fp32" else 2,
+        fp8=config.fp8.recipe if config.model.dtype == "fp8" else None,
+        fp8_parameters=config.model.dtype == "fp8" and config.fp8.parameters,
         recompute=config.model.recompute,
         row_tokens=config.batch.micro_batch_tokens,
         kv_slots=0,

@@ -10,6 +10,7 @@ from megatron_npr.resharding import EngineLayout, TrainerLayout, split_layers
 from npr_ext.errors import UserError
 
 Recompute = Literal["none", "selective", "full"]
+Fp8Recipe = Literal["delayed", "tensorwise", "blockwise"]
 Modules = Literal["cpu", "torch", "transformer engine"]
 """Whose modules make up a layer: our own on the CPU, our own on a GPU, Transformer Engine's there."""
 
@@ -67,6 +68,8 @@ class Workload:
     Attributes:
         bytes_per_weight: 2 for bf16, 4 for fp32.
         modules: what is kept for the backward pass depends on them.
+        fp8: the recipe by which what the projections multiply is rounded; None: it is not.
+        fp8_parameters: the model's projections are FP8 themselves.
         row_tokens: tokens of a micro-batch.
         responses: of one step (SFT: samples); response_tokens: their mean length.
         speedup: tokens of a response over its critical path.
@@ -76,6 +79,8 @@ class Workload:
 
     bytes_per_weight: int = 2
     modules: Modules = "transformer engine"
+    fp8: Fp8Recipe | None = None
+    fp8_parameters: bool = False
     recompute: Recompute = "none"
     row_tokens: int = 32_768
     responses: int = 256

@@ -74,6 +74,18 @@ def parameters_of(architecture: Architecture, layout: Layout, stage: int) -> tup
     return dense, expert
 
 
+def projections_of(architecture: Architecture, layout: Layout, stage: int) -> int:
+    """Those of these elements that are projections of layers, which FP8 training rounds."""
+    trainer = layout.trainer(architecture)
+    num_layers = trainer.stage_of_layers().count(stage)
+    return sum(
+        _copies(kind, architecture, layout, stage, num_layers)
+        * local_size(kind.matrix, kind.cut, trainer.etp if kind.place is Place.EXPERT else layout.tp)
+        for kind in kinds(architecture)
+        if kind.is_projection
+    )
+
+
 def engine_parameters(architecture: Architecture, layout: Layout) -> int:
     """Elements on a rank of an engine replica, all layers."""
     engine, total = layout.engine(architecture), 0
@@ -100,30 +112,41 @@ def activation_bytes_per_token(
     As the modules keep them (counted with torch's saved-tensor hooks): the stream of hidden states before each norm, and what
     the norm makes of it; fused QKV, of which keys and values are views; queries once more where they are normalised; queries
     and keys rotated, attention's output and log-sum-exp; the angles; SWIGLU. Experts keep the rows that were sent to them, and
-    the product also times its probability; the router reads its rows in fp32, and keeps who goes where.
+    the product also times its probability; the router reads its rows in fp32, and keeps who goes where. What FP8 projections
+    multiply is kept in FP8, attention's output as it is in any case.
     """
     size, tp = work.bytes_per_weight, layout.tp
     stream = size * architecture.hidden_size / (tp if layout.sequence_parallel else 1)
     queries = architecture.num_heads * architecture.head_dim
     keys = architecture.num_kv_heads * architecture.head_dim
     attention = architecture.qkv_rows + (3 if architecture.qk_norm else 2) * queries + keys
-    kept_attention = 2 * stream + size * (attention / tp + 4 * architecture.head_dim)
-    kept_attention += 4 * architecture.num_heads / tp
+    rounded = size if work.fp8 is None else 1
+    normed = stream * rounded / size
+    kept_attention = stream + normed + size * (attention / tp + 4 * architecture.head_dim)
+    kept_attention += 4 * architecture.num_heads / tp + (queries / tp if _keeps_output_twice(work) else 0)
     widths, gradient_widths = SWIGLU[work.modules]
-    width = size * architecture.ffn_hidden_size / tp
+    width, product = (each * architecture.ffn_hidden_size / tp for each in (size, rounded))
     if architecture.num_experts:
         chosen = architecture.experts_per_token
-        routing = (5 * architecture.num_experts + 24 * chosen) / tp + (2 * stream if size == 2 else 0)
-        kept_mlp = stream + routing + chosen * (size * architecture.hidden_size / tp + (widths + 1) * width)
+        routing = (5 * architecture.num_experts + 24 * chosen) / tp + stream * 4 / size
+        rows = rounded * architecture.hidden_size / tp
+        # The recomputed part begins behind the norm, which a dense MLP does itself.
+        kept_norm, kept_mlp = stream, routing + chosen * (rows + widths * width + product)
         width *= chosen
     else:
-        kept_mlp = stream + widths * width
-    everything, gradients = kept_attention + stream + kept_mlp, gradient_widths * width
+        kept_norm, kept_mlp = 0.0, normed + (widths - 1) * width + product
+    gradients = gradient_widths * width
     if work.recompute == "full":
-        return stream, everything + gradients
+        return stream, kept_attention + stream + kept_mlp + gradients
     if work.recompute == "selective":
-        return kept_attention + stream, kept_mlp + gradients
-    return everything, gradients
+        return kept_attention + stream + kept_norm, kept_mlp + gradients
+    return kept_attention + stream + kept_mlp, gradients
+
+
+def _keeps_output_twice(work: Workload) -> bool:
+    """Attention's output also in FP8, as its projection multiplies it: where that does not round it once more for backward, as
+    Transformer Engine does if the scale is that of the tensor at hand."""
+    return work.fp8 is not None and (work.fp8 == "delayed" or work.modules != "transformer engine")
 
 
 def _copies(kind: Kind, architecture: Architecture, layout: Layout, stage: int, num_layers: int) -> int:
@@ -153,7 +176,7 @@ def _stage_memory(architecture: Architecture, layout: Layout, work: Workload, st
     engine = _engine_copy(architecture, layout, work)
     return Memory(
         stage=stage,
-        weights=size * (dense + expert),
+        weights=size * (dense + expert) + _rounded_copies(architecture, layout, work, stage),
         gradients=GRADIENT_BYTES * (dense + expert),
         optimizer=state * (dense / dense_copies + expert / expert_copies),
         activations=activations,
@@ -162,6 +185,13 @@ def _stage_memory(architecture: Architecture, layout: Layout, work: Workload, st
         engine_weights=engine + max(engine - max(training, decoding), 0.0),
         workspace=RUNTIME_BYTES + max(training, decoding) - activations,
     )
+
+
+def _rounded_copies(architecture: Architecture, layout: Layout, work: Workload, stage: int) -> float:
+    """Bytes of projections in FP8, as they are and transposed: the model's own, in the place of its two bytes, or further ones,
+    which Transformer Engine keeps from the first micro-batch of a step to the last."""
+    further = work.fp8 is not None and not work.fp8_parameters and work.modules == "transformer engine"
+    return 2.0 * projections_of(architecture, layout, stage) if further else 0.0
 
 
 def _rows_in_flight(layout: Layout, stage: int) -> float:
@@ -174,9 +204,10 @@ def _rows_in_flight(layout: Layout, stage: int) -> float:
 
 
 def _engine_copy(architecture: Architecture, layout: Layout, work: Workload) -> float:
-    """Bytes of weights that the engine holds besides the trainer's: all or, where the layouts agree, none."""
+    """Bytes of weights that the engine holds besides the trainer's: all or, where the layouts agree, none. The trainer's in FP8
+    are read as plain numbers."""
     engine = layout.engine(architecture)
-    trains_them = engine.etp == 1 and layout.ep in (1, engine.ep)
+    trains_them = engine.etp == 1 and layout.ep in (1, engine.ep) and not work.fp8_parameters
     if not work.kv_slots or (engine.tp == layout.tp and layout.pp == 1 and trains_them):
         return 0.0
     return float(work.bytes_per_weight * engine_parameters(architecture, layout))

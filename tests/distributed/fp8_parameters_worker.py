@@ -1,6 +1,6 @@
-"""One process of a world whose weights are held in FP8: fp8_parameters_worker.py CASES OUT; figures as JSON.
+"""One process of a world whose weights are held in FP8: fp8_parameters_worker.py LAYOUT FOLDER OUT; figures as JSON.
 
-Started by `test_fp8_parameters.py`; CASES is the JSON of (layout, model folder, recipe).
+Started by `test_fp8_parameters.py`. One world measures under every recipe.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ import torch.distributed as dist  # noqa: E402
 from megatron_npr.checkpoint import Checkpoints  # noqa: E402
 from megatron_npr.config import Fp8Settings, ParallelSettings  # noqa: E402
 from megatron_npr.linears import TRANSFORMER_ENGINE  # noqa: E402
-from megatron_npr.parallel import World, close_world, init_world  # noqa: E402
+from megatron_npr.parallel import World, world_of  # noqa: E402
 from megatron_npr.policy import local_weights  # noqa: E402
 from megatron_npr.reshard import EngineWeights  # noqa: E402
 from megatron_npr.resharding import EngineLayout  # noqa: E402
 from megatron_npr.trainer import Trainer  # noqa: E402
 from tests.training import axes, new_trainer, step  # noqa: E402
 
+RECIPES = ("tensorwise", "delayed", "blockwise")
 LAYOUTS = {
     "alone": ParallelSettings(),
     "DP2": ParallelSettings(),
@@ -87,16 +88,13 @@ def measure(world: World, folder: Path, recipe: str, parallel: ParallelSettings)
 
 
 def main() -> None:
-    cases, out = json.loads(sys.argv[1]), Path(sys.argv[2])
+    layout, folder, out = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(1)
-    found = []
-    for layout, folder, recipe in cases:
-        world = init_world(**axes(LAYOUTS[layout]))
-        found.append(measure(world, Path(folder), recipe, LAYOUTS[layout]))
-    if world.is_main:
-        out.write_text(json.dumps(found))
-    dist.barrier()
-    close_world()
+    with world_of(**axes(LAYOUTS[layout])) as world:
+        found = {recipe: measure(world, folder, recipe, LAYOUTS[layout]) for recipe in RECIPES}
+        if world.is_main:
+            out.write_text(json.dumps(found))
+        dist.barrier()
 
 
 if __name__ == "__main__":

@@ -96,8 +96,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def answers(models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Answers:
-    if not te_on_cpu.FOLDER.is_dir():
-        pytest.skip(f"Transformer Engine's Python is not in {te_on_cpu.FOLDER}: make setup puts it there")
+    te_on_cpu.skip_where_absent()
 
     def folder() -> str:
         return str(tmp_path_factory.mktemp("checkpoints"))

@@ -12,14 +12,10 @@ from tests.te_on_cpu.optimizer import multi_tensor_adam, multi_tensor_l2norm, mu
 from tests.te_on_cpu.products import generic_gemm, te_general_grouped_gemm
 from tests.te_on_cpu.quantise import (
     bgrad_quantize,
-<<<<<<< HEAD
+    create_empty_quantized_tensor,
     dequantize,
     fp8_block_scaling_compute_partial_amax,
     fp8_block_scaling_partial_cast,
-=======
-    create_empty_quantized_tensor,
-    dequantize,
->>>>>>> w20
     fp8_transpose,
     quantize,
     split_quantize,

@@ -4,6 +4,7 @@ import json
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -116,6 +117,22 @@ def test_memory_of_a_single_gpu_is_eighteen_bytes_a_parameter_and_the_cache() ->
     assert memory.kv == 1000 * 147_456  # 36 layers, keys and values of 8 heads of 128, bf16
     assert memory.engine_weights == 0
     assert kv_bytes_per_token(KNOWN["Qwen3-235B-A22B"], 8, 2) == 94 * 2 * 128 * 2  # 4 KV heads on 8 ranks
+
+
+def test_fp8_keeps_two_more_bytes_a_projection_or_takes_the_place_of_theirs() -> None:
+    model, work = KNOWN["Qwen3-4B"], Workload(kv_slots=1000)
+    projections = model.num_parameters - model.embedding_parameters - model.hidden_size
+    projections -= model.num_layers * (2 * model.hidden_size + 2 * model.head_dim)  # norms
+    bf16, products, parameters = (
+        memory_of(model, Layout(), replace(work, fp8=recipe, fp8_parameters=held))
+        for recipe, held in ((None, False), ("tensorwise", False), ("tensorwise", True))
+    )
+    assert products.weights == bf16.weights + 2 * projections
+    assert parameters.weights == bf16.weights
+    assert products.activations == parameters.activations < bf16.activations
+    # An engine of the same layout cannot read FP8 weights in place.
+    assert bf16.engine_weights == products.engine_weights == 0
+    assert parameters.engine_weights == 2 * model.num_parameters
 
 
 @pytest.mark.slow

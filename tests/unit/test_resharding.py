@@ -20,6 +20,7 @@ from megatron_npr.policy import build_policy, local_weights
 from megatron_npr.resharding import EngineLayout, TrainerLayout, for_replica, plan, split_layers
 from megatron_npr.resharding.catalog import Kind, catalog, engine_cut, kinds
 from megatron_npr.resharding.cuts import Cut, local_shape, local_size, pieces
+from npr_engine.fp8 import is_projection
 from npr_engine.model import ModelConfig
 
 
@@ -95,6 +96,12 @@ def test_the_catalog_lists_the_names_and_shapes_that_megatrons_modules_have(tied
         assert (
             local_shape(weight.kind.matrix, *weight.trainer_cut(TrainerLayout((2,)), 0)[::2]) == built[name]
         )
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_the_projections_of_the_catalog_are_those_that_an_engine_holds_in_fp8(name: str) -> None:
+    for kind in kinds(KNOWN[name]):
+        assert kind.is_projection == is_projection(kind.pattern), kind.pattern
 
 
 SHARDED = Architecture(
