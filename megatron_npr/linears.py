@@ -22,9 +22,9 @@ from megatron.core.utils import get_te_version
 from torch import Tensor
 
 from megatron_npr.config import Fp8Settings
-from megatron_npr.engine_state import with_tensor_state
 from megatron_npr.fp8_linears import Fp8ColumnParallelLinear, Fp8RowParallelLinear, LinearConfig
 from megatron_npr.fp8_matmul import ALIGNMENT
+from megatron_npr.scaling_state import with_tensor_state
 from npr_ext import differentiable
 from npr_ext.errors import UserError
 

@@ -55,6 +55,7 @@ def new_trainer(
     recompute: Recompute = "none",
     fp8: Fp8Settings | None = None,
     linears: LinearModules | None = None,
+    late_gather: bool = False,
 ) -> Trainer:
     """For ten updates, from the weights of a Hugging Face folder; `linears`: the device's by default."""
     policy = build_policy(
@@ -75,6 +76,7 @@ def new_trainer(
         tags=TAGS,
         pad_id=0,
         num_updates=10,
+        late_gather=late_gather,
     )
 
 

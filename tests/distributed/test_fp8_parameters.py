@@ -44,6 +44,8 @@ def check(figures: dict[str, Any], size: int, kind: str) -> None:
     first, last = (figures["steps"][number][0] for number in (0, -1))
     assert first == pytest.approx(figures["plain"][0][0], rel=0.02)
     assert last == pytest.approx(figures["plain"][-1][0], rel=0.08) and last < 0.75 * first
+    for ours, theirs in zip(figures.get("overlapped", ()), figures["steps"]):
+        assert ours == pytest.approx(theirs, rel=1e-5)
     assert figures["resumed"] == figures["uninterrupted"]
     loss, norm, lr = figures["uninterrupted"]
     assert figures["resumed without"] == [

@@ -69,13 +69,23 @@ def install() -> None:
     from megatron.core.distributed import param_and_grad_buffer
 
     param_and_grad_buffer._coalescing_manager = _one_by_one
+    for name in ("dist_all_gather_func", "dist_reduce_scatter_func"):
+        setattr(param_and_grad_buffer, name, _at_once(vars(param_and_grad_buffer)[name]))
 
 
 @contextlib.contextmanager
-def _one_by_one(*_: object, async_ops: bool = False, **__: object) -> Iterator[None]:
+def _one_by_one(*_: object, **__: object) -> Iterator[SimpleNamespace]:
     """Megatron gathers bf16 and FP8 weights in one call; gloo reads all of them as numbers of one type."""
-    assert not async_ops
-    yield
+    yield SimpleNamespace(wait=lambda: None)
+
+
+def _at_once(collective: Callable[..., Any]) -> Callable[..., Any]:
+    """Ends before it returns, also where the caller would wait for it later."""
+
+    def ended(*args: Any, async_op: bool = False, **kwargs: Any) -> None:
+        collective(*args, **kwargs)
+
+    return ended
 
 
 def _answer_as_a_gpu() -> None:
