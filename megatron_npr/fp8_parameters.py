@@ -44,11 +44,16 @@ def in_fp8(weights: Mapping[str, Tensor]) -> bool:
 
 
 class PlainWeights(Mapping[str, Tensor]):
-    """Weights by name as plain tensors; what is held in FP8 is multiplied out when it is read, the latest one is kept."""
+    """Weights by name as plain tensors; what is held in FP8 is multiplied out when it is read, and the latest one kept until
+    `forget`: call it when the weights have changed."""
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
         self._weights = weights
         self._latest: tuple[str, Tensor] | None = None
+
+    def forget(self) -> None:
+        """Read anew what is read next."""
+        self._latest = None
 
     def __getitem__(self, name: str) -> Tensor:
         weight = self._weights[name]

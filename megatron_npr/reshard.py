@@ -28,9 +28,10 @@ class EngineWeights:
     def __init__(self, policy: Policy, engine: EngineLayout, *, fp8: bool = False) -> None:
         """`fp8`: the engine decodes in FP8; projections that have to move then travel and arrive so."""
         weights = local_weights(policy)
+        self._sources = PlainWeights(weights)
         self._exchange = WeightExchange(
             plan(policy.model_config, policy.layout, engine),
-            PlainWeights(weights),
+            self._sources,
             fp8=fp8,
             in_place=not in_fp8(weights),  # those are read as plain numbers
         )
@@ -47,6 +48,7 @@ class EngineWeights:
         Raises:
             WeightUpdateError: the update broke off or arrived damaged; weights and version are the old ones.
         """
+        self._sources.forget()
         return self._exchange.update(self.version + 1)
 
 

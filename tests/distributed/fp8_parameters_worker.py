@@ -20,6 +20,7 @@ import torch.distributed as dist  # noqa: E402
 
 from megatron_npr.checkpoint import Checkpoints  # noqa: E402
 from megatron_npr.config import Fp8Settings, OptimizerSettings, ParallelSettings  # noqa: E402
+from megatron_npr.fp8_parameters import PlainWeights  # noqa: E402
 from megatron_npr.linears import TRANSFORMER_ENGINE  # noqa: E402
 from megatron_npr.parallel import World, world_of  # noqa: E402
 from megatron_npr.policy import local_weights  # noqa: E402
@@ -62,6 +63,18 @@ def master_weights(trainer: Trainer) -> list[torch.Tensor]:
     return [part.main_param.clone() for part in trainer.policy.parameters() if part.main_param is not None]
 
 
+def reads_anew(trainer: Trainer) -> bool:
+    """The weight that was read last is read again after an update."""
+    weights = local_weights(trainer.policy)
+    read = PlainWeights(weights)
+    name = next(name for name in weights if name.endswith("linear_fc2.weight"))
+    before = read[name].clone()
+    step(trainer)
+    kept = read[name]
+    read.forget()
+    return torch.equal(kept, before) and not torch.equal(read[name], before)
+
+
 def measure(world: World, folder: Path, recipe: str, parallel: ParallelSettings) -> dict[str, Any]:
     """Of one model: where its training begins and goes, what its engine has, how it resumes."""
     plain = train(world, folder, recipe, parameters=False, parallel=parallel)
@@ -76,7 +89,8 @@ def measure(world: World, folder: Path, recipe: str, parallel: ParallelSettings)
         "steps": [step(trainer)[:2]],
     }
     engine = EngineWeights(trainer.policy, EngineLayout(tp=parallel.tp))
-    found["steps"] += [step(trainer)[:2] for _ in range(2)]
+    found["reads anew"] = reads_anew(trainer)
+    found["steps"] += [step(trainer)[:2]]
     exchanged = engine.update()
     found["in place"], found["moved"] = exchanged.in_place, exchanged.copied + exchanged.received
     if world.size == 1:
@@ -100,7 +114,8 @@ def measure(world: World, folder: Path, recipe: str, parallel: ParallelSettings)
         world.data_size > 1
     ):  # last: Transformer Engine reduces the largest values of all models of a process together
         overlapped = train(world, folder, recipe, parameters=True, parallel=parallel, **OVERLAPPED)
-        found["overlapped"] = [step(overlapped)[:2] for _ in range(3)]
+        losses = [step(overlapped)[:2] for _ in range(3)]
+        found["overlapped"] = [losses[0], losses[2]]
     return found
 
 

@@ -39,6 +39,7 @@ def check(figures: dict[str, Any], size: int, kind: str) -> None:
     if size == 1:  # two ranks cut them at other places
         assert figures["begins"], "the optimizer did not begin with the unrounded weights"
         assert figures["engine"], "the engine has other numbers than the policy computes with"
+    assert figures["reads anew"]
     assert figures["in place"] == 0 and figures["moved"] > 0
     # FP8's noise: a model of random weights is far more sensitive to it than one that was trained.
     first, last = (figures["steps"][number][0] for number in (0, -1))
