@@ -24,18 +24,18 @@ def plain_or_fp8(weight: torch.nn.Parameter) -> Tensor:
 def fill(weight: Tensor, value: Tensor) -> None:
     """Overwrite a weight of either kind."""
     if is_float8tensor(weight):
-        _forget_largest(weight)
-        weight.get_high_precision_init_val().copy_(value)  # type: ignore[attr-defined]
+        _begin_with(weight, value)
     weight.copy_(value)
 
 
-def _forget_largest(weight: Any) -> None:
-    """Delayed scaling: what the weight was made with is no part of the history that its scales follow from."""
+def _begin_with(weight: Any, value: Tensor) -> None:
+    """For the optimizer. And by delayed scaling, what the weight was made with is no part of the history of largest values."""
     from transformer_engine.pytorch.tensor.float8_tensor import Float8Quantizer
 
     quantizer = weight._get_quantizer()
     if isinstance(quantizer, Float8Quantizer):
         quantizer.amax.zero_()
+    weight.get_high_precision_init_val().copy_(value)
 
 
 def in_fp8(weights: Mapping[str, Tensor]) -> bool:

@@ -157,15 +157,16 @@ def fp8_obstacle(
             f"{device} {compute}, recipe {recipe} needs {'.'.join(map(str, needed))}{alternative}"
         )
     if engine_version is None and recipe != "tensorwise":
-        obstacles.append(_needs_engine(recipe))
+        obstacles.append(_recipe_needs_engine(recipe))
     return "; ".join(obstacles) or None
 
 
-def _needs_engine(recipe: str) -> str:
-    return (
-        f"fp8.recipe = '{recipe}' needs the package transformer-engine, which is not installed: install it (extra gpu) or "
-        "choose fp8.recipe = 'tensorwise'"
-    )
+def _recipe_needs_engine(recipe: str) -> str:
+    return _needs_engine(f"fp8.recipe = '{recipe}'", otherwise="choose fp8.recipe = 'tensorwise'")
+
+
+def _needs_engine(setting: str, *, otherwise: str) -> str:
+    return f"{setting} needs the package transformer-engine, which is not installed: install it (extra gpu) or {otherwise}"
 
 
 def transformer_engine_version() -> str | None:
@@ -193,12 +194,9 @@ def fp8_options(
     where the layers kept in bf16 do not lie in one pipeline stage each."""
     assert linears is not OWN, "their products are not FP8"
     if linears is SCALED_MM and settings.recipe != "tensorwise":
-        raise UserError(_needs_engine(settings.recipe))
+        raise UserError(_recipe_needs_engine(settings.recipe))
     if linears is SCALED_MM and settings.parameters:
-        raise UserError(
-            "fp8.parameters = true needs the package transformer-engine, which is not installed: install it (extra gpu) or set "
-            "it to false"
-        )
+        raise UserError(_needs_engine("fp8.parameters = true", otherwise="set it to false"))
     for end in ("first", "last"):
         count = settings.model_dump()[f"{end}_layers_bf16"]
         if count > num_layers // stages:

@@ -80,7 +80,8 @@ def check_pickled_files(folder: Path) -> None:
 @contextlib.contextmanager
 def plain_objects(folder: Path) -> Iterator[None]:
     """Within this context torch reads no object of a checkpoint that is more than plain data: UserError, with its name."""
-    read = DefaultLoadPlanner.load_bytes
+    planner: Any = DefaultLoadPlanner
+    read = planner.load_bytes
 
     def read_plain(self: DefaultLoadPlanner, read_item: ReadItem, value: io.BytesIO) -> None:
         try:
@@ -92,7 +93,7 @@ def plain_objects(folder: Path) -> Iterator[None]:
         value.seek(0)
         read(self, read_item, value)
 
-    DefaultLoadPlanner.load_bytes = read_plain  # type: ignore[method-assign]
+    planner.load_bytes = read_plain
     try:
         yield
     except CheckpointException as error:  # torch's collection of what happened on each rank
@@ -101,4 +102,4 @@ def plain_objects(folder: Path) -> Iterator[None]:
             raise
         raise found from None
     finally:
-        DefaultLoadPlanner.load_bytes = read  # type: ignore[method-assign]
+        planner.load_bytes = read

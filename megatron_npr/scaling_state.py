@@ -12,6 +12,7 @@ same on each of them, and another layout may read it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,12 +33,13 @@ def with_tensor_state(layer: type[torch.nn.Module]) -> type[torch.nn.Module]:
     return type(layer.__name__, (mixin, layer), {})
 
 
-class TensorState:
+class TensorState(torch.nn.Module):
     """Mixin before a layer of Transformer Engine, as Megatron wraps it."""
 
     fp8_meta: dict[str, Any]
     config: Any
     num_gemms: int = 1
+    init_fp8_metadata: Callable[..., None]
 
     def get_extra_state(self) -> Tensor:
         """[1 + history, quantisers] fp32 in host memory; [0] without a state."""
@@ -51,11 +53,14 @@ class TensorState:
         if state is None or state.numel() == 0 or not self._is_delayed:
             return
         with torch.no_grad(), get_fp8_context(self.config):
-            self.init_fp8_metadata(num_gemms=self.num_gemms)  # type: ignore[attr-defined]
-        parts = state.split([FORWARD * self.num_gemms, BACKWARD * self.num_gemms], dim=1)
-        for name, part in zip(("scaling_fwd", "scaling_bwd"), parts, strict=True):
+            self.init_fp8_metadata(num_gemms=self.num_gemms)
+        for name, part in zip(("scaling_fwd", "scaling_bwd"), self._by_direction(state), strict=True):
             self.fp8_meta[name].scale.copy_(part[0])
             self.fp8_meta[name].amax_history.copy_(part[1:])
+
+    def _by_direction(self, state: Tensor) -> tuple[Tensor, ...]:
+        """The columns of forward and of backward."""
+        return state.split([FORWARD * self.num_gemms, BACKWARD * self.num_gemms], dim=1)
 
     @property
     def _is_delayed(self) -> bool:
@@ -69,7 +74,7 @@ class GroupedTensorState(TensorState):
         """Megatron asks for the state of every expert: [1 + history, 5] each."""
         if state.numel() == 0:
             return [state] * self.num_gemms
-        forward, backward = state.split([FORWARD * self.num_gemms, BACKWARD * self.num_gemms], dim=1)
+        forward, backward = self._by_direction(state)
         pairs = zip(forward.split(FORWARD, dim=1), backward.split(BACKWARD, dim=1), strict=True)
         return [torch.cat(pair, dim=1) for pair in pairs]
 
@@ -82,7 +87,7 @@ class GroupedTensorState(TensorState):
         if key in state_dict:
             states = [state_dict.pop(each) for each in keys]
             state_dict[key] = _joined(states)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[misc]
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 def _joined(states: list[Tensor | None]) -> Tensor:

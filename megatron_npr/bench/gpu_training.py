@@ -160,7 +160,7 @@ def lightest_recompute(
     dtype: torch.dtype,
     tokens: int,
     device: torch.device,
-    fp8: Fp8Settings | None = None,
+    fp8: Fp8Settings | None,
 ) -> Recompute:
     """The first that fits the device by the memory model; on a CPU there is nothing to save."""
     if device.type != "cuda":

@@ -11,23 +11,19 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tests import te_on_cpu
+import torch
+import torch.distributed as dist
 
-te_on_cpu.install()
-
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-
-from megatron_npr.checkpoint import Checkpoints  # noqa: E402
-from megatron_npr.config import Fp8Settings, OptimizerSettings, ParallelSettings  # noqa: E402
-from megatron_npr.fp8_parameters import PlainWeights  # noqa: E402
-from megatron_npr.linears import TRANSFORMER_ENGINE  # noqa: E402
-from megatron_npr.parallel import World, world_of  # noqa: E402
-from megatron_npr.policy import local_weights  # noqa: E402
-from megatron_npr.reshard import EngineWeights  # noqa: E402
-from megatron_npr.resharding import EngineLayout  # noqa: E402
-from megatron_npr.trainer import Trainer  # noqa: E402
-from tests.training import axes, new_trainer, step  # noqa: E402
+from megatron_npr.checkpoint import Checkpoints
+from megatron_npr.config import Fp8Settings, OptimizerSettings, ParallelSettings
+from megatron_npr.fp8_parameters import PlainWeights
+from megatron_npr.linears import TRANSFORMER_ENGINE
+from megatron_npr.parallel import World, world_of
+from megatron_npr.policy import local_weights
+from megatron_npr.reshard import EngineWeights
+from megatron_npr.resharding import EngineLayout
+from megatron_npr.trainer import Trainer
+from tests.training import axes, new_trainer, step
 
 RECIPES = ("tensorwise", "delayed", "blockwise")
 LAYOUTS = {
@@ -127,7 +123,3 @@ def main() -> None:
         if world.is_main:
             out.write_text(json.dumps(found))
         dist.barrier()
-
-
-if __name__ == "__main__":
-    main()

@@ -10,16 +10,12 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from tests import te_on_cpu
+import torch
 
-te_on_cpu.install()
-
-import torch  # noqa: E402
-
-from megatron_npr.config import Fp8Settings  # noqa: E402
-from megatron_npr.linears import TRANSFORMER_ENGINE  # noqa: E402
-from megatron_npr.parallel import world_of  # noqa: E402
-from tests.kept import MODELS, kept_by_a_layer  # noqa: E402
+from megatron_npr.config import Fp8Settings
+from megatron_npr.linears import TRANSFORMER_ENGINE
+from megatron_npr.parallel import world_of
+from tests.kept import MODELS, kept_by_a_layer
 
 
 def main() -> None:
@@ -40,7 +36,3 @@ def main() -> None:
             for name, recipe, recompute in cases
         ]
     out.write_text(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main()

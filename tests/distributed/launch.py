@@ -44,9 +44,18 @@ def torchrun(module: str, arguments: Iterable[object], processes: int, timeout: 
     assert process.returncode == 0, said[-6000:]
 
 
-def run_worker(worker: str, arguments: Iterable[object], processes: int, timeout: float = SECONDS) -> str:
-    """What rank 0 wrote into the file that is the last argument of each process: WORKER ARGUMENTS... OUT."""
+def run_worker(
+    worker: str,
+    arguments: Iterable[object],
+    processes: int,
+    timeout: float = SECONDS,
+    *,
+    through: str | None = None,
+) -> str:
+    """What rank 0 wrote into the file that is the last argument of each process: WORKER ARGUMENTS... OUT. `through`: a module
+    that prepares the process and calls the worker's `main`."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
-        torchrun(worker_module(worker), (*arguments, out), processes, timeout)
+        modules = [worker_module(worker)] if through is None else [through, worker_module(worker)]
+        torchrun(modules[0], (*modules[1:], *arguments, out), processes, timeout)
         return out.read_text()

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from tests import te_on_cpu
 from tests.distributed.launch import run_worker
 
 
@@ -43,5 +44,5 @@ class Figures:
 def measure(runs: Mapping[str, Run], processes: int) -> dict[str, Figures]:
     """One world of processes that takes the runs in their order."""
     asked = json.dumps({name: asdict(run) for name, run in runs.items()})
-    answered = json.loads(run_worker("te_worker", (asked,), processes))
+    answered = json.loads(run_worker("te_worker", (asked,), processes, through=te_on_cpu.__name__))
     return {name: Figures(**figures) for name, figures in answered.items()}

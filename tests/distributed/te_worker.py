@@ -13,19 +13,12 @@ from pathlib import Path
 
 import torch
 
-from tests import te_on_cpu
+from tests.distributed.te_bench import walk
 from tests.distributed.te_runs import Run
 
 
 def main() -> None:
-    te_on_cpu.install()  # before anything imports Megatron
-    from tests.distributed.te_bench import walk
-
     torch.set_num_threads(1)
     figures = walk({name: Run(**fields) for name, fields in json.loads(sys.argv[1]).items()})
     if int(os.environ["RANK"]) == 0:
         Path(sys.argv[2]).write_text(json.dumps({name: asdict(each) for name, each in figures.items()}))
-
-
-if __name__ == "__main__":
-    main()

@@ -19,7 +19,7 @@ CASES = list(product(MODELS, RECIPES, ("none", "selective", "full")))
 
 def test_the_plan_counts_what_they_keep_and_their_fp8_copies_of_weights() -> None:
     te_on_cpu.skip_where_absent()
-    found = json.loads(run_worker("kept_worker", (json.dumps(CASES),), 1))
+    found = json.loads(run_worker("kept_worker", (json.dumps(CASES),), 1, through=te_on_cpu.__name__))
     for (name, recipe, recompute), kept in zip(CASES, found, strict=True):
         work = Workload(bytes_per_weight=2, fp8=recipe, recompute=recompute)
         planned, _ = activation_bytes_per_token(MODELS[name], Layout(), work)
