@@ -1,7 +1,6 @@
 """Progress of a stage for whoever watches: a bar in a terminal, a few plain lines anywhere else.
 
 with Progress("stage 3", total=40, unit="steps", shown=world.is_main and config.log.progress) as progress:
-    progress.phase("rollout", done, total)        # what happens inside the step
     progress.advance(tokens=18_230, reward=0.4)   # a step is done
 """
 
@@ -24,6 +23,9 @@ from rich.progress import (
 from rich.progress import Progress as RichProgress
 
 PLAIN_LINES = 5
+PLAIN_SECONDS = 60.0
+"""Without a terminal: so many lines over a stage, and never longer than this without one (when steps end)."""
+
 RATE_WINDOW = 10
 
 
@@ -47,6 +49,7 @@ class Progress:
         self._tokens = 0
         self._stream = stream or sys.stderr
         self._numbers = ""
+        self._printed = self._began
         self._plain = shown and not self._stream.isatty()
         self._bar = _bar(self._stream) if shown and not self._plain else None
         self._task: TaskID | None = None
@@ -71,32 +74,29 @@ class Progress:
         (since, before), (now, after) = self._window[0], self._window[-1]
         return (after - before) / (now - since) if now > since else 0.0
 
-    def phase(self, name: str, done: int | None = None, total: int | None = None) -> None:
-        """Show what the current step is at; only a terminal shows it."""
-        if self._bar is not None and self._task is not None:
-            count = "" if done is None else f" {done}/{total}"
-            self._bar.update(self._task, note=f"{name}{count}  {self._numbers}")
-
     def advance(self, steps: int = 1, *, tokens: int = 0, **numbers: float) -> None:
         """`steps` more are done; they took `tokens` tokens and ended with these numbers."""
         before, self.done = self.done, self.done + steps
         self._tokens += tokens
-        self._window.append((self._clock(), self._tokens))
+        now = self._clock()
+        self._window.append((now, self._tokens))
         rate = f"{self.tokens_per_second:,.0f} tok/s  " if self._tokens else ""
         self._numbers = rate + "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=self.done, note=self._numbers)
-        elif self._plain and self._is_due(before):
-            elapsed = self._clock() - self._began
+        elif self._plain and self._is_due(before, now):
+            self._printed, elapsed = now, now - self._began
             left = elapsed / max(1, self.done - self._first) * (self.total - self.done)
             self._print(
-                f"{self.name}: {self.done}/{self.total} {self.unit}  {_duration(elapsed)} gone, "
-                f"{_duration(left)} left  {self._numbers}"
+                f"{self.name}: {self.done}/{self.total} {self.unit}  {duration(elapsed)} gone, "
+                f"{duration(left)} left  {self._numbers}"
             )
 
-    def _is_due(self, before: int) -> bool:
-        return self.done >= self.total or (
-            before * PLAIN_LINES // self.total != self.done * PLAIN_LINES // self.total
+    def _is_due(self, before: int, now: float) -> bool:
+        return (
+            self.done >= self.total
+            or before * PLAIN_LINES // self.total != self.done * PLAIN_LINES // self.total
+            or now - self._printed >= PLAIN_SECONDS
         )
 
     def _print(self, line: str) -> None:
@@ -116,7 +116,8 @@ def _bar(stream: TextIO) -> RichProgress:
     )
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Whole seconds as a clock shows them: 4:05, 1:02:03."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

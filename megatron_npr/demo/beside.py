@@ -26,10 +26,10 @@ LAST_LINES = 20
 class Beside:
     """The process beside, for the length of a with-block; whoever leaves the block early ends it, as Ctrl-C would."""
 
-    def __init__(self, folder: Path, phases: Path, *, threads: int) -> None:
+    def __init__(self, folder: Path, phases: Phases, *, threads: int) -> None:
         self.log = folder / "beside.log"
-        self._phases = Phases(phases)
-        self._told = set(self._phases.intervals)
+        self._phases = phases
+        self._told = set(phases.intervals)
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         command = [sys.executable, "-m", "megatron_npr.demo.beside", str(folder)]
         with self.log.open("a") as log:
@@ -56,7 +56,7 @@ class Beside:
         self._phases.read()
         for name, seconds in self._phases.seconds.items():
             if name not in self._told:
-                print(f"{name}: {seconds:.0f} s (beside)", flush=True)
+                print(f"{self._phases.number(name)} {name}: {seconds:.0f} s (beside)", flush=True)
                 self._told.add(name)
         if self._process.poll():
             lines = self.log.read_text(errors="replace").splitlines()[-LAST_LINES:]

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from megatron_npr.config import EvalConfig, EvalMode
+from megatron_npr.config import EvalConfig, EvalMode, RolloutSettings
 from megatron_npr.evaluate import Evaluation, evaluate, mode_settings
 from megatron_npr.problems import evaluation_prompts
+from megatron_npr.progress import Progress
 from megatron_npr.report import StageFigures
 from megatron_npr.rollout_file import write_rollouts
 from megatron_npr.session import folder_engine, open_session
@@ -34,22 +35,31 @@ def measure(config: EvalConfig, mode: EvalMode, folder: Path, name: str, verifie
     session = open_session(config, config.run, config.model, config.parallel)
     engine = folder_engine(session, config.rollout)
     outcomes: dict[str, Evaluation] = {}
-    for way, changes in WAYS.items():
-        prompts = evaluation_prompts(
-            session, config.eval, "sequential" if mode == "sequential" else "parallel"
-        )
-        samples = SAMPLES.get(way, config.eval.samples_per_problem)
-        settings = mode_settings(config.rollout.model_copy(update=changes), mode, samples)
-        identity = (config.run.seed, "measure", way)
-        outcomes[way], groups = evaluate(session, engine, verifier, prompts, settings, identity=identity)
-        if way == "sampled" and session.world.is_main:
-            write_rollouts(folder / f"{name}.jsonl", [group[0] for group in groups], session.vocabulary)
-    if mode == "parallel":
-        settings = mode_settings(config.rollout.model_copy(update=WAYS["sampled"]), "unforced", 1)
-        identity = (config.run.seed, "measure", "unforced")
-        outcomes["unforced"], _ = evaluate(session, engine, verifier, prompts, settings, identity=identity)
+    prompts = evaluation_prompts(session, config.eval, "sequential" if mode == "sequential" else "parallel")
+    ways = planned(config, mode)
+    shown = session.world.is_main and config.log.progress
+    with Progress(f"measure {name}", len(ways), "ways of decoding", shown=shown) as progress:
+        for way, settings in ways.items():
+            identity = (config.run.seed, "measure", way)
+            outcomes[way], groups = evaluate(session, engine, verifier, prompts, settings, identity=identity)
+            if way == "sampled" and session.world.is_main:
+                write_rollouts(folder / f"{name}.jsonl", [group[0] for group in groups], session.vocabulary)
+            progress.advance(tokens=int(outcomes[way].num_tokens.sum()))
     if session.world.is_main:
         save(folder / f"{name}.npz", outcomes)
+
+
+def planned(config: EvalConfig, mode: EvalMode) -> dict[str, RolloutSettings]:
+    """The ways of decoding a model; one that branches in the engine is decoded with nothing forced, too."""
+    ways = {
+        way: mode_settings(
+            config.rollout.model_copy(update=changes), mode, SAMPLES.get(way, config.eval.samples_per_problem)
+        )
+        for way, changes in WAYS.items()
+    }
+    if mode == "parallel":
+        ways["unforced"] = mode_settings(ways["sampled"], "unforced", 1)
+    return ways
 
 
 def save(path: Path, outcomes: dict[str, Evaluation]) -> None:

@@ -1,11 +1,17 @@
-"""The phases of a demo run: each done once, timed, and remembered, so that an interrupted demo continues."""
+"""The phases of a demo run: each done once, timed, and remembered, so that an interrupted demo continues.
+
+[3/6] stage 2: beta  (beside: measure base 3/7)        when it begins
+[3/6] stage 2: beta: 61 s  2:10 gone, about 4:30 left  when it has ended
+"""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+
+from megatron_npr.progress import duration
 
 MEASURING = "measure"
 """Phases whose names begin so count as evaluation."""
@@ -14,11 +20,13 @@ POLL_SECONDS = 0.5
 
 
 class Phases:
-    """When each finished phase of one process began and ended (seconds since the epoch), in a file of the run folder.
+    """What one process of the demo does: its phases in order, each with its share of the work (any unit, the same for all
+    processes), and when the finished ones began and ended (seconds since the epoch), in a file of the run folder.
     One process writes the file; others may read it."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, shares: Mapping[str, float]) -> None:
         self._path = path
+        self.shares = shares
         self.intervals: dict[str, tuple[float, float]] = {}
         self.read()
 
@@ -28,18 +36,24 @@ class Phases:
             found = json.loads(self._path.read_text())
             self.intervals = {name: (began, ended) for name, (began, ended) in found.items()}
 
-    def run(self, name: str, work: Callable[[], object]) -> None:
-        """Do the work unless a former run of this demo finished it."""
+    def run(self, name: str, work: Callable[[], object], outlook: Callable[[], str] = str) -> None:
+        """Do the work unless a former run of this demo finished it; `outlook` is what to print behind the line."""
+        title = f"{self.number(name)} {name}"
         if name in self.intervals:
-            print(f"{name}: done before, {self.seconds[name]:.0f} s", flush=True)
+            print(f"{title}: done before, {self.seconds[name]:.0f} s", flush=True)
             return
+        print(f"{title}  {outlook()}".rstrip(), flush=True)
         began = time.time()
         work()
         self.intervals[name] = (began, time.time())
         written = self._path.with_suffix(".new")
         written.write_text(json.dumps(self.intervals))
         written.replace(self._path)
-        print(f"{name}: {self.seconds[name]:.0f} s", flush=True)
+        print(f"{title}: {self.seconds[name]:.0f} s  {outlook()}".rstrip(), flush=True)
+
+    def number(self, name: str) -> str:
+        """Which of how many: "[3/6]"."""
+        return f"[{list(self.shares).index(name) + 1}/{len(self.shares)}]"
 
     def wait_for(self, name: str) -> None:
         """Until the process that writes the file has finished the phase `name`."""
@@ -48,12 +62,35 @@ class Phases:
             self.read()
 
     @property
+    def current(self) -> str | None:
+        """The first phase that has not ended; None when all have."""
+        return next((name for name in self.shares if name not in self.intervals), None)
+
+    @property
     def seconds(self) -> dict[str, float]:
         return {name: ended - began for name, (began, ended) in self.intervals.items()}
 
     @property
     def measuring(self) -> float:
         return sum(seconds for name, seconds in self.seconds.items() if name.startswith(MEASURING))
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Of the phases that have not ended, at the speed of those that have; None before the first has ended."""
+        done = sum(self.shares[name] for name in self.intervals)
+        if not done:
+            return None
+        return sum(self.seconds.values()) / done * (sum(self.shares.values()) - done)
+
+
+def outlook(road: Phases, beside: Phases) -> str:
+    """What runs beside, how long the demo has run, and about how long it still will."""
+    beside.read()
+    name = beside.current
+    other = f"(beside: {beside.number(name)} {name})  " if name else ""
+    gone = covered([*road.intervals.values(), *beside.intervals.values()])
+    left = [seconds for seconds in (road.seconds_left, beside.seconds_left) if seconds is not None]
+    return f"{other}{duration(gone)} gone, about {duration(max(left))} left" if left else other
 
 
 def covered(intervals: Iterable[tuple[float, float]]) -> float:

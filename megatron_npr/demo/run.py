@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
@@ -30,7 +31,7 @@ from megatron_npr.config import (
 from megatron_npr.demo import base, speed
 from megatron_npr.demo.beside import Beside
 from megatron_npr.demo.measure import Measured, measure
-from megatron_npr.demo.phases import Phases, covered
+from megatron_npr.demo.phases import Phases, covered, outlook
 from megatron_npr.demo.tasks import demo_problems
 from megatron_npr.evaluate import mode_settings
 from megatron_npr.huggingface import load_tokenizer
@@ -65,8 +66,21 @@ MEASURED: dict[str, tuple[EvalMode, str]] = {
 }
 """Name in the report -> (way of decoding, model)."""
 CONTROLS = ("beta_more_sft",)
-ROAD, BESIDE = "phases-road.json", "phases-beside.json"
-ZERO, BETA = "stage 1: zero", "stage 2: beta"
+ZERO, BETA, NPR = "stage 1: zero", "stage 2: beta", "stage 3: npr"
+ROAD = "phases-road.json"
+ROAD_SHARES = {ZERO: 30, "rejection sampling": 6, BETA: 12, NPR: 35, "measure npr": 9, "measure speed": 8}
+BESIDE = "phases-beside.json"
+BESIDE_SHARES = {
+    "control: sequential RL": 45,
+    "measure base": 4,
+    "measure base_sequential": 3,
+    "measure sequential_rl": 3,
+    "measure zero": 4,
+    "measure beta": 5,
+    "control: more SFT": 6,
+    "measure beta_more_sft": 5,
+}
+"""Phases of the two processes in order, and their shares of the work; only the time left is told from them."""
 
 
 def run(folder: Path, *, seed: int | None = None, resume: bool = False) -> list[str]:
@@ -106,7 +120,8 @@ class Demo:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.seed = int(json.loads((folder / "demo.json").read_text())["seed"])
-        self.road = Phases(folder / ROAD)
+        self.road = Phases(folder / ROAD, ROAD_SHARES)
+        self.side = Phases(folder / BESIDE, BESIDE_SHARES)
         self.cores = len(os.sched_getaffinity(0))
         self.threads = max(1, self.cores // 2)  # of each of the two processes
 
@@ -174,39 +189,42 @@ class Demo:
     def train_and_measure(self) -> None:
         """Every phase that is not done yet: the road here, the rest beside it, and the speed when all is quiet."""
         print(f"controls and measurements run beside, their log is {self.folder / 'beside.log'}", flush=True)
-        road = self.road.run
         with (
-            Beside(self.folder, self.folder / BESIDE, threads=self.threads) as beside,
+            Beside(self.folder, self.side, threads=self.threads) as beside,
             Verifier() as verifier,
         ):
             for phase, work in (
                 (ZERO, lambda: stage1.run(self.zero)),
                 ("rejection sampling", lambda: sample.run(self.samples)),
                 (BETA, lambda: stage2.run(self.beta)),
-                ("stage 3: npr", lambda: stage3.run(self.npr)),
+                (NPR, lambda: stage3.run(self.npr)),
                 ("measure npr", lambda: self.measure("npr", verifier)),
             ):
-                road(phase, work)
+                self.run_phase(phase, work)
                 beside.tell()
+            print("the rest is done; waiting for what runs beside", flush=True)
             beside.finish()
-        road("measure speed", self.measure_speed)
+        self.run_phase("measure speed", self.measure_speed)
+
+    def run_phase(self, name: str, work: Callable[[], object]) -> None:
+        """A phase of the road, with what the console says before and after it."""
+        self.road.run(name, work, lambda: outlook(self.road, self.side))
 
     def beside(self) -> None:
         """What the road does not wait for: controls, and measurements of what it has made."""
-        phases = Phases(self.folder / BESIDE)
         with Verifier() as verifier:
 
             def measure(name: str) -> None:
-                phases.run(f"measure {name}", lambda: self.measure(name, verifier))
+                self.side.run(f"measure {name}", lambda: self.measure(name, verifier))
 
-            phases.run("control: sequential RL", lambda: stage3.run(self.sequential_rl))
+            self.side.run("control: sequential RL", lambda: stage3.run(self.sequential_rl))
             for name in ("base", "base_sequential", "sequential_rl"):
                 measure(name)
             self.road.wait_for(ZERO)
             measure("zero")
             self.road.wait_for(BETA)
             measure("beta")
-            phases.run("control: more SFT", lambda: stage2.run(self.beta_more_sft))
+            self.side.run("control: more SFT", lambda: stage2.run(self.beta_more_sft))
             measure("beta_more_sft")
 
     def measure(self, name: str, verifier: Verifier) -> None:
@@ -242,7 +260,7 @@ class Demo:
 
     def result(self, report_folder: Path) -> DemoResult:
         """What the report shows."""
-        beside = Phases(self.folder / BESIDE)
+        self.side.read()
         measured = {name: self.measured(name) for name in MEASURED}
         figures = {name: one.figures() for name, one in measured.items()}
         correct = {name: one.array("sampled", "correct") for name, one in measured.items()}
@@ -257,15 +275,15 @@ class Demo:
         problems, samples = correct["npr"].shape
         return DemoResult(
             seed=self.seed,
-            wall_seconds=covered([*self.road.intervals.values(), *beside.intervals.values()]),
-            evaluation_seconds=self.road.measuring + beside.measuring,
+            wall_seconds=covered([*self.road.intervals.values(), *self.side.intervals.values()]),
+            evaluation_seconds=self.road.measuring + self.side.measuring,
             num_problems=problems,
             samples_per_problem=samples,
             stages={name: value for name, value in figures.items() if name not in CONTROLS},
             controls={name: figures[name] for name in CONTROLS},
             comparisons={f"{a} - {b}": paired_difference(correct[a], correct[b]) for a, b in pairs},
             speedup=self.speedup(),
-            phase_seconds={"the road": self.road.seconds, "beside it": beside.seconds},
+            phase_seconds={"the road": self.road.seconds, "beside it": self.side.seconds},
             curves={
                 title: Path(os.path.relpath(self.folder / name / "metrics.jsonl", report_folder))
                 for title, name in {
@@ -284,6 +302,8 @@ class Demo:
         return Speedup(
             batch_1=measured["batch_1"]["wall"],
             batch_32=measured["batch_32"]["wall"],
+            steps_1=measured["batch_1"]["steps"],
+            steps_32=measured["batch_32"]["steps"],
             ideal=measured["batch_32"]["ideal"],
             median_step_tokens=self.median_step_tokens(),
         )

@@ -1,4 +1,8 @@
-"""The figures that a demo has to reach, checked on report.json alone."""
+"""The figures that a demo has to reach, checked on report.json alone.
+
+Learning, validity, parallelism and work: what the machine does beside the demo changes none of them. Seconds are shown in the
+report and judged nowhere; speed is what `npr bench` measures.
+"""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -6,8 +10,6 @@ from typing import Any
 
 Report = Mapping[str, Any]
 
-WALL_SECONDS = 12 * 60
-EVALUATION_SHARE = 1 / 3
 TOLERANCE = 1e-9  # 0.75 + 0.15 is not above 0.90 by rounding
 
 
@@ -35,7 +37,7 @@ class Floor:
 
 def check(report: Report) -> list[Floor]:
     """All floors with what was measured, in the order of the report."""
-    return [*_size(report), *_format(report), *_accuracy(report), *_speed(report)]
+    return [*_size(report), *_format(report), *_accuracy(report), *_work(report)]
 
 
 def floors(report: Report) -> list[str]:
@@ -45,9 +47,6 @@ def floors(report: Report) -> list[str]:
 
 def _size(report: Report) -> Iterator[Floor]:
     details = report["details"]
-    yield Floor("wall time", report["wall_seconds"], "<=", WALL_SECONDS, " s")
-    share = details["evaluation_seconds"] / details["busy_seconds"]
-    yield Floor("evaluation's share of the time", share, "<=", EVALUATION_SHARE)
     yield Floor("held-out problems", details["num_problems"], ">=", 512)
     yield Floor("samples per problem", details["samples_per_problem"], ">=", 4)
 
@@ -71,10 +70,12 @@ def _accuracy(report: Report) -> Iterator[Floor]:
         yield Floor(f"{title} accuracy npr - beta", stages["npr"][key] - stages["beta"][key], ">=", -0.02)
 
 
-def _speed(report: Report) -> Iterator[Floor]:
-    speedup = report["speedup_wall"]
+def _work(report: Report) -> Iterator[Floor]:
+    ideal, fewer = report["speedup_wall"]["ideal"], report["fewer_steps"]
+    yield Floor("ideal speedup (total / critical-path tokens)", ideal, ">=", 1.8, "x")
     for batch in (1, 32):
-        share = speedup[f"batch_{batch}"] / speedup["ideal"]
-        yield Floor(f"wall-clock speedup at batch {batch} as a share of the ideal", share, ">=", 0.85)
-    yield Floor("ideal speedup (total / critical-path tokens)", speedup["ideal"], ">=", 1.8, "x")
+        share = fewer[f"batch_{batch}"] / ideal
+        yield Floor(
+            f"engine steps that branches save at batch {batch}, as a share of the ideal", share, ">=", 0.85
+        )
     yield Floor("median tokens of a step", report["details"]["median_step_tokens"], "<=", 40)

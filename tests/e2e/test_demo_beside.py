@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from megatron_npr.demo.beside import Beside
-from megatron_npr.demo.run import BESIDE
+from megatron_npr.demo.phases import Phases
+from megatron_npr.demo.run import BESIDE, BESIDE_SHARES
 
 
 def processes_of(folder: Path) -> list[int]:
@@ -39,7 +40,7 @@ def test_its_failure_is_told_with_the_end_of_its_log(tmp_path: Path) -> None:
     (tmp_path / "demo.json").write_text(json.dumps({"seed": "not a number"}))
     with (
         pytest.raises(RuntimeError, match=r"(?s)the end of .*beside\.log:.*invalid literal for int"),
-        Beside(tmp_path, tmp_path / BESIDE, threads=1) as beside,
+        Beside(tmp_path, Phases(tmp_path / BESIDE, BESIDE_SHARES), threads=1) as beside,
     ):
         beside.finish()
 
@@ -47,7 +48,7 @@ def test_its_failure_is_told_with_the_end_of_its_log(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_leaving_early_ends_it_after_its_step_with_a_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "demo.json").write_text(json.dumps({"seed": 0}))
-    with Beside(tmp_path, tmp_path / BESIDE, threads=1) as beside:
+    with Beside(tmp_path, Phases(tmp_path / BESIDE, BESIDE_SHARES), threads=1) as beside:
         wait_for_line(beside.log, "stage 3: 0/148 steps")
         time.sleep(5)  # well inside a step
     assert "stopping after this step" in beside.log.read_text()
@@ -60,7 +61,8 @@ def test_it_does_not_outlive_a_demo_that_was_killed(tmp_path: Path) -> None:
     (tmp_path / "demo.json").write_text(json.dumps({"seed": 0}))
     script = (
         "import sys, time; from pathlib import Path; from megatron_npr.demo.beside import Beside; "
-        "folder = Path(sys.argv[1]); Beside(folder, folder / 'phases.json', threads=1); time.sleep(600)"
+        "from megatron_npr.demo.phases import Phases; folder = Path(sys.argv[1]); "
+        "Beside(folder, Phases(folder / 'phases.json', {}), threads=1); time.sleep(600)"
     )
     parent = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)])
     try:

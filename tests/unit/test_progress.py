@@ -20,7 +20,6 @@ def test_without_a_terminal_a_few_plain_lines_appear() -> None:
     stream, clock = io.StringIO(), ticking(1.0)
     with Progress("stage 3", 100, stream=stream, clock=lambda: next(clock)) as progress:
         for _ in range(100):
-            progress.phase("rollout", 1, 2)
             progress.advance(tokens=50, reward=0.5)
     lines = stream.getvalue().splitlines()
     assert len(lines) == PLAIN_LINES + 1
@@ -28,6 +27,14 @@ def test_without_a_terminal_a_few_plain_lines_appear() -> None:
     assert lines[-1].startswith("stage 3: 100/100 steps")
     assert lines[-1].endswith("reward 0.5")
     assert "\x1b" not in stream.getvalue()
+
+
+def test_without_a_terminal_a_slow_machine_is_not_silent_for_longer_than_a_minute() -> None:
+    stream, clock = io.StringIO(), ticking(40.0)
+    with Progress("stage 3", 100, stream=stream, clock=lambda: next(clock)) as progress:
+        for _ in range(10):
+            progress.advance(tokens=50)
+    assert stream.getvalue().splitlines()[1].startswith("stage 3: 2/100 steps  1:20 gone, 1:05:20 left")
 
 
 def test_throughput_is_that_of_the_last_steps() -> None:
