@@ -18,7 +18,7 @@ NO_BLOCK = -1.5
 BROKEN = -1.0
 FLOOR = -2.0
 MIN_PLAN, MIN_STEP, MIN_TAKEAWAY = 3, 6, 6
-SHORT = -0.4
+SHORT = -4
 
 _COUNTS_DIFFER = {Violation.GUIDELINE_WITHOUT_PLAN, Violation.MISSING_STEP, Violation.EXTRA_STEP}
 _AROUND_BLOCKS = {Violation.PREAMBLE, Violation.TEXT_AROUND_BLOCK, Violation.NO_BLOCK}
@@ -29,11 +29,12 @@ _UNANSWERED = {
     Violation.TOKENS_AFTER_EOS,
 }
 _BLEMISH = {
-    Violation.TEXT_IN_GUIDELINE: -0.4,
-    Violation.TEXT_BETWEEN_STEPS: -0.2,
-    Violation.PLAN_NUMBERING: -0.4,
-    Violation.STEP_NUMBERING: -0.4,
+    Violation.TEXT_IN_GUIDELINE: -4,
+    Violation.TEXT_BETWEEN_STEPS: -2,
+    Violation.PLAN_NUMBERING: -4,
+    Violation.STEP_NUMBERING: -4,
 }
+"""In tenths, as SHORT is."""
 _TOO_SHORT = {Violation.EMPTY_PLAN, Violation.EMPTY_STEP, Violation.EMPTY_TAKEAWAY}
 
 
@@ -54,7 +55,8 @@ def reward_of_reading(grammar: Grammar, response_ids: TokenIds, reading: Reading
         return BROKEN
     blemishes = sum(_BLEMISH[violation] for violation in found if violation not in _TOO_SHORT)
     short = sum(_num_short(grammar, response_ids, block) for block in reading.response.blocks)
-    return max(FLOOR, blemishes + SHORT * short)
+    # Tenths are whole numbers, so that equal sums are equal floats: -0.2 three times is not -0.4 and -0.2.
+    return max(FLOOR, (blemishes + SHORT * short) / 10)
 
 
 def accuracy_reward(correct: bool) -> float:

@@ -8,12 +8,13 @@ problems ─► engine (no forks) ─► format + accuracy reward ─► group a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fractions import Fraction
 from functools import partial
 
 import numpy as np
 from torch import Tensor
 
-from megatron_npr.advantage import grpo_advantages
+from megatron_npr.advantage import flat_groups, grpo_advantages
 from megatron_npr.config import DapoSettings, Stage1Config
 from megatron_npr.learner import Learner, round_indices
 from megatron_npr.losses import LossSum, dapo_loss
@@ -83,17 +84,23 @@ def run(config: Stage1Config) -> None:
 
 
 def reward(item: Scored, config: Stage1Config) -> float:
-    """Format + accuracy, the latter only where the format is right (REFERENCE.md, stage 1), + overlong shaping."""
-    accuracy = item.accuracy_reward if item.format == 0.0 else 0.0
-    return item.format + accuracy + overlong(item.rollout.num_tokens, config.rollout.max_tokens, config.dapo)
+    """Format + accuracy, the latter only where the format is right (REFERENCE.md, stage 1), + overlong shaping.
+
+    Summed as fractions and rounded once, so that equal rewards are equal floats, whatever they are sums of.
+    """
+    format_reward = Fraction(item.format).limit_denominator(10)  # tenths
+    accuracy = Fraction(item.accuracy_reward if format_reward == 0 else 0.0)
+    return float(
+        format_reward + accuracy + overlong(item.rollout.num_tokens, config.rollout.max_tokens, config.dapo)
+    )
 
 
-def overlong(num_tokens: int, max_tokens: int, settings: DapoSettings) -> float:
+def overlong(num_tokens: int, max_tokens: int, settings: DapoSettings) -> Fraction:
     """DAPO's soft punishment (equation 13): from 0 to -1 over the last `overlong_buffer` tokens of the budget."""
     if settings.overlong_buffer == 0:
-        return 0.0
+        return Fraction(0)
     excess = num_tokens - (max_tokens - settings.overlong_buffer)
-    return -min(max(excess / settings.overlong_buffer, 0.0), 1.0)
+    return -min(max(Fraction(excess, settings.overlong_buffer), Fraction(0)), Fraction(1))
 
 
 def split_updates(
@@ -104,11 +111,11 @@ def split_updates(
     Dynamic sampling (DAPO, section 3.2) leaves out the groups whose rewards are all equal.
     """
     groups = np.array([item.group for item in scored])
-    advantages = grpo_advantages(rewards, groups).values
+    advantages, flat = grpo_advantages(rewards, groups).values, flat_groups(rewards, groups)
     parts: list[list[TrainSample]] = [[] for _ in range(config.train.updates_per_step)]
     for group in range(int(groups.max()) + 1):
         members = np.flatnonzero(groups == group).tolist()
-        if config.dapo.dynamic_sampling and not advantages[members].any():
+        if config.dapo.dynamic_sampling and flat[members].all():
             continue
         part = parts[group * len(parts) // (int(groups.max()) + 1)]
         part += [train_sample(scored[index].rollout, float(advantages[index])) for index in members]

@@ -4,6 +4,7 @@ Problems are the unit of chance (the samples of one problem hang together): they
 Shape suffixes: P problems, S samples of a problem, B resamples.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,7 +43,7 @@ def mean_with_interval(
     """
     means_P = _problem_means(values_PS)
     low, high = _interval(means_P, seed, num_resamples)
-    return Estimate(float(means_P.mean()), low, high)
+    return Estimate(_mean(means_P), low, high)
 
 
 def paired_difference(
@@ -55,7 +56,7 @@ def paired_difference(
     difference_P = a_P - b_P
     low, high = _interval(difference_P, seed, num_resamples)
     p_value = _sign_flip_p_value(difference_P, seed + 1, num_resamples)
-    return PairedDifference(float(difference_P.mean()), low, high, p_value)
+    return PairedDifference(_mean(difference_P), low, high, p_value)
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
@@ -82,7 +83,13 @@ def _problem_means(values: ArrayLike) -> NDArray[np.float64]:
         raise ValueError(
             f"values of shape {array.shape}: expected [problems, samples] or [problems], not empty"
         )
-    return array if array.ndim == 1 else array.mean(axis=1)
+    return array if array.ndim == 1 else np.array([_mean(row) for row in array])
+
+
+def _mean(values: NDArray[np.float64]) -> float:
+    """The mean, whatever the order of the values, and that of equal ones exactly: a difference of the last bit would count
+    as one of the models."""
+    return float(np.clip(math.fsum(values) / len(values), values.min(), values.max()))
 
 
 def _interval(values_P: NDArray[np.float64], seed: int, num_resamples: int) -> tuple[float, float]:
@@ -91,7 +98,8 @@ def _interval(values_P: NDArray[np.float64], seed: int, num_resamples: int) -> t
         rng.multinomial(num, np.full(num, 1 / num), size=size) @ values_P / num
         for size in _chunks(num_resamples)
     ]
-    low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
+    resampled = np.concatenate(means).clip(values_P.min(), values_P.max())  # a mean lies between its values
+    low, high = np.quantile(resampled, [0.025, 0.975])
     return float(low), float(high)
 
 

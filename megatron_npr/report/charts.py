@@ -106,7 +106,7 @@ def stacked_bar(parts: Mapping[str, float]) -> str:
     segments, legend = [], []
     for index, (name, value) in enumerate(parts.items()):
         color = f"c{index % 8}"
-        text = f"{escape(name)}: {value:.0f} s, {value / total:.0%}"
+        text = f"{escape(name)}: {value:.0f} s, {value / total if total else 0:.0%}"
         segments.append(f'<span class="fill {color}" style="flex:{value:.3f}" title="{text}"></span>')
         legend.append(f'<li><span class="key fill {color}"></span>{text}</li>')
     return f'<div class="bar">{"".join(segments)}</div><ul class="legend">{"".join(legend)}</ul>'
@@ -127,7 +127,8 @@ def number(value: float) -> str:
 
 def _padded(values: Sequence[float]) -> tuple[float, float]:
     low, high = min(values), max(values)
-    pad = 0.06 * (high - low) or max(abs(high) * 0.1, 1e-3)
+    constant = high - low <= 1e-9 * max(abs(low), abs(high))  # but for rounding
+    pad = max(abs(high) * 0.1, 1e-3) if constant else 0.06 * (high - low)
     return (0.0 if 0 <= low < 0.3 * high else low - pad), high + pad
 
 
