@@ -88,7 +88,7 @@ def open_session(
         require_fp8(world.device)
     if world.is_main:
         run.dir.mkdir(parents=True, exist_ok=True)
-        (run.dir / "config.toml").write_text(to_toml(config))
+        (run.dir / "config.toml").write_text(to_toml(config), encoding="utf-8")
     return Session(
         config, run, model, parallel, world, tokenizer, vocabulary, Grammar(vocabulary), model_config
     )

@@ -1,10 +1,11 @@
 """TOML file + dotted overrides -> a validated stage configuration, or ONE line that says what to change.
 
 file.toml ──tomllib──► tables ─┐
---optimizer.lr 1e-4 ──────────┴─► keys checked against the schema ─► stage defaults below ─► pydantic
+--optimizer.lr 1e-4 ──────────┴─► keys checked against the schema ─► stage defaults below ─► pydantic ─► to_toml ─► file
 """
 
 import difflib
+import json
 import tomllib
 import types
 import typing
@@ -23,6 +24,9 @@ from npr_ext.errors import UserError
 Config = TypeVar("Config", bound=Section)
 Tables = dict[str, dict[str, Any]]
 
+NONE = "none"
+"""How a file and the command line say None."""
+
 
 @dataclass(frozen=True)
 class Key:
@@ -39,14 +43,21 @@ def load_config(cls: type[Config], path: Path | None, overrides: Sequence[str] =
 
     Raises UserError with one line naming file or option, key, value and remedy.
     """
-    tables = _read_toml(path) if path is not None else {}
-    origin = dict.fromkeys(_dotted(tables), str(path))
+    read = _read_toml(path) if path is not None else {}
+    origin = dict.fromkeys(_dotted(read), str(path))
     for name in origin:
         _check_key(cls, name, str(path))
+    fields = _fields(cls)
+    tables = {
+        section: {
+            key: _from_file(f"{section}.{key}", fields, value, str(path)) for key, value in table.items()
+        }
+        for section, table in read.items()
+    }
     for name, raw in parse_overrides(overrides):
         _check_key(cls, name, f"--{name}")
         section, key = name.split(".")
-        tables.setdefault(section, {})[key] = _from_text(_fields(cls)[name], raw)
+        tables.setdefault(section, {})[key] = _from_text(name, fields[name].annotation, raw)
         origin[name] = "command line"
     try:
         return cls.model_validate(_with_defaults(cls, tables))
@@ -54,17 +65,18 @@ def load_config(cls: type[Config], path: Path | None, overrides: Sequence[str] =
         raise UserError(_one_line(error.errors()[0], origin)) from None
 
 
-def parse_overrides(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """["--train.steps", "4", "--run.resume"] -> ("train.steps", "4"), ("run.resume", "true")."""
+def parse_overrides(arguments: Sequence[str]) -> Iterator[tuple[str, str | None]]:
+    """["--train.steps", "4", "--run.resume"] -> ("train.steps", "4"), ("run.resume", None)."""
     rest = list(arguments)
     while rest:
         option = rest.pop(0)
         if not option.startswith("--") or len(option) == 2:
             raise UserError(f"unexpected argument {option!r}: overrides look like --optimizer.lr 1e-4")
         name, equals, value = option[2:].partition("=")
-        if not equals:
-            value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
-        yield name, value
+        if equals:
+            yield name, value
+        else:
+            yield name, rest.pop(0) if rest and not rest[0].startswith("--") else None
 
 
 def keys(cls: type[Section]) -> list[Key]:
@@ -83,25 +95,27 @@ def keys(cls: type[Section]) -> list[Key]:
 
 
 def to_toml(config: Section) -> str:
-    """The resolved configuration as a file that `load_config` reads back to an equal object."""
+    """The resolved configuration as a file that `load_config` reads back to an equal object.
+
+    TOML has no null: a setting that is off is written as the "none" that switches it off.
+    """
     lines: list[str] = []
     for section, table in config.model_dump().items():
         lines.append(f"[{section}]")
-        lines += [f"{key} = {_toml(value)}" for key, value in table.items() if value is not None]
-        lines += [f'# {key} = "none"' for key, value in table.items() if value is None]
+        lines += [f"{key} = {_toml(NONE if value is None else value)}" for key, value in table.items()]
         lines.append("")
     return "\n".join(lines)
 
 
 def _read_toml(path: Path) -> Tables:
     try:
-        tables = tomllib.loads(path.read_text())
+        tables = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such configuration file") from None
     except IsADirectoryError:
         raise UserError(f"{path} is a folder: name the .toml file in it") from None
     except UnicodeDecodeError:
-        raise UserError(f"{path} is not a text file: expected TOML") from None
+        raise UserError(f"{path} is not UTF-8 text: expected TOML") from None
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{path}: not valid TOML: {error}") from None
     for section, table in tables.items():
@@ -147,12 +161,36 @@ def _with_defaults(cls: type[Section], tables: Mapping[str, Mapping[str, Any]]) 
     return merged
 
 
-def _from_text(field: FieldInfo, raw: str) -> Any:
-    if raw.lower() == "none" and type(None) in typing.get_args(field.annotation):
+def _from_file(name: str, fields: Mapping[str, FieldInfo], value: Any, place: str) -> Any:
+    """A value of a file as the schema takes it: its numbers are no truth values, and "none" is None where None may be."""
+    annotation = fields[name].annotation
+    if isinstance(value, bool) and not _allows(annotation, bool):
+        raise UserError(f"{place}: {name} = {str(value).lower()}: input should be {_kind(annotation)}")
+    return None if _is_none(annotation, value) else value
+
+
+def _from_text(name: str, annotation: Any, raw: str | None) -> Any:
+    """A value of the command line; an option alone (`raw` None) switches on what can be switched."""
+    if raw is None:
+        if _allows(annotation, bool):
+            return True
+        raise UserError(
+            f"--{name} needs a value ({_kind(annotation)}): give --{name} VALUE, or --{name}=VALUE"
+        )
+    if _is_none(annotation, raw):
         return None
-    if typing.get_origin(field.annotation) is tuple:
+    if typing.get_origin(annotation) is tuple:
         return [part.strip(" \"'") for part in raw.strip("[] ").split(",") if part.strip()]
     return raw
+
+
+def _is_none(annotation: Any, value: Any) -> bool:
+    return isinstance(value, str) and value.lower() == NONE and _allows(annotation, type(None))
+
+
+def _allows(annotation: Any, kind: type) -> bool:
+    """Whether a type of the schema is `kind`, or a union with it."""
+    return annotation is kind or kind in typing.get_args(annotation)
 
 
 def _one_line(error: ErrorDetails, origin: Mapping[str, str]) -> str:
@@ -160,7 +198,7 @@ def _one_line(error: ErrorDetails, origin: Mapping[str, str]) -> str:
     if error["type"] == "missing":
         return f"{name} is not set: put it into the configuration file or give --{name} VALUE"
     message = error["msg"].removeprefix("Value error, ")
-    if error["type"] == "value_error":
+    if error["type"] == "value_error" and "." not in name:  # of several settings, which it names
         return message
     value = error["input"]
     return f"{origin.get(name, 'configuration')}: {name} = {value!r}: {message[0].lower()}{message[1:]}"
@@ -183,12 +221,15 @@ def _kind(annotation: Any) -> str:
 
 def _toml(value: Any) -> str:
     if value is None:
-        return "none"
+        return NONE
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, int | float):
         return repr(value)
     if isinstance(value, tuple | list):
         return "[" + ", ".join(_toml(item) for item in value) + "]"
-    text = str(value).replace("\\", "\\\\").replace('"', '\\"')
-    return f'"{text}"'
+    if isinstance(value, Path) and str(value).lower() == NONE:
+        return f'"./{value}"'  # a file of that name, not the absence of one
+    return json.dumps(
+        str(value), ensure_ascii=False
+    )  # the schema lets no character pass that TOML escapes otherwise

@@ -3,25 +3,41 @@
 Nothing here imports torch: the command line has to answer `--help` and report mistakes at once.
 """
 
+import unicodedata
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
+INT64_END = 1 << 63
+"""TOML's integers, torch's sizes and seeds end before it."""
+PositiveInt = Annotated[int, Field(ge=1, lt=INT64_END)]
+NonNegativeInt = Annotated[int, Field(ge=0, lt=INT64_END)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
+NO_TEXT = {"Cc": "a control character", "Cs": "no UTF-8", "Zl": "a line break", "Zp": "a line break"}
+"""Unicode categories that no name of a file or model has, and that would tear a line of a message or file apart."""
 
 Recompute = Literal["none", "selective", "full"]
 
 
 class Section(BaseModel):
-    """Base of all tables: immutable, and a key that is not in the schema is an error."""
+    """Base of all tables: immutable, numbers finite, texts of one line; a key that is not in the schema is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _texts_are_one_line(cls, value: Any) -> Any:
+        if isinstance(value, str | Path):
+            for position, letter in enumerate(str(value)):
+                what = NO_TEXT.get(unicodedata.category(letter))
+                if what:
+                    raise ValueError(f"character {position + 1}, {letter!r}, is {what}: leave it out")
+        return value
 
 
 class RunSettings(Section):
@@ -150,10 +166,29 @@ class RolloutSettings(Section):
     )
 
     @model_validator(mode="after")
-    def _one_response_fits_the_cache(self) -> "RolloutSettings":
+    def _one_response_fits_the_engine(self) -> "RolloutSettings":
         if self.max_tokens > self.kv_slots:
             raise ValueError(f"rollout.max_tokens {self.max_tokens} exceeds rollout.kv_slots {self.kv_slots}")
+        if self.block_size > self.kv_slots:
+            raise ValueError(f"rollout.block_size {self.block_size} exceeds rollout.kv_slots {self.kv_slots}")
+        if self.branching and self.max_branches >= self.max_batch_tokens:
+            raise ValueError(
+                f"rollout.max_batch_tokens {self.max_batch_tokens} must exceed rollout.max_branches {self.max_branches}: "
+                "they decode in one step"
+            )
         return self
+
+    def require_differences(self) -> None:
+        """ValueError where all responses of a group are the same one, from which advantages teach nothing."""
+        if self.samples_per_prompt == 1:
+            raise ValueError(
+                "rollout.samples_per_prompt 1: a group of one has no advantage, so nothing is learned; give at least 2"
+            )
+        if self.temperature == 0 or self.top_k == 1:
+            setting = "rollout.temperature 0" if self.temperature == 0 else "rollout.top_k 1"
+            raise ValueError(
+                f"{setting}: a group of equal responses has no advantage, so nothing is learned; sample them"
+            )
 
 
 class OptimizerSettings(Section):
@@ -167,8 +202,8 @@ class OptimizerSettings(Section):
         0.0, description="the same as a share of all updates; the larger one holds"
     )
     weight_decay: NonNegativeFloat = Field(0.1, description="decoupled (AdamW)")
-    beta1: Fraction = Field(0.9, description="decay of the first moment")
-    beta2: Fraction = Field(0.999, description="decay of the second moment")
+    beta1: Decay = Field(0.9, description="decay of the first moment")
+    beta2: Decay = Field(0.999, description="decay of the second moment")
     eps: PositiveFloat = Field(1e-8, description="added to the root of the second moment")
     grad_clip: NonNegativeFloat = Field(1.0, description="largest global gradient norm; 0 = off")
     overlap: bool | None = Field(

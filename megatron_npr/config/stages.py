@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from megatron_npr.config.sections import (
     BatchSettings,
@@ -43,6 +43,11 @@ class Stage1Config(Section):
     memory: MemorySettings = MemorySettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     log: LogSettings = LogSettings()
+
+    @model_validator(mode="after")
+    def _groups_can_differ(self) -> "Stage1Config":
+        self.rollout.require_differences()
+        return self
 
 
 class SampleConfig(Section):
@@ -90,6 +95,11 @@ class Stage3Config(Section):
     memory: MemorySettings = MemorySettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     log: LogSettings = LogSettings()
+
+    @model_validator(mode="after")
+    def _groups_can_differ(self) -> "Stage3Config":
+        self.rollout.require_differences()
+        return self
 
 
 class EvalConfig(Section):

@@ -120,6 +120,57 @@ def test_settings_that_contradict_each_other_are_refused() -> None:
     assert "0.01 needs train.entropy = true" in message(Stage3Config, None, [*REQUIRED, *bonus])
 
 
+@pytest.mark.parametrize("cls", [Stage1Config, Stage3Config])
+@pytest.mark.parametrize(
+    ("setting", "named"),
+    [
+        ("samples_per_prompt=1", "samples_per_prompt 1: a group of one"),
+        ("temperature=0", "temperature 0: a group of equal responses"),
+        ("top_k=1", "top_k 1: a group of equal responses"),
+    ],
+)
+def test_rl_from_groups_that_cannot_differ_is_refused_and_other_commands_may_have_them(
+    cls: type[Section], setting: str, named: str
+) -> None:
+    assert message(cls, None, [*REQUIRED, f"--rollout.{setting}"]).startswith(f"rollout.{named}")
+    load_config(SampleConfig, None, [*REQUIRED, f"--rollout.{setting}"])
+    load_config(EvalConfig, None, ["--model.path", "m", "--eval.problems", "demo", f"--rollout.{setting}"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        (
+            ["--rollout.kv_slots=2", "--rollout.max_tokens=2"],
+            "rollout.block_size 4 exceeds rollout.kv_slots 2",
+        ),
+        (["--rollout.max_batch_tokens=8"], "rollout.max_batch_tokens 8 must exceed rollout.max_branches 8"),
+        (["--rollout.max_tokens=600000"], "rollout.max_tokens 600000 exceeds rollout.kv_slots 524288"),
+        (["--optimizer.beta1=1"], "optimizer.beta1 = '1': input should be less than 1"),
+        (["--run.seed=9223372036854775808"], "run.seed = '9223372036854775808': input should be less than"),
+    ],
+)
+def test_sizes_that_no_engine_or_optimizer_takes_are_refused_with_this_files_keys(
+    settings: list[str], named: str
+) -> None:
+    assert named in message(Stage3Config, None, [*REQUIRED, *settings])
+
+
+@pytest.mark.parametrize("name", ["data.train", "train.steps", "optimizer.lr", "data.instruction"])
+def test_an_option_without_a_value_is_refused_unless_it_is_a_switch(name: str) -> None:
+    assert message(Stage3Config, None, [*REQUIRED, f"--{name}"]).startswith(f"--{name} needs a value")
+    assert message(Stage3Config, None, [f"--{name}", *REQUIRED]).startswith(f"--{name} needs a value")
+    assert load_config(Stage3Config, None, [*REQUIRED, "--memory.release_kv"]).memory.release_kv
+
+
+def test_a_file_is_utf8_whatever_the_locale_with_or_without_a_byte_order_mark(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_bytes('\ufeff[model]\r\npath = "modèle"\r\n'.encode())
+    assert str(load_config(Stage3Config, path, ["--data.train", "demo"]).model.path) == "modèle"
+    path.write_bytes('[model]\npath = "modèle"\n'.encode("latin-1"))
+    assert message(Stage3Config, path, []) == f"{path} is not UTF-8 text: expected TOML"
+
+
 def test_a_missing_required_key_says_how_to_set_it() -> None:
     assert message(Stage3Config, None, ["--data.train", "demo"]) == (
         "model.path is not set: put it into the configuration file or give --model.path VALUE"
