@@ -5,11 +5,11 @@ config.json or a known name ──► Architecture ──► parameter counts, r
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_npr.model_files import read_object
 from npr_engine.architecture import Architecture as Architecture
 from npr_engine.architecture import ModelConfig
 from npr_ext.errors import UserError
@@ -124,10 +124,7 @@ def find_architecture(model: str) -> Architecture:
     if path.is_dir():
         path = path / "config.json"
     if path.is_file():
-        try:
-            return from_config(json.loads(path.read_text()), str(path)).shape
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from None
+        return from_config(read_object(path), str(path)).shape
     for part in reversed(Path(model).parts):  # a folder that is yet to be made: runs/qwen3-4b/stage2/model
         word = part.lower()
         fitting = [name for name in KNOWN if word == name.lower() or word.startswith(name.lower() + "-")]

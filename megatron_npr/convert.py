@@ -54,7 +54,7 @@ class Conversion:
         return f"{self.folder}: {self.num_parameters:,} parameters in {precision}, tags added: {ids}"
 
 
-SAFETENSORS_TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+SAFETENSORS_TYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def convert_folder(
     pieces = append_tags(tokenizer) if add_tags else {}
     rows = rows_with_tags(model_config.vocab_size, pieces)
     with HuggingFaceWeights(source, model_config) as weights, whole_folder(target, replace=force) as folder:
-        targets = {name: _target_of(weights, source, name, rows, dtype) for name in weights.names}
+        targets = {name: _target_of(weights, name, rows, dtype) for name in weights.names}
         num_parameters = sum(math.prod(entry.shape) for entry in targets.values())
         scales: dict[str, Tensor] = {}
 
@@ -123,15 +123,12 @@ def convert_folder(
     return Conversion(target, torch.float8_e4m3fn if fp8 else most, num_parameters, tuple(pieces))
 
 
-def _target_of(
-    weights: HuggingFaceWeights, source: Path, name: str, rows: int, dtype: torch.dtype | None
-) -> _Target:
-    shape, kind = weights.shape_and_type(name)
-    if kind not in SAFETENSORS_TYPES:
-        raise UserError(f"{source}: {name} is stored as {kind}: convert the model before it was quantised")
+def _target_of(weights: HuggingFaceWeights, name: str, rows: int, dtype: torch.dtype | None) -> _Target:
+    stored = weights.stored(name)
+    shape = stored.shape
     if name in VOCABULARY_MATRICES:
         shape = (rows, *shape[1:])
-    return _Target(shape, dtype or SAFETENSORS_TYPES[kind])
+    return _Target(shape, dtype or SAFETENSORS_TYPES[stored.format])
 
 
 def _with_scales(targets: dict[str, _Target]) -> dict[str, _Target]:

@@ -16,7 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_npr.architecture import from_config
 from megatron_npr.gguf_tokenizer import TokenizerData
+from megatron_npr.tensor_names import tensor_shapes
 from npr_ext.errors import UserError
 
 Value = TypeVar("Value")
@@ -79,7 +81,7 @@ class GGUFFile:
         self._check_architecture()
         self._tensors = {self._huggingface_name(tensor.name): tensor for tensor in reader.tensors}
         self.config = self._read_config()
-        self.shapes = _shapes(self.config)
+        self.shapes = tensor_shapes(from_config(self.config, str(path)))
         self._check_tensors()
         self.tokenizer = self._read_tokenizer()
 
@@ -200,27 +202,3 @@ def half_rotation_rows(weight_CD: Tensor, num_heads: int) -> Tensor:
     """Rows of a query or key projection from llama.cpp's order (dimension i next to i + H/2) to Hugging Face's, [C, D]."""
     heads = weight_CD.unflatten(0, (num_heads, -1, 2))
     return heads.transpose(1, 2).reshape(weight_CD.shape)
-
-
-def _shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Shapes of a Llama model's tensors, in the order in which they are written."""
-    hidden, ffn, dim = config["hidden_size"], config["intermediate_size"], config["head_dim"]
-    query, key = config["num_attention_heads"] * dim, config["num_key_value_heads"] * dim
-    layer = {
-        "input_layernorm.weight": (hidden,),
-        "self_attn.q_proj.weight": (query, hidden),
-        "self_attn.k_proj.weight": (key, hidden),
-        "self_attn.v_proj.weight": (key, hidden),
-        "self_attn.o_proj.weight": (hidden, query),
-        "post_attention_layernorm.weight": (hidden,),
-        "mlp.gate_proj.weight": (ffn, hidden),
-        "mlp.up_proj.weight": (ffn, hidden),
-        "mlp.down_proj.weight": (hidden, ffn),
-    }
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config["vocab_size"], hidden)}
-    for number in range(config["num_hidden_layers"]):
-        shapes |= {f"model.layers.{number}.{name}": shape for name, shape in layer.items()}
-    shapes["model.norm.weight"] = (hidden,)
-    if not config["tie_word_embeddings"]:
-        shapes["lm_head.weight"] = (config["vocab_size"], hidden)
-    return shapes

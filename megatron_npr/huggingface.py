@@ -6,22 +6,29 @@ full Megatron weights ──► export_model ──► folder that transformers 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_npr.architecture import from_config
+from megatron_npr.finite import check_finite
+from megatron_npr.model_files import read_object
 from megatron_npr.model_folder import copy_files, whole_folder, write_tensors
+from megatron_npr.resharding import EngineLayout
 from megatron_npr.resharding.catalog import catalog
-from megatron_npr.weights import fuse_qkv, split_qkv
+from megatron_npr.tensor_files import Stored, TensorFiles, check_tensors
+from megatron_npr.tensor_names import huggingface_names, tensor_shapes
+from megatron_npr.weights import fuse_qkv, shard, split_qkv
 from npr_engine.model import ModelConfig
 from npr_ext.errors import UserError
+
+ONE_RANK = EngineLayout()
+_COMPARED_ROWS = 8192
+"""Of two vocabulary matrices, in memory at a time."""
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -37,13 +44,9 @@ def read_config_json(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not folder.is_dir():
         raise UserError(f"model folder {folder} does not exist: name a Hugging Face folder (model.path)")
-    try:
-        config: dict[str, Any] = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{folder} has no config.json: name a Hugging Face folder (model.path)") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from None
-    return config
+    if not path.exists():
+        raise UserError(f"{folder} has no config.json: name a Hugging Face folder (model.path)")
+    return read_object(path)
 
 
 def read_model_config(folder: Path) -> ModelConfig:
@@ -63,104 +66,79 @@ def load_tokenizer(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
 
 
-_DIRECT = {
-    "embedding.word_embeddings.weight": "model.embed_tokens.weight",
-    "decoder.final_layernorm.weight": "model.norm.weight",
-    "output_layer.weight": "lm_head.weight",
-}
-_LAYER_DIRECT = {
-    "self_attention.linear_proj.weight": "self_attn.o_proj.weight",
-    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
-    "self_attention.q_layernorm.weight": "self_attn.q_norm.weight",
-    "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",
-    "mlp.linear_fc1.layer_norm_weight": "post_attention_layernorm.weight",
-    "mlp.linear_fc2.weight": "mlp.down_proj.weight",
-    "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
-    "mlp.router.weight": "mlp.gate.weight",
-}
-_LAYER_FUSED = {
-    "self_attention.linear_qkv.weight": tuple(f"self_attn.{x}_proj.weight" for x in "qkv"),
-    "self_attention.linear_qkv.bias": tuple(f"self_attn.{x}_proj.bias" for x in "qkv"),
-    "mlp.linear_fc1.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
-}
-
-
-_EXPERTS = "mlp.experts.local_experts."
-_EXPERT_PARTS = {"linear_fc1.weight": ("gate_proj", "up_proj"), "linear_fc2.weight": ("down_proj",)}
-
-
-def huggingface_names(name: str) -> tuple[str, ...]:
-    """The Hugging Face tensors that make up one Megatron weight."""
-    if name in _DIRECT:
-        return (_DIRECT[name],)
-    layer, rest = name.removeprefix("decoder.layers.").split(".", 1)
-    if rest.startswith(_EXPERTS):
-        expert, projection = rest.removeprefix(_EXPERTS).split(".", 1)
-        at = f"model.layers.{layer}.mlp.experts.{expert}."
-        return tuple(f"{at}{part}.weight" for part in _EXPERT_PARTS[projection])
-    parts = _LAYER_FUSED.get(rest) or (_LAYER_DIRECT[rest],)
-    return tuple(f"model.layers.{layer}.{part}" for part in parts)
-
-
 class HuggingFaceWeights:
-    """Lazy reader of a folder's safetensors: a tensor is read when asked for. Use as a context manager."""
+    """Lazy reader of a folder's safetensors: a tensor is read when asked for. Use as a context manager.
+
+    The one way by which weights come in, so the one place that says what is wrong with them: UserError where tensors are
+    missing, have no place in the model, are of another shape, quantised, or not finite.
+    """
 
     def __init__(self, folder: Path, config: ModelConfig) -> None:
-        self._folder, self._config, self._listed = folder, config, catalog(config)
-        self._files: dict[str, Any] = {}
-        self._file_of = self._index()
-
-    def _index(self) -> dict[str, Path]:
-        paths = sorted(self._folder.glob("*.safetensors"))
-        if not paths:
-            raise UserError(f"{self._folder} has no *.safetensors: name a Hugging Face folder (model.path)")
-        index: dict[str, Path] = {}
-        for path in paths:
-            try:
-                self._files[str(path)] = file = safe_open(str(path), framework="pt")
-            except SafetensorError as error:
-                raise UserError(f"{path} is damaged ({error}): copy it again") from None
-            index.update(dict.fromkeys(file.keys(), path))
-        return index
+        self._folder, self._config = folder, config
+        self._files = TensorFiles(folder)
+        self._wanted = tensor_shapes(config)
+        check_tensors(folder, self._files.tensors, self._wanted, tied=config.tied_embeddings)
 
     def __enter__(self) -> HuggingFaceWeights:
+        if self._config.tied_embeddings and "lm_head.weight" in self._files.tensors:
+            self._check_tied()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._files.clear()
+        self._files.close()
 
     @property
     def names(self) -> list[str]:
-        """All tensors of the folder, in the order of its files."""
-        return list(self._file_of)
+        """All tensors of the model, layer by layer."""
+        return list(self._wanted)
 
-    def shape_and_type(self, name: str) -> tuple[tuple[int, ...], str]:
-        """Shape and safetensors' name of the number format, without reading the tensor."""
-        part = self._files[str(self._file_of[name])].get_slice(name)
-        return tuple(part.get_shape()), part.get_dtype()
+    def stored(self, name: str) -> Stored:
+        """Shape and number format of a tensor, without reading it."""
+        return self._files.tensors[name]
 
     def read(self, name: str) -> Tensor:
-        """One tensor of the folder; UserError where it is missing."""
-        path = self._file_of.get(name)
-        if path is None:
-            raise UserError(f"{self._folder}: tensor {name} is missing from its safetensors")
-        tensor: Tensor = self._files[str(path)].get_tensor(name)
-        return tensor
+        """One tensor of the model."""
+        tensor: Tensor = self._files.open(name).get_tensor(name)
+        return check_finite(tensor, f"{self._folder}: {name}")
 
     def full(self, name: str) -> Tensor:
         """One full (unsharded) Megatron weight."""
         parts = [self.read(part) for part in huggingface_names(name)]
-        matrix = self._listed[name].kind.matrix
-        if sum(part.numel() for part in parts) != matrix.rows * matrix.columns:
-            shapes = ", ".join(str(tuple(part.shape)) for part in parts)
-            raise UserError(
-                f"{self._folder}: {name} has shape {shapes}, the model expects {matrix.rows} x {matrix.columns}"
-            )
         if len(parts) == 3:
             return fuse_qkv(parts[0], parts[1], parts[2], self._config)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _check_tied(self) -> None:
+        """UserError where the output matrix that is stored beside a tied embedding is another one."""
+        names = ("model.embed_tokens.weight", "lm_head.weight")
+        embedding, output = (self._files.open(name).get_slice(name) for name in names)
+        for row in range(0, self._config.vocab_size, _COMPARED_ROWS):
+            rows = slice(row, row + _COMPARED_ROWS)
+            if not torch.equal(embedding[rows], output[rows]):
+                raise UserError(
+                    f"{self._folder}: tie_word_embeddings is true in config.json, but {names[1]} is not {names[0]}: set it "
+                    f"to false if the model has an output matrix of its own, else remove {names[1]}"
+                )
+
+
+def read_engine_weights(
+    folder: Path,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    layout: EngineLayout = ONE_RANK,
+    rank: int = 0,
+) -> dict[str, Tensor]:
+    """What `rank` of an engine replica holds of a folder's weights, by Megatron's names; all of them on one rank."""
+    shards: dict[str, Tensor] = {}
+    with HuggingFaceWeights(folder, config) as source:
+        for name, weight in catalog(config).items():
+            if weight.engine_holds(config.num_experts, layout, rank):
+                part = shard(source.full(name), weight.kind.matrix, *weight.engine_cut(layout, rank))
+                shards[name] = part.to(device, dtype)
+    return shards
 
 
 def export_tensors(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_npr.finite import check_finite
 from npr_ext.errors import UserError
 
 SHARD_BYTES = 4 << 30
@@ -89,7 +90,7 @@ def write_tensors(
     for number, names in enumerate(shards, start=1):
         several = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
         file = f"model{several}.safetensors"
-        tensors = {name: read(name).contiguous() for name in names}
+        tensors = {name: _writable(name, read(name)) for name in names}
         assert all(tensor.nbytes == sizes[name] for name, tensor in tensors.items())
         save_file(tensors, folder / file, metadata={"format": "pt"})
         (folder / file).chmod(folder.stat().st_mode & 0o666)  # it writes for its owner alone
@@ -97,6 +98,12 @@ def write_tensors(
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": file_of}
         write_json(folder / "model.safetensors.index.json", index)
+
+
+def _writable(name: str, weight: Tensor) -> Tensor:
+    """The weight, contiguous; UserError where it is not finite in the type in which it would be written."""
+    what = f"{name} in {str(weight.dtype).removeprefix('torch.')}"
+    return check_finite(weight, what, "nothing was written; a wider type may hold it").contiguous()
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

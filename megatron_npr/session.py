@@ -24,13 +24,11 @@ from megatron_npr.config import (
     to_toml,
 )
 from megatron_npr.engine_grid import engine_groups, engine_layout
-from megatron_npr.huggingface import HuggingFaceWeights, load_tokenizer, read_model_config
+from megatron_npr.huggingface import ONE_RANK, load_tokenizer, read_engine_weights, read_model_config
 from megatron_npr.linears import require_fp8
 from megatron_npr.parallel import World, init_world
 from megatron_npr.resharding import EngineLayout
-from megatron_npr.resharding.catalog import catalog
 from megatron_npr.sglang_backend import SGLangBackend
-from megatron_npr.weights import shard
 from npr_engine.backend import Backend
 from npr_engine.engine import Engine, EngineConfig
 from npr_engine.grammar import Grammar
@@ -40,7 +38,6 @@ from npr_engine.vocabulary import Vocabulary
 from npr_ext import num_threads
 from npr_ext.errors import UserError
 
-ONE_RANK = EngineLayout()
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 
 
@@ -113,13 +110,7 @@ def read_shards(
     folder: Path, config: ModelConfig, world: World, dtype: torch.dtype, engine: EngineLayout = ONE_RANK
 ) -> dict[str, Tensor]:
     """This rank's shards of the weights of a Hugging Face folder, for an engine replica of this layout."""
-    rank, shards = world.rank % engine.size, {}
-    with HuggingFaceWeights(folder, config) as source:
-        for name, weight in catalog(config).items():
-            if weight.engine_holds(config.num_experts, engine, rank):
-                part = shard(source.full(name), weight.kind.matrix, *weight.engine_cut(engine, rank))
-                shards[name] = part.to(world.device, dtype)
-    return shards
+    return read_engine_weights(folder, config, dtype, world.device, engine, world.rank % engine.size)
 
 
 def build_engine(session: Session, weights: Mapping[str, Weight], settings: RolloutSettings) -> Backend:

@@ -18,6 +18,8 @@ from megatron_npr.config import (
 from megatron_npr.planning.cluster import CLUSTER_GPUS, Cluster, find_gpu
 from megatron_npr.planning.job import Layout, Workload
 from megatron_npr.planning.search import JobPlan, best, evaluate
+from megatron_npr.tensor_files import TensorFiles, check_tensors, has_weights
+from megatron_npr.tensor_names import tensor_shapes
 from npr_ext.errors import UserError
 
 StageConfig = Stage1Config | Stage2Config | Stage3Config
@@ -57,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.config is not None:
         model, architecture, found = plan_config(arguments, cluster)
     elif arguments.model is not None:
-        model, architecture = arguments.model, find_architecture(arguments.model)
+        model, architecture = arguments.model, _architecture(arguments.model)
         work = Workload(
             row_tokens=arguments.micro_batch_tokens,
             response_tokens=arguments.tokens,
@@ -75,6 +77,15 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _architecture(model: str) -> Architecture:
+    """Of a known name or a folder; UserError where the folder's weights, if it has any, are not those of its config.json."""
+    architecture, folder = find_architecture(model), Path(model)
+    if has_weights(folder):
+        found = TensorFiles(folder).tensors
+        check_tensors(folder, found, tensor_shapes(architecture), tied=architecture.tied_embeddings)
+    return architecture
+
+
 def plan_config(arguments: argparse.Namespace, cluster: Cluster) -> tuple[str, Architecture, JobPlan]:
     """(model, its shape, what the configured layout costs on this cluster)."""
     path, name = arguments.config, arguments.stage or arguments.config.stem
@@ -82,7 +93,7 @@ def plan_config(arguments: argparse.Namespace, cluster: Cluster) -> tuple[str, A
         raise UserError(f"{path}: cannot tell the stage by the file's name; give --stage {'|'.join(STAGES)}")
     config: StageConfig = load_config(STAGES[name], path)
     model, parallel = arguments.model or str(config.model.path), config.parallel
-    architecture = find_architecture(model)
+    architecture = _architecture(model)
     rollout = None if isinstance(config, Stage2Config) else config.rollout
     size = parallel.tp * parallel.pp * parallel.cp
     layout = Layout(

@@ -8,18 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from megatron_npr.huggingface import (
-    HuggingFaceWeights,
     load_tokenizer,
     read_config_json,
+    read_engine_weights,
     read_model_config,
 )
-from megatron_npr.resharding.catalog import catalog
 from npr_engine.engine import Engine, EngineConfig
 from npr_engine.grammar import Grammar
-from npr_engine.model import InferenceModel, ModelConfig
+from npr_engine.model import InferenceModel
 from npr_engine.vocabulary import Vocabulary
 
 
@@ -43,9 +41,8 @@ def load_model(folder: Path, *, name: str | None, dtype: torch.dtype, kv_slots: 
     config = read_model_config(folder)
     tokenizer = load_tokenizer(folder)
     vocabulary = Vocabulary.from_tokenizer(tokenizer)
-    weights = read_weights(
-        folder, config, dtype, torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    weights = read_engine_weights(folder, config, dtype, device)
     engine = Engine(InferenceModel(config, weights), Grammar(vocabulary), EngineConfig(num_kv_slots=kv_slots))
     return ServedModel(
         name=name or folder.resolve().name,
@@ -55,14 +52,6 @@ def load_model(folder: Path, *, name: str | None, dtype: torch.dtype, kv_slots: 
         context_length=read_config_json(folder).get("max_position_embeddings", kv_slots),
         end_ids=_end_ids(folder, vocabulary.eos_id),
     )
-
-
-def read_weights(
-    folder: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device
-) -> dict[str, Tensor]:
-    """All weights, whole, by Megatron's names."""
-    with HuggingFaceWeights(folder, config) as source:
-        return {name: source.full(name).to(device, dtype).contiguous() for name in catalog(config)}
 
 
 def _end_ids(folder: Path, eos_id: int) -> tuple[int, ...]:

@@ -23,12 +23,13 @@ from transformers import AutoModelForCausalLM
 from megatron_npr import linears
 from megatron_npr.config import BatchSettings, OptimizerSettings
 from megatron_npr.experts import experts_spec
-from megatron_npr.huggingface import export_tensors, huggingface_names, read_model_config
+from megatron_npr.huggingface import export_tensors, read_model_config
 from megatron_npr.linears import LinearModules
 from megatron_npr.losses import papo_loss
 from megatron_npr.parallel import World, init_world, megatron_context
 from megatron_npr.policy import build_policy, load_policy_weights, local_weights
 from megatron_npr.reshard import full_weights
+from megatron_npr.tensor_names import huggingface_names
 from megatron_npr.trainer import Trainer
 from megatron_npr.weights import global_name
 from npr_ext import branch_layout

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -108,7 +108,10 @@ def test_what_cannot_be_converted_is_one_clear_line(tmp_path: Path) -> None:
         convert_folder(source, source, add_tags=False, force=True)
     with pytest.raises(UserError, match=r"no tokenizer\.json"):
         convert_folder(source, tmp_path / "x", add_tags=True)
-    write_tensors(source, {"model.norm.weight": 64}, lambda name: torch.zeros(64, dtype=torch.int8))
+    tensors = load_file(source / "model.safetensors")
+    save_file(
+        tensors | {"model.norm.weight": torch.zeros(64, dtype=torch.int8)}, source / "model.safetensors"
+    )
     with pytest.raises(UserError, match=r"stored as I8: convert the model before it was quantised"):
         convert_folder(source, tmp_path / "x", add_tags=False)
     with pytest.raises(UserError, match="does not exist"):

@@ -411,11 +411,10 @@ class FailingModel(InferenceModel):
 def failing(demo: ServedModel) -> tuple[FailingModel, ServedModel]:
     import torch
 
-    from megatron_npr.huggingface import read_model_config
-    from megatron_npr.server.served_model import read_weights
+    from megatron_npr.huggingface import read_engine_weights, read_model_config
 
     config = read_model_config(FOLDER)
-    model = FailingModel(config, read_weights(FOLDER, config, torch.float32, torch.device("cpu")))
+    model = FailingModel(config, read_engine_weights(FOLDER, config, torch.float32, torch.device("cpu")))
     engine = Engine(model, Grammar(demo.vocabulary), EngineConfig(num_kv_slots=4096))
     return model, replace(demo, engine=engine)
 
