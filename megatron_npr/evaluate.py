@@ -1,6 +1,6 @@
 """Evaluation: accuracy, validity, genuine parallelism and speed of one model on held-out problems.
 
-    prompts of a mode ─► engine (seeded by problem and sample) ─► scores + execution trace ─► Evaluation ─► eval.json
+    prompts of a mode ─► engine (seeded by row and sample) ─► scores + execution trace ─► Evaluation ─► eval.json
 
 Modes: "parallel" (the engine forks and joins), "unforced" (the same prompt, decoded as one plain sequence: nothing is forced),
 "sequential" (the sequential instruction, one plain sequence).
@@ -26,6 +26,7 @@ from megatron_npr.problems import evaluation_prompts
 from megatron_npr.prompts import EncodedProblem
 from megatron_npr.rollout_file import write_rollouts
 from megatron_npr.rollouts import collect
+from megatron_npr.rounds import Turn
 from megatron_npr.scoring import score
 from megatron_npr.session import Session, folder_engine, open_session
 from megatron_npr.statistics import mean_pass_at_k, mean_with_interval
@@ -64,7 +65,8 @@ def evaluate(
 ) -> tuple[Evaluation, list[list[Rollout]]]:
     """`settings.samples_per_prompt` responses for each prompt, and what they are worth."""
     began = time.perf_counter()
-    groups = collect(engine, session.world, prompts, settings, identity=identity, on_progress=on_progress)
+    turns = [Turn(prompt) for prompt in prompts]
+    groups = collect(engine, session.world, turns, settings, identity=identity, on_progress=on_progress)
     seconds = time.perf_counter() - began
     scored = score(session.grammar, verifier, groups, [item.problem.answer for item in prompts])
     shape = (len(prompts), settings.samples_per_prompt)

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
 from megatron_npr.checkpoint import Checkpoints
@@ -141,20 +140,3 @@ class Learner:
     def _resume(self) -> int:
         restored = self.checkpoints.resume(self.trainer)
         return 0 if restored is None else restored[0]
-
-
-def round_indices(num_items: int, per_round: int, step: int, seed: int) -> list[int]:
-    """Items of one round of an endless shuffled pass over `num_items`; a pure function of the step, so nothing to save.
-
-    Every pass is a new permutation; a round may span two passes.
-    """
-    if not num_items:
-        raise AssertionError("round_indices of no items")
-    chosen: list[int] = []
-    position = step * per_round
-    while len(chosen) < per_round:
-        epoch, offset = divmod(position + len(chosen), num_items)
-        generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) & (2**63 - 1))
-        order = torch.randperm(num_items, generator=generator).tolist()
-        chosen += order[offset : offset + per_round - len(chosen)]
-    return chosen

@@ -34,9 +34,10 @@ def instruction_text(mode: Mode, *, demo: bool = False, path: Path | None = None
 
 @dataclass(frozen=True)
 class EncodedProblem:
-    """A problem and its prompt ids, int32 [P]."""
+    """A problem, its row among those that were read, and its prompt ids, int32 [P]."""
 
     problem: Problem
+    row: int
     prompt_ids: NDArray[np.int32]
 
 
@@ -73,7 +74,7 @@ class PromptEncoder:
 
     def encode_all(self, problems: Iterable[Problem]) -> EncodedProblems:
         """The problems whose prompts fit; UserError when none does."""
-        encoded = [EncodedProblem(problem, self.encode(problem)) for problem in problems]
+        encoded = [EncodedProblem(problem, row, self.encode(problem)) for row, problem in enumerate(problems)]
         kept = tuple(item for item in encoded if len(item.prompt_ids) <= self.max_prompt_tokens)
         if encoded and not kept:
             shortest = min(len(item.prompt_ids) for item in encoded)

@@ -1,8 +1,9 @@
 """Rollouts of one round over all engines.
 
-    problems x samples ──► this engine's share ──► Backend.generate ──► gathered in the order asked for, on every rank
+    turns x samples ──► this engine's share ──► Backend.generate ──► gathered in the order asked for, on every rank
 
-Seeds come from (run seed, round, problem, sample), so the responses do not depend on the number of engines.
+A rollout is (pass, row of the problem, try, sample): its name, and with the run's seed its draws, which do not depend on the
+number of engines.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch.distributed as dist
 from megatron_npr.config import RolloutSettings
 from megatron_npr.packing import TrainSample
 from megatron_npr.parallel import World
-from megatron_npr.prompts import EncodedProblem
+from megatron_npr.rounds import Turn
 from megatron_npr.seeds import derive_seed
 from npr_engine.backend import Backend
 from npr_engine.branching import is_error
@@ -43,27 +44,25 @@ def sampling_params(settings: RolloutSettings, seed: int) -> SamplingParams:
 def collect(
     engine: Backend,
     world: World,
-    prompts: Sequence[EncodedProblem],
+    turns: Sequence[Turn],
     settings: RolloutSettings,
     *,
     identity: tuple[int | str, ...],
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[list[Rollout]]:
-    """`settings.samples_per_prompt` rollouts for each prompt, [prompt][sample], the same list on every rank.
+    """`settings.samples_per_prompt` rollouts for each turn, [turn][sample], the same list on every rank.
 
     Raises:
         FloatingPointError: a response that ended with an error; on every rank alike.
     """
     size = settings.tp or world.tensor_size
-    mine = range(world.rank // size, len(prompts), world.size // size)
+    mine = range(world.rank // size, len(turns), world.size // size)
     requests = [(index, sample) for index in mine for sample in range(settings.samples_per_prompt)]
+    names = [(*turns[index].identity, sample) for index, sample in requests]
     generated = engine.generate(
-        [prompts[index].prompt_ids for index, _ in requests],
-        [
-            sampling_params(settings, derive_seed(*identity, prompts[index].problem.problem_id, sample))
-            for index, sample in requests
-        ],
-        request_ids=[f"{prompts[index].problem.problem_id}/{sample}" for index, sample in requests],
+        [turns[index].prompt.prompt_ids for index, _ in requests],
+        [sampling_params(settings, derive_seed(*identity, *name)) for name in names],
+        request_ids=["/".join(map(str, name)) for name in names],
         on_progress=on_progress,
     )
     share = list(zip(requests, generated, strict=True))
@@ -78,8 +77,7 @@ def collect(
         )
     found = dict(share)
     return [
-        [found[index, sample] for sample in range(settings.samples_per_prompt)]
-        for index in range(len(prompts))
+        [found[index, sample] for sample in range(settings.samples_per_prompt)] for index in range(len(turns))
     ]
 
 

@@ -12,6 +12,7 @@ from megatron_npr.monitor import mean, monitored
 from megatron_npr.problems import training_prompts
 from megatron_npr.prompts import EncodedProblem
 from megatron_npr.rollouts import collect
+from megatron_npr.rounds import Turn
 from megatron_npr.samples import SftSample, write_samples
 from megatron_npr.scoring import Scored, score
 from megatron_npr.session import Session, folder_engine, open_session
@@ -26,7 +27,7 @@ def run(config: SampleConfig) -> Path:
         world = session.world
         engine = folder_engine(session, config.rollout)
         still_open = list(training_prompts(session, config.data))
-        kept: dict[str, SftSample] = {}
+        kept: dict[int, SftSample] = {}  # by the problem's row
         target = config.sample.target or len(still_open)
         with monitored(
             "sample", config.run, config.log, world, total=config.sample.trials, unit="trials"
@@ -34,16 +35,16 @@ def run(config: SampleConfig) -> Path:
             for trial in range(config.sample.trials):
                 if not still_open or len(kept) >= target:
                     break
-                identity = (config.run.seed, "sample", trial)
                 settings = config.rollout.model_copy(update={"samples_per_prompt": 1})
-                groups = collect(engine, world, still_open, settings, identity=identity)
+                turns = [Turn(prompt, attempt=trial) for prompt in still_open]
+                groups = collect(engine, world, turns, settings, identity=(config.run.seed, "sample"))
                 scored = score(
                     session.grammar, verifier, groups, [item.problem.answer for item in still_open]
                 )
                 for item in scored:
                     if item.valid and item.correct:
-                        problem = still_open[item.group]
-                        kept[problem.problem.problem_id] = accepted(session, problem, item)
+                        prompt = still_open[item.group]
+                        kept[prompt.row] = accepted(session, prompt, item)
                 monitor.step(
                     trial,
                     tokens=sum(item.rollout.num_tokens for item in scored),
@@ -53,19 +54,19 @@ def run(config: SampleConfig) -> Path:
                     format_valid=mean(item.valid for item in scored),
                     accuracy=mean(item.correct for item in scored),
                 )
-                still_open = [item for item in still_open if item.problem.problem_id not in kept]
+                still_open = [item for item in still_open if item.row not in kept]
         path = config.run.dir / config.sample.out
         if world.is_main:
             write_samples(path, list(kept.values())[:target])
     return path
 
 
-def accepted(session: Session, problem: EncodedProblem, item: Scored) -> SftSample:
+def accepted(session: Session, prompt: EncodedProblem, item: Scored) -> SftSample:
     """The response in canonical form: what the model wrote, tokenised piece by piece as the engine writes it."""
     response_ids = canonical_ids(item.rollout.token_ids, session.grammar)
     return SftSample(
-        problem_id=problem.problem.problem_id,
-        prompt_ids=problem.prompt_ids.tolist(),
+        problem_id=prompt.problem.problem_id,
+        prompt_ids=prompt.prompt_ids.tolist(),
         response_ids=[int(token) for token in response_ids],
         text=session.vocabulary.text([int(token) for token in response_ids]),
     )

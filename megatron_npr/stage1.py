@@ -16,13 +16,14 @@ from torch import Tensor
 
 from megatron_npr.advantage import flat_groups, grpo_advantages
 from megatron_npr.config import DapoSettings, Stage1Config
-from megatron_npr.learner import Learner, round_indices
+from megatron_npr.learner import Learner
 from megatron_npr.losses import LossSum, dapo_loss
 from megatron_npr.memory_policy import peak_memory
 from megatron_npr.monitor import mean, monitored
 from megatron_npr.packing import PackedRow, TrainSample
 from megatron_npr.problems import training_prompts
 from megatron_npr.rollouts import collect, train_sample
+from megatron_npr.rounds import round_turns
 from megatron_npr.scoring import Scored, score
 from megatron_npr.session import open_session
 from megatron_npr.verifier import Verifier
@@ -45,15 +46,16 @@ def run(config: Stage1Config) -> None:
         )
         engine = learner.build_engine(config.rollout)
         objective = partial(objective_of, settings=config.dapo)
+        identity = (config.run.seed, "stage1")
         total, first = config.train.steps, learner.first_step
         with monitored("stage 1", config.run, config.log, session.world, total=total, first=first) as monitor:
             for step in learner.steps(total):
-                chosen = round_indices(len(prompts), config.rollout.prompts_per_step, step, config.run.seed)
-                problems = [prompts[index] for index in chosen]
-                identity = (config.run.seed, "stage1", step)
+                turns = round_turns(prompts, config.rollout.prompts_per_step, step, config.run.seed)
                 with peak_memory(session.world.device) as rollout_peak, learner.rollout_memory(engine):
-                    groups = collect(engine, session.world, problems, config.rollout, identity=identity)
-                scored = score(session.grammar, verifier, groups, [item.problem.answer for item in problems])
+                    groups = collect(engine, session.world, turns, config.rollout, identity=identity)
+                scored = score(
+                    session.grammar, verifier, groups, [turn.prompt.problem.answer for turn in turns]
+                )
                 rewards = np.array([reward(item, config) for item in scored])
                 updates = split_updates(scored, rewards, config)
                 with peak_memory(session.world.device) as train_peak:

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from megatron_npr.config import Stage2Config
-from megatron_npr.learner import Learner, round_indices
+from megatron_npr.learner import Learner
 from megatron_npr.losses import LossSum, sft_loss
 from megatron_npr.monitor import monitored
 from megatron_npr.packing import PackedRow, TrainSample
+from megatron_npr.rounds import round_places
 from megatron_npr.samples import read_samples
 from megatron_npr.session import open_session
 
@@ -36,8 +37,8 @@ def run(config: Stage2Config) -> None:
     first = learner.first_step
     with monitored("stage 2", config.run, config.log, session.world, total=total, first=first) as monitor:
         for step in learner.steps(total):
-            chosen = round_indices(len(samples), config.train.global_batch, step, config.run.seed)
-            report = learner.trainer.step([samples[index] for index in chosen], objective, branching=True)
+            chosen = round_places(len(samples), config.train.global_batch, step, config.run.seed)
+            report = learner.trainer.step([samples[place.row] for place in chosen], objective, branching=True)
             monitor.step(
                 step,
                 tokens=report.num_tokens,

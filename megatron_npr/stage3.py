@@ -14,13 +14,14 @@ from torch import Tensor
 
 from megatron_npr.advantage import Advantages, papo_advantages
 from megatron_npr.config import Stage3Config
-from megatron_npr.learner import Learner, round_indices
+from megatron_npr.learner import Learner
 from megatron_npr.losses import LossSum, papo_loss
 from megatron_npr.memory_policy import peak_memory
 from megatron_npr.monitor import mean, monitored
 from megatron_npr.packing import PackedRow
 from megatron_npr.problems import training_prompts
 from megatron_npr.rollouts import collect, train_sample
+from megatron_npr.rounds import round_turns
 from megatron_npr.scoring import Scored, score
 from megatron_npr.session import open_session
 from megatron_npr.trainer import StepReport
@@ -49,15 +50,16 @@ def run(config: Stage3Config) -> None:
             entropy_coefficient=config.train.entropy_weight,
         )
         engine = learner.build_engine(config.rollout)
+        identity = (config.run.seed, "stage3")
         total, first = config.train.steps, learner.first_step
         with monitored("stage 3", config.run, config.log, session.world, total=total, first=first) as monitor:
             for step in learner.steps(total):
-                chosen = round_indices(len(prompts), config.rollout.prompts_per_step, step, config.run.seed)
-                problems = [prompts[index] for index in chosen]
-                identity = (config.run.seed, "stage3", step)
+                turns = round_turns(prompts, config.rollout.prompts_per_step, step, config.run.seed)
                 with peak_memory(session.world.device) as rollout_peak, learner.rollout_memory(engine):
-                    groups = collect(engine, session.world, problems, config.rollout, identity=identity)
-                scored = score(session.grammar, verifier, groups, [item.problem.answer for item in problems])
+                    groups = collect(engine, session.world, turns, config.rollout, identity=identity)
+                scored = score(
+                    session.grammar, verifier, groups, [turn.prompt.problem.answer for turn in turns]
+                )
                 kept = survivors(scored, config)
                 advantages = papo_advantages(
                     np.array([item.accuracy_reward for item in kept]),
