@@ -63,7 +63,7 @@ soak: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.bench.engine_soak $(if $(STEPS),--steps $(STEPS)) $(if $(SEED),--seed $(SEED))
 
 base: setup
-	$(BIN)/npr base $(if $(SEED),--seed $(SEED))
+	$(BIN)/npr base --force $(if $(SEED),--seed $(SEED))
 
 # Uses $(PYTHON) and its torch, not .venv: a GPU machine brings its own.
 gpu:

@@ -10,6 +10,12 @@ python=${NPR_PYTHON:-$root/.venv/bin/python}
 read -ra wrap <<<"${NPR_WRAP:-}" # a profiler in front of every process, see profile.sh
 [[ -x $python ]] || { echo "no $python: run 'make setup' in $root, or set NPR_PYTHON" >&2; exit 2; }
 
+# A stage started again continues: `scontrol requeue`, or a node's failure, runs the same command once more. Under a profiler,
+# and where the command line says what becomes of a run that is there, it is as it says.
+if [[ ${1:-} =~ ^(stage[123]|sample|eval)$ && -z ${NPR_WRAP:-} && " $*" != *" --run.resume"* && " $*" != *" --run.overwrite"* ]]; then
+    set -- "$@" --run.resume auto
+fi
+
 if [[ -n ${NPR_SLURM_TASK:-} ]]; then # one of the processes that srun started below
     export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
     export LOCAL_WORLD_SIZE=$((SLURM_NTASKS / SLURM_JOB_NUM_NODES))

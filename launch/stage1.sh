@@ -8,7 +8,7 @@
 #SBATCH --signal=TERM@300
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%x-%j.log
-# Format RL (DAPO). TERM, five minutes before the time limit, leaves a checkpoint; --run.resume continues.
+# Format RL (DAPO). TERM, five minutes before the time limit, leaves a checkpoint; started again, it continues.
 #   sbatch launch/stage1.sh configs/stage1.toml
 #   NPROC=2 launch/stage1.sh configs/stage1.toml   (without Slurm)
 set -euo pipefail

@@ -8,7 +8,7 @@
 #SBATCH --signal=TERM@300
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%x-%j.log
-# Parallel SFT. TERM, five minutes before the time limit, leaves a checkpoint; --run.resume continues.
+# Parallel SFT. TERM, five minutes before the time limit, leaves a checkpoint; started again, it continues.
 #   sbatch launch/stage2.sh configs/stage2.toml
 #   NPROC=2 launch/stage2.sh configs/stage2.toml   (without Slurm)
 set -euo pipefail

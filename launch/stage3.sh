@@ -8,7 +8,7 @@
 #SBATCH --signal=TERM@300
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%x-%j.log
-# Native parallel RL (PAPO). TERM, five minutes before the time limit, leaves a checkpoint; --run.resume continues.
+# Native parallel RL (PAPO). TERM, five minutes before the time limit, leaves a checkpoint; started again, it continues.
 #   sbatch launch/stage3.sh configs/stage3.toml
 #   NPROC=2 launch/stage3.sh configs/stage3.toml   (without Slurm)
 set -euo pipefail

@@ -26,7 +26,7 @@ from npr_ext.errors import UserError
 
 if TYPE_CHECKING:
     from megatron_npr.bench.engine import EngineBench
-    from megatron_npr.config import Key, Section
+    from megatron_npr.config import Key, StageConfig
 
 INTERRUPTED = 130
 
@@ -112,14 +112,18 @@ def _run_stage(command: str, rest: list[str]) -> int:
     from megatron_npr import config as schema
 
     stage = STAGES[command]
-    cls: type[Section] = getattr(schema, stage.config)
+    cls: type[StageConfig] = getattr(schema, stage.config)
     if "--help" in rest or "-h" in rest:
         print(_stage_help(command, stage, schema.keys(cls)))
         return 0
     path = Path(rest.pop(0)) if rest and not rest[0].startswith("--") else None
     config = schema.load_config(cls, path, rest)
-    _check_run_folder(config.model_dump()["run"]["dir"])
-    importlib.import_module(f"megatron_npr.{stage.module}").run(config)
+    folder = config.run.dir
+    _check_run_folder(folder)
+    try:
+        importlib.import_module(f"megatron_npr.{stage.module}").run(config)
+    finally:
+        importlib.import_module("megatron_npr.run_folder").withdraw(folder)
     return 0
 
 
@@ -144,7 +148,9 @@ def _demo_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run_base(arguments: argparse.Namespace) -> int:
     _check_run_folder(arguments.out)
-    importlib.import_module("megatron_npr.demo.train_base").run(arguments.out, seed=arguments.seed)
+    importlib.import_module("megatron_npr.demo.train_base").run(
+        arguments.out, seed=arguments.seed, replace=arguments.force
+    )
     return 0
 
 
@@ -156,6 +162,7 @@ def _base_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, default=assets, help="Hugging Face folder to write (default: the shipped one)"
     )
+    parser.add_argument("--force", action="store_true", help="replace a model that stands there")
 
 
 def _run_report(arguments: argparse.Namespace) -> int:
@@ -448,10 +455,24 @@ def _how_to_continue(words: Sequence[str]) -> str:
     if words[:1] == ["demo"]:
         again = words if "--resume" in words else [*words, "--resume"]
         return f"continue with: npr {shlex.join(again)}"
-    if words and words[0] in ("stage1", "stage2", "stage3"):
-        again = words if any(word.startswith("--run.resume") for word in words) else [*words, "--run.resume"]
-        return f"continue with: npr {shlex.join(again)}"
+    if words and words[0] in STAGES:
+        return f"continue with: npr {shlex.join([*_without_start(words), '--run.resume', 'auto'])}"
     return "nothing to continue from"
+
+
+def _without_start(words: Sequence[str]) -> list[str]:
+    """The words but for those that say what becomes of a run that is there."""
+    kept: list[str] = []
+    value = False  # of an option that is left out
+    for word in words:
+        if word.partition("=")[0] in ("--run.resume", "--run.overwrite"):
+            value = "=" not in word
+        elif not value or word.startswith("--"):
+            kept.append(word)
+            value = False
+        else:
+            value = False
+    return kept
 
 
 def _say(line: str) -> None:

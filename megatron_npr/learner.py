@@ -30,6 +30,7 @@ from megatron_npr.memory_policy import TrainerMemory, rollout_memory
 from megatron_npr.policy import build_policy, load_policy_weights
 from megatron_npr.reshard import EngineWeights, full_weights
 from megatron_npr.resharding.exchange import Exchanged
+from megatron_npr.run_folder import CHECKPOINTS
 from megatron_npr.session import Session, build_engine
 from megatron_npr.trainer import Trainer
 from npr_engine.backend import Backend
@@ -82,7 +83,7 @@ class Learner:
             late_gather=late_gather,
         )
         self.checkpoints = Checkpoints(
-            session.run.dir / "checkpoints",
+            session.run.dir / CHECKPOINTS,
             session.world,
             keep=checkpoint.keep,
             model_folder=session.model.path,
@@ -91,7 +92,7 @@ class Learner:
             # that training touches meanwhile.
             asynchronous=checkpoint.async_save and session.world.device.type == "cuda",
         )
-        self.first_step = self._resume() if session.run.resume else 0
+        self.first_step = self._resume() if session.continued else 0
 
     def build_engine(self, settings: RolloutSettings) -> Backend:
         """The colocated engine over this learner's weights; collective."""

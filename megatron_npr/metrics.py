@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol, Self
 
 Number = int | float
 Record = dict[str, Any]
+METRICS = "metrics.jsonl"
 Backend = Literal["tensorboard", "wandb", "none"]
 
 
@@ -29,7 +30,7 @@ class MetricsLog:
     """The metrics of one run; silent on ranks that do not write."""
 
     def __init__(self, run_dir: Path, backend: Backend, is_writer: bool, first_step: int = 0) -> None:
-        self.path = run_dir / "metrics.jsonl"
+        self.path = run_dir / METRICS
         self._is_writer = is_writer
         self._mirror: Mirror | None = None
         if not is_writer:

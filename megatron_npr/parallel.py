@@ -9,9 +9,10 @@ import atexit
 import contextlib
 import datetime
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,8 @@ from torch._C._distributed_c10d import HashStore
 
 from megatron_npr.cpu_runtime import cpu_runtime
 from npr_ext.errors import UserError
+
+T = TypeVar("T")
 
 
 def has_gpu() -> bool:
@@ -144,6 +147,22 @@ def _join(world_size: int) -> None:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
         dist.init_process_group(backend, timeout=timeout)
+
+
+def on_first_rank(world: World, decide: Callable[[], T]) -> T:
+    """What rank 0 decides, the same on every rank: its answer, or its UserError; collective."""
+    outcome: list[Any] = [None, None]
+    if world.is_main:
+        try:
+            outcome[0] = decide()
+        except UserError as error:
+            outcome[1] = str(error)
+    if world.size > 1:
+        dist.broadcast_object_list(outcome)
+    answer, refusal = outcome
+    if refusal is not None:
+        raise UserError(refusal)
+    return cast(T, answer)
 
 
 def close_world() -> None:

@@ -20,14 +20,14 @@ from megatron_npr.config import (
     ParallelSettings,
     RolloutSettings,
     RunSettings,
-    Section,
-    to_toml,
+    StageConfig,
 )
 from megatron_npr.engine_grid import engine_groups, engine_layout
 from megatron_npr.huggingface import ONE_RANK, load_tokenizer, read_engine_weights, read_model_config
 from megatron_npr.linears import require_fp8
-from megatron_npr.parallel import World, init_world
+from megatron_npr.parallel import World, init_world, on_first_rank
 from megatron_npr.resharding import EngineLayout
+from megatron_npr.run_folder import claim
 from megatron_npr.sglang_backend import SGLangBackend
 from npr_engine.backend import Backend
 from npr_engine.engine import Engine, EngineConfig
@@ -43,9 +43,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Session:
-    """One run on this rank; `config` is the whole resolved configuration."""
+    """One run on this rank; `config` is the whole resolved configuration, `continued` whether it goes on from what its
+    folder holds."""
 
-    config: Section
+    config: StageConfig
     run: RunSettings
     model: ModelSettings
     parallel: ParallelSettings
@@ -54,6 +55,7 @@ class Session:
     vocabulary: Vocabulary
     grammar: Grammar
     model_config: ModelConfig
+    continued: bool
 
     @property
     def dtype(self) -> torch.dtype:
@@ -66,9 +68,9 @@ class Session:
 
 
 def open_session(
-    config: Section, run: RunSettings, model: ModelSettings, parallel: ParallelSettings
+    config: StageConfig, run: RunSettings, model: ModelSettings, parallel: ParallelSettings
 ) -> Session:
-    """Join the world, read tokenizer and architecture, write the resolved configuration into the run folder."""
+    """Join the world, read tokenizer and architecture, take the run folder (see `run_folder.claim`); collective."""
     tokenizer = load_tokenizer(model.path)
     vocabulary = Vocabulary.from_tokenizer(tokenizer)
     model_config = read_model_config(model.path)
@@ -83,11 +85,18 @@ def open_session(
     )
     if model.dtype == "fp8":
         require_fp8(world.device)
-    if world.is_main:
-        run.dir.mkdir(parents=True, exist_ok=True)
-        (run.dir / "config.toml").write_text(to_toml(config), encoding="utf-8")
+    continued = on_first_rank(world, lambda: claim(config))
     return Session(
-        config, run, model, parallel, world, tokenizer, vocabulary, Grammar(vocabulary), model_config
+        config,
+        run,
+        model,
+        parallel,
+        world,
+        tokenizer,
+        vocabulary,
+        Grammar(vocabulary),
+        model_config,
+        continued,
     )
 
 

@@ -24,7 +24,14 @@ from megatron_npr.config.sections import (
     SftSettings,
     SftTrainSettings,
 )
-from megatron_npr.config.stages import EvalConfig, SampleConfig, Stage1Config, Stage2Config, Stage3Config
+from megatron_npr.config.stages import (
+    EvalConfig,
+    SampleConfig,
+    Stage1Config,
+    Stage2Config,
+    Stage3Config,
+    StageConfig,
+)
 
 __all__ = [
     "BatchSettings",
@@ -54,6 +61,7 @@ __all__ = [
     "Stage1Config",
     "Stage2Config",
     "Stage3Config",
+    "StageConfig",
     "keys",
     "load_config",
     "parse_overrides",

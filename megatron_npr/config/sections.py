@@ -5,7 +5,7 @@ Nothing here imports torch: the command line has to answer `--help` and report m
 
 import unicodedata
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -43,10 +43,30 @@ class Section(BaseModel):
 class RunSettings(Section):
     dir: Path = Field(description="folder of this run: checkpoints, metrics, the resolved configuration")
     seed: NonNegativeInt = Field(0, description="root of every random number; samples derive theirs from it")
-    resume: bool = Field(False, description="continue from the latest checkpoint in run.dir")
+    resume: bool | Literal["auto"] = Field(
+        False, description="continue the run in run.dir; auto = if there is something to continue, else start"
+    )
+    overwrite: bool = Field(
+        False, description="start anew and move the run in run.dir aside (DIR.1, DIR.2, ...)"
+    )
     threads: NonNegativeInt = Field(
         0, description="CPU threads of one process; 0 shares the cores among the processes"
     )
+
+    @field_validator("resume", mode="before")
+    @classmethod
+    def _known_resume(cls, value: object) -> object:
+        if isinstance(value, bool) or str(value).lower() in ("true", "false", "auto"):
+            return value.lower() if isinstance(value, str) else value
+        raise ValueError(f"run.resume = {value!r} is none of false, true and auto")
+
+    @model_validator(mode="after")
+    def _one_way_to_start(self) -> Self:
+        if self.resume and self.overwrite:
+            raise ValueError(
+                f"run.resume = {str(self.resume).lower()} continues a run, run.overwrite = true starts anew: leave one out"
+            )
+        return self
 
 
 class ModelSettings(Section):

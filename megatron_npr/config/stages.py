@@ -1,6 +1,7 @@
 """What each subcommand is configured by: the tables put together, with each stage's own values."""
 
 from pathlib import Path
+from typing import ClassVar
 
 from pydantic import Field, model_validator
 
@@ -27,9 +28,17 @@ from megatron_npr.config.sections import (
 )
 
 
-class Stage1Config(Section):
+class StageConfig(Section):
+    """A subcommand's configuration."""
+
+    command: ClassVar[str]
+    run: RunSettings
+
+
+class Stage1Config(StageConfig):
     """`npr stage1`: DAPO, decoded sequentially, that teaches the format."""
 
+    command: ClassVar[str] = "stage1"
     run: RunSettings = RunSettings(dir=Path("runs/stage1"))
     model: ModelSettings
     fp8: Fp8Settings = Fp8Settings()
@@ -50,9 +59,10 @@ class Stage1Config(Section):
         return self
 
 
-class SampleConfig(Section):
+class SampleConfig(StageConfig):
     """`npr sample`: rejection sampling from stage 1's model."""
 
+    command: ClassVar[str] = "sample"
     run: RunSettings = RunSettings(dir=Path("runs/sample"))
     model: ModelSettings
     parallel: ParallelSettings = ParallelSettings()
@@ -62,9 +72,10 @@ class SampleConfig(Section):
     log: LogSettings = LogSettings()
 
 
-class Stage2Config(Section):
+class Stage2Config(StageConfig):
     """`npr stage2`: parallel supervised fine-tuning of the base model on those samples."""
 
+    command: ClassVar[str] = "stage2"
     run: RunSettings = RunSettings(dir=Path("runs/stage2"))
     model: ModelSettings
     fp8: Fp8Settings = Fp8Settings()
@@ -79,9 +90,10 @@ class Stage2Config(Section):
     log: LogSettings = LogSettings()
 
 
-class Stage3Config(Section):
+class Stage3Config(StageConfig):
     """`npr stage3`: PAPO, native parallel RL on rollouts of the branching engine."""
 
+    command: ClassVar[str] = "stage3"
     run: RunSettings = RunSettings(dir=Path("runs/stage3"))
     model: ModelSettings
     fp8: Fp8Settings = Fp8Settings()
@@ -102,9 +114,10 @@ class Stage3Config(Section):
         return self
 
 
-class EvalConfig(Section):
+class EvalConfig(StageConfig):
     """`npr eval`: accuracy, validity, parallelism and speed on held-out problems."""
 
+    command: ClassVar[str] = "eval"
     run: RunSettings = RunSettings(dir=Path("runs/eval"))
     model: ModelSettings
     parallel: ParallelSettings = ParallelSettings()

@@ -131,7 +131,7 @@ class Demo:
 
     def config(self, cls: type[Config], file: str, name: str, *overrides: str) -> Config:
         """A file of configs/demo with this run's folder and seed."""
-        own = ["--run.dir", str(self.folder / name), "--run.seed", str(self.seed), "--run.resume", "true"]
+        own = ["--run.dir", str(self.folder / name), "--run.seed", str(self.seed), "--run.resume", "auto"]
         own += ["--run.threads", str(self.threads)]
         return load_config(cls, CONFIGS / f"{file}.toml", [*own, *overrides])
 

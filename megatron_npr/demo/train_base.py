@@ -20,6 +20,7 @@ from megatron_npr.demo import base
 from megatron_npr.demo.tokenizer import demo_tokenizer, save_demo_tokenizer
 from megatron_npr.huggingface import export_model, read_model_config
 from megatron_npr.losses import sft_loss
+from megatron_npr.model_folder import check_target
 from megatron_npr.monitor import Monitor, monitored
 from megatron_npr.packing import TrainSample
 from megatron_npr.parallel import init_world
@@ -40,8 +41,9 @@ OPTIMIZER = OptimizerSettings(
 )
 
 
-def run(out: Path, *, seed: int = 0, stop_loss: float = base.STOP_LOSS) -> None:
-    """Train until the running loss is at `stop_loss`, then write the folder `out`, whole."""
+def run(out: Path, *, seed: int = 0, stop_loss: float = base.STOP_LOSS, replace: bool = False) -> None:
+    """Train until the running loss is at `stop_loss`, then write the folder `out`, whole; `replace` a model that is there."""
+    check_target(out, replace=replace)  # before the work
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder)
         write_source(source)
@@ -68,7 +70,7 @@ def run(out: Path, *, seed: int = 0, stop_loss: float = base.STOP_LOSS) -> None:
                 f"the base model's loss is not at {stop_loss} after {base.MAX_UPDATES} updates: "
                 "try another --seed"
             )
-        export_model(full_weights(policy), policy.model_config, source, out)
+        export_model(full_weights(policy), policy.model_config, source, out, replace=replace)
 
 
 def running_losses(

@@ -1,6 +1,7 @@
 import resource
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -91,14 +92,40 @@ def test_only_rank_0_reports(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     assert capsys.readouterr().err == ""
 
 
-def test_an_interrupt_exits_130_and_says_how_to_continue(tmp_path: Path) -> None:
-    code = (
-        "import sys, types, megatron_npr.cli as cli\n"
-        "def run(config): raise KeyboardInterrupt\n"
-        "sys.modules['megatron_npr.stage3'] = types.SimpleNamespace(run=run)\n"
-        "sys.exit(cli.main(sys.argv[1:]))"
-    )
-    words = ["stage3", "--model.path", "m", "--data.train", "demo", "--run.dir", str(tmp_path)]
-    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
-    assert done.returncode == 130
-    assert f"continue with: npr {' '.join(words)} --run.resume" in done.stderr
+@pytest.mark.parametrize(
+    "start, again",
+    [
+        ([], []),
+        (["--run.resume"], []),
+        (["--run.resume", "true"], []),
+        (["--run.resume=auto", "--run.seed", "3"], ["--run.seed", "3"]),
+        (["--run.overwrite", "--run.seed", "3"], ["--run.seed", "3"]),
+        (["--run.overwrite", "true", "--run.seed=3"], ["--run.seed=3"]),
+    ],
+)
+@pytest.mark.parametrize("command", ["stage3", "sample"])
+def test_an_interrupt_exits_130_and_says_how_to_continue(
+    command: str,
+    start: list[str],
+    again: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def run(config: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, f"megatron_npr.{command}", types.SimpleNamespace(run=run))
+    words = [command, "--model.path", "m", "--data.train", "demo", "--run.dir", str(tmp_path)]
+    assert main([*words, *start]) == 130
+    said = f"npr: interrupted; continue with: npr {' '.join([*words, *again])} --run.resume auto\n"
+    assert capsys.readouterr().err == said
+
+
+def test_the_shipped_base_model_is_not_made_again_unasked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Refused before any work; so is any other model that stands where --out says."""
+    assert "assets/demo_base exists already" in failure(["base"], capsys)
+    (tmp_path / "config.json").write_text("{}")
+    assert "--force to replace it" in failure(["base", "--out", str(tmp_path)], capsys)

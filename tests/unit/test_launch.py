@@ -34,7 +34,28 @@ def test_every_script_is_executable_and_parses(script: str) -> None:
 def test_without_slurm_a_stage_runs_here(tmp_path: Path) -> None:
     python = executable(tmp_path / "python", '#!/usr/bin/env bash\necho "$*"\n')
     done = run([str(ROOT / "launch/stage3.sh"), "x.toml", "--train.steps", "4"], NPR_PYTHON=str(python))
-    assert done.stdout == "-m megatron_npr stage3 x.toml --train.steps 4\n"
+    assert done.stdout == "-m megatron_npr stage3 x.toml --train.steps 4 --run.resume auto\n"
+
+
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        ("stage3 x.toml", True),
+        ("sample x.toml", True),
+        ("eval x.toml", True),
+        ("stage1 x.toml --run.resume", False),
+        ("stage1 x.toml --run.resume=false", False),
+        ("stage2 x.toml --run.overwrite true", False),
+        ("convert --from a --to b", False),
+        ("--help", False),
+    ],
+)
+def test_a_stage_is_told_to_continue_unless_the_command_line_says_otherwise(
+    words: str, told: bool, tmp_path: Path
+) -> None:
+    python = executable(tmp_path / "python", '#!/usr/bin/env bash\necho "$*"\n')
+    done = run([str(ROOT / "launch/local.sh"), *words.split()], NPR_PYTHON=str(python))
+    assert done.stdout == f"-m megatron_npr {words}" + " --run.resume auto" * told + "\n"
 
 
 def test_several_processes_come_from_torchrun(tmp_path: Path) -> None:
@@ -42,7 +63,7 @@ def test_several_processes_come_from_torchrun(tmp_path: Path) -> None:
     done = run([str(ROOT / "launch/stage1.sh"), "x.toml"], NPR_PYTHON=str(python), NPROC="2")
     assert done.stdout == (
         "-m torch.distributed.run --standalone --nproc-per-node 2"
-        f" --no-python {python} -m megatron_npr stage1 x.toml\n"
+        f" --no-python {python} -m megatron_npr stage1 x.toml --run.resume auto\n"
     )
 
 
@@ -87,7 +108,8 @@ def test_a_slurm_job_starts_one_process_a_task_that_meet_on_the_first_node(tmp_p
     )
     assert done.stderr == ""
     assert done.stdout.splitlines() == [
-        f"{task} {task % 2} 4 2 node07 21234 -m megatron_npr stage2 x.toml" for task in range(4)
+        f"{task} {task % 2} 4 2 node07 21234 -m megatron_npr stage2 x.toml --run.resume auto"
+        for task in range(4)
     ]
 
 

@@ -67,6 +67,37 @@ def test_an_override_wins_over_the_file(tmp_path: Path) -> None:
     assert (config.train.steps, config.optimizer.lr, config.run.resume) == (4, 2e-4, True)
 
 
+@pytest.mark.parametrize(
+    "given, resume",
+    [
+        (["--run.resume"], True),
+        (["--run.resume", "true"], True),
+        (["--run.resume", "Auto"], "auto"),
+        (["--run.resume=false"], False),
+        ([], False),
+    ],
+)
+def test_resume_is_false_true_or_auto(given: list[str], resume: bool | str, tmp_path: Path) -> None:
+    assert load_config(Stage3Config, None, [*REQUIRED, *given]).run.resume == resume
+    path = write(
+        tmp_path, f"[run]\nresume = {str(resume).lower() if isinstance(resume, bool) else repr(resume)}\n"
+    )
+    config = load_config(Stage3Config, path, REQUIRED)
+    assert config.run.resume == resume and type(config.run.resume) is type(resume)
+    assert load_config(Stage3Config, write(tmp_path, to_toml(config))) == config
+
+
+def test_resume_of_another_value_and_beside_overwrite_is_one_line() -> None:
+    assert message(Stage3Config, None, [*REQUIRED, "--run.resume", "maybe"]).endswith(
+        "run.resume = 'maybe' is none of false, true and auto"
+    )
+    for resume in ("true", "auto"):
+        line = message(Stage3Config, None, [*REQUIRED, "--run.resume", resume, "--run.overwrite"])
+        assert (
+            f"run.resume = {resume} continues a run, run.overwrite = true starts anew: leave one out" in line
+        )
+
+
 def test_lists_and_none_can_be_given_on_the_command_line() -> None:
     config = load_config(
         EvalConfig,
