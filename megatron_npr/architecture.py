@@ -5,11 +5,13 @@ config.json or a known name ──► Architecture ──► parameter counts, r
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_npr.arithmetic_keys import check_arithmetic
 from megatron_npr.model_files import read_object
+from megatron_npr.rope_settings import read_rope
 from npr_engine.architecture import Architecture as Architecture
 from npr_engine.architecture import ModelConfig
 from npr_ext.errors import UserError
@@ -75,46 +77,59 @@ def from_config(config: Mapping[str, Any], where: str) -> ModelConfig:
     if family not in _FAMILIES:
         raise UserError(f"{where}: model_type {family!r} is not supported; known: {', '.join(_FAMILIES)}")
     qk_norm, qkv_bias, experts = _FAMILIES[family]
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    _check_arithmetic(config, rope, where)
-    if experts and (config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1):
-        raise UserError(f"{where}: layers without experts among layers with them are not supported")
-    try:
-        heads = config["num_attention_heads"]
-        return ModelConfig(
-            num_layers=config["num_hidden_layers"],
-            hidden_size=config["hidden_size"],
-            num_heads=heads,
-            num_kv_heads=config.get("num_key_value_heads", heads),
-            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-            ffn_hidden_size=config["moe_intermediate_size" if experts else "intermediate_size"],
-            vocab_size=config["vocab_size"],
-            qk_norm=qk_norm,
-            qkv_bias=qkv_bias,
-            tied_embeddings=bool(config.get("tie_word_embeddings", False)),
-            # transformers writes the count under its own name, Qwen's files carry the other one
-            num_experts=config.get("num_experts", config.get("num_local_experts", 0)) if experts else 0,
-            experts_per_token=config["num_experts_per_tok"] if experts else 0,
-            rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
-            rms_norm_eps=config["rms_norm_eps"],
-            norm_topk_prob=bool(config.get("norm_topk_prob", False)) if experts else True,
-        )
-    except KeyError as error:
-        raise UserError(f"{where}: key {error.args[0]!r} is missing") from None
+    check_arithmetic(config, where, qk_norm=qk_norm, qkv_bias=qkv_bias, experts=experts)
+    theta, scaling = read_rope(config, where)
+    keys = _Keys(config, where)
+    heads, hidden = keys.count("num_attention_heads"), keys.count("hidden_size")
+    return ModelConfig(
+        num_layers=keys.count("num_hidden_layers"),
+        hidden_size=hidden,
+        num_heads=heads,
+        num_kv_heads=keys.count("num_key_value_heads", heads if family == "llama" else None),
+        head_dim=keys.count("head_dim", 128 if family == "qwen3" else hidden // heads),
+        ffn_hidden_size=keys.count("moe_intermediate_size" if experts else "intermediate_size"),
+        vocab_size=keys.count("vocab_size"),
+        qk_norm=qk_norm,
+        qkv_bias=qkv_bias,
+        tied_embeddings=keys.flag("tie_word_embeddings"),
+        # transformers writes the count under its own name, Qwen's files carry the other one
+        num_experts=keys.count("num_experts" if "num_experts" in config else "num_local_experts")
+        if experts
+        else 0,
+        experts_per_token=keys.count("num_experts_per_tok") if experts else 0,
+        rope_theta=theta,
+        rope_scaling=scaling,
+        rms_norm_eps=keys.number("rms_norm_eps"),
+        norm_topk_prob=keys.flag("norm_topk_prob") if experts else True,
+    )
 
 
-def _check_arithmetic(config: Mapping[str, Any], rope: Mapping[str, Any], where: str) -> None:
-    """UserError where a setting changes the model's arithmetic into one that ours does not have."""
-    wanted = {
-        "hidden_act": (config.get("hidden_act", "silu"), "silu"),
-        "attention_bias": (bool(config.get("attention_bias", False)), False),  # also of the output projection
-        "mlp_bias": (bool(config.get("mlp_bias", False)), False),
-        "use_sliding_window": (bool(config.get("use_sliding_window", False)), False),
-        "rope_type": (rope.get("rope_type", rope.get("type", "default")), "default"),
-    }
-    for key, (value, only) in wanted.items():
-        if value != only:
-            raise UserError(f"{where}: {key} {value!r} is not supported, only {only!r}")
+class _Keys:
+    """Values of a config.json by key; UserError names a key that is missing or of another kind. null is not given."""
+
+    def __init__(self, config: Mapping[str, Any], where: str) -> None:
+        self._config, self._where = config, where
+
+    def count(self, key: str, default: int | None = None) -> int:
+        """A positive integer."""
+        return int(self._value(key, default, "a positive integer", lambda v: type(v) is int and v > 0))
+
+    def number(self, key: str) -> float:
+        """A number that is not negative."""
+        return float(self._value(key, None, "a number", lambda v: type(v) in (int, float) and v >= 0))
+
+    def flag(self, key: str) -> bool:
+        """true or false; false where it is not given."""
+        return bool(self._value(key, False, "true or false", lambda v: type(v) is bool))
+
+    def _value(self, key: str, default: Any, expected: str, fits: Callable[[Any], bool]) -> Any:
+        value = self._config.get(key)
+        value = default if value is None else value
+        if value is None:
+            raise UserError(f"{self._where}: key {key!r} is missing")
+        if not fits(value):
+            raise UserError(f"{self._where}: {key} is {value!r}, expected {expected}")
+        return value
 
 
 def find_architecture(model: str) -> Architecture:

@@ -32,7 +32,7 @@ def convert_checkpoint(source: Path, target: Path, *, force: bool = False) -> Co
     checkpoints = Checkpoints(folder or source.parent, world, keep=1, model_folder=source, config={})
     path, manifest = _newest_whole(checkpoints, [source] if folder is None else checkpoints.candidates())
     dtype = DTYPES[manifest.config["model"]["dtype"]]
-    policy = build_policy(ModelConfig(**manifest.model), world, dtype=dtype)
+    policy = build_policy(ModelConfig.of(manifest.model), world, dtype=dtype)
     load_weights(path, policy)
     weights = local_weights(policy)
     export_model(weights, policy.model_config, path / DESCRIPTION, target, replace=force)

@@ -29,6 +29,8 @@ from torch import Tensor
 from megatron_npr.context_parallel import KeyExchange, fetch_rows, plan_key_exchange
 from megatron_npr.experts import experts_spec
 from megatron_npr.linears import OWN, LinearModules, mark_sequence_parallel
+from npr_engine.model import ModelConfig
+from npr_engine.rotary import frequencies
 from npr_ext import BranchLayout, branch_attention, differentiable
 
 
@@ -145,12 +147,10 @@ class LayoutRotaryEmbedding(torch.nn.Module):
     Called in the place of `MultimodalRotaryEmbedding`: position_ids [1, T] -> angles [T, 1, 1, H], fp32.
     """
 
-    def __init__(self, head_dim: int, base: float) -> None:
+    def __init__(self, model: ModelConfig) -> None:
         super().__init__()
         # Kept a plain attribute: bf16 casts of the model must not round the frequencies.
-        self.inverse_frequencies = 1.0 / (
-            base ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim)
-        )
+        self.inverse_frequencies = frequencies(model)
 
     def forward(self, position_ids: Tensor, mrope_section: object = None, cp_group: object = None) -> Tensor:
         self.inverse_frequencies = self.inverse_frequencies.to(position_ids.device)

@@ -10,6 +10,7 @@ Shape legend: T tokens of a row, M trained tokens, D hidden.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ class PolicyChunk(GPTModel):
         self.world = world
         self.entropy_coefficient = entropy_coefficient
         # Megatron's own module counts positions 0..T-1 and ignores position_ids; ours reads them.
-        self.rotary_pos_emb = LayoutRotaryEmbedding(model_config.head_dim, model_config.rope_theta)
+        self.rotary_pos_emb = LayoutRotaryEmbedding(model_config)
 
     def logits(self, token_ids: Tensor, layout_5T: Tensor) -> Tensor:
         """Vocab-parallel logits [1, T / cp, V / tp] of this rank's share (last stage); for tests and small models. With
@@ -228,6 +229,7 @@ def transformer_config(
         sequence_parallel=parallel.sequence_parallel and world.tensor_size > 1,
         calculate_per_token_loss=True,
         mrope_section=[model.head_dim // 2, 0, 0],
+        softmax_scale=_softmax_scale(model),
         perform_initialization=True,
         # The overlapped schedule frees outputs before their send has ended: NCCL's stream orders that, gloo reads garbage.
         deallocate_pipeline_outputs=world.virtual_size == 1 or world.device.type == "cuda",
@@ -244,6 +246,13 @@ def transformer_config(
             )
         ),
     )
+
+
+def _softmax_scale(model: ModelConfig) -> float | None:
+    """1 / sqrt(H) (None), times the factor that stretched RoPE gives to queries and to keys: Megatron rotates without it."""
+    if model.rope_scaling is None:
+        return None
+    return model.rope_scaling.attention_factor**2 / math.sqrt(model.head_dim)
 
 
 def _moe_settings(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 from npr_ext.errors import UserError
 
@@ -85,14 +87,38 @@ class Architecture:
 
 
 @dataclass(frozen=True)
+class RopeScaling:
+    """How RoPE's wave lengths are stretched, for contexts longer than the first ones that a model was trained for.
+
+    Attributes:
+        kind: linear (all waves alike), llama3 or yarn (long waves alone).
+        factor: by which the longest waves grow.
+        positions: tokens of the first context, in which the turns of a wave are counted.
+        slow, fast: waves of fewer turns than `slow` grow by `factor`, of more than `fast` not at all.
+        truncate: yarn's bounds are whole dimensions.
+        attention_factor: what queries and keys are multiplied by.
+    """
+
+    kind: str
+    factor: float
+    positions: int = 0
+    slow: float = 0.0
+    fast: float = 0.0
+    truncate: bool = True
+    attention_factor: float = 1.0
+
+
+@dataclass(frozen=True)
 class ModelConfig(Architecture):
     """All that fixes a model's arithmetic: RoPE (half rotation) and the constants of norms and routing besides the shape.
 
-    `norm_topk_prob`: the weights of the chosen experts are divided by their sum.
+    `rope_scaling` None: wave lengths as `rope_theta` gives them. `norm_topk_prob`: the weights of the chosen experts are
+    divided by their sum.
     """
 
     tied_embeddings: bool = True
     rope_theta: float = 1_000_000.0
+    rope_scaling: RopeScaling | None = None
     rms_norm_eps: float = 1e-6
     norm_topk_prob: bool = True
 
@@ -100,6 +126,12 @@ class ModelConfig(Architecture):
         super().__post_init__()
         if self.head_dim % 2:
             raise UserError(f"head_dim {self.head_dim} is odd: RoPE rotates pairs")
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> ModelConfig:
+        """From the plain data that dataclasses.asdict makes of it."""
+        scaling = record.get("rope_scaling")
+        return cls(**{**record, "rope_scaling": None if scaling is None else RopeScaling(**scaling)})
 
     @property
     def shape(self) -> Architecture:

@@ -100,7 +100,7 @@ class InferenceModel:
         self._final_norm_D = reader["decoder.final_layernorm.weight"]
         self._output_VD = self._embedding_VD if config.tied_embeddings else reader["output_layer.weight"]
         self._check_shapes()
-        self._rotary = Rotary(config.head_dim, config.rope_theta, self.dtype, self.device)
+        self._rotary = Rotary(config, self.dtype, self.device)
 
     def load(self, weights: Mapping[str, Weight]) -> None:
         """Copies values into the model's own tensors; UserError, and nothing changed, where a name, a shape or a
