@@ -21,16 +21,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_npr.config import EvalConfig, EvalMode, RolloutSettings
+from megatron_npr.journal import Journal
 from megatron_npr.monitor import monitored
 from megatron_npr.problems import evaluation_prompts
 from megatron_npr.prompts import EncodedProblem
 from megatron_npr.rollout_file import write_rollouts
 from megatron_npr.rollouts import collect
 from megatron_npr.rounds import Turn
+from megatron_npr.run_folder import JOURNAL
 from megatron_npr.scoring import score
 from megatron_npr.session import Session, folder_engine, open_session
 from megatron_npr.statistics import mean_pass_at_k, mean_with_interval
 from megatron_npr.verifier import Verifier
+from megatron_npr.whole_file import write_whole
 from npr_engine.backend import Backend
 from npr_engine.rollout import Rollout
 from npr_engine.trace import ran_in_parallel
@@ -107,34 +110,48 @@ def figures(outcome: Evaluation) -> dict[str, Any]:
 
 
 def run(config: EvalConfig) -> None:
-    """`npr eval`: every mode of eval.modes; writes eval.json and the rollouts of the first mode."""
+    """`npr eval`: every mode of eval.modes; writes eval.json and the rollouts of the first mode.
+
+    Finished modes are kept in progress.jsonl: an interrupted evaluation continues with the others.
+    """
     session = open_session(config, config.run, config.model, config.parallel)
     engine = folder_engine(session, config.rollout)
-    report: dict[str, Any] = {"model": str(config.model.path), "seed": config.run.seed, "modes": {}}
-    modes = config.eval.modes
+    journal = Journal(config.run.dir / JOURNAL, session.world, continued=session.continued)
+    finished: dict[str, Any] = {entry["mode"]: entry["figures"] for entry in journal.entries}
+    left = [mode for mode in config.eval.modes if mode not in finished]
+    first, total = len(finished), len(finished) + len(left)
     with (
         Verifier() as verifier,
-        monitored("eval", config.run, config.log, session.world, total=len(modes), unit="modes") as monitor,
+        monitored(
+            "eval", config.run, config.log, session.world, total=total, first=first, unit="modes"
+        ) as monitor,
     ):
-        for index, mode in enumerate(modes):
-            prompts = evaluation_prompts(
-                session, config.eval, "sequential" if mode == "sequential" else "parallel"
-            )
-            settings = mode_settings(config.rollout, mode, config.eval.samples_per_problem)
-            identity = (config.run.seed, "eval", mode)
-            outcome, groups = evaluate(session, engine, verifier, prompts, settings, identity=identity)
-            report["modes"][mode] = figures(outcome)
+        for step, mode in enumerate(left, start=first):
+            outcome, groups = evaluate_mode(session, engine, verifier, config, mode)
+            finished[mode] = figures(outcome)
             monitor.step(
-                index,
+                step,
                 tokens=int(outcome.num_tokens.sum()),
                 shown=("accuracy", "format_valid"),
                 accuracy=float(outcome.correct.mean()),
                 format_valid=float(outcome.valid.mean()),
             )
-            if session.world.is_main and index == 0:
+            if session.world.is_main and step == 0:
                 rollouts = [rollout for group in groups for rollout in group]
                 write_rollouts(config.run.dir / "rollouts.jsonl", rollouts, session.vocabulary)
+            journal.append({"mode": mode, "figures": finished[mode]})
     if session.world.is_main:
-        target = config.run.dir / config.eval.out
-        target.write_text(json.dumps(report, indent=1) + "\n")
-        print(json.dumps(report["modes"], indent=1))
+        modes = {mode: finished[mode] for mode in config.eval.modes}
+        report = {"model": str(config.model.path), "seed": config.run.seed, "modes": modes}
+        write_whole(config.run.dir / config.eval.out, json.dumps(report, indent=1) + "\n")
+        print(json.dumps(modes, indent=1))
+
+
+def evaluate_mode(
+    session: Session, engine: Backend, verifier: Verifier, config: EvalConfig, mode: EvalMode
+) -> tuple[Evaluation, list[list[Rollout]]]:
+    """The held-out problems in one mode."""
+    prompts = evaluation_prompts(session, config.eval, "sequential" if mode == "sequential" else "parallel")
+    settings = mode_settings(config.rollout, mode, config.eval.samples_per_problem)
+    identity = (config.run.seed, "eval", mode)
+    return evaluate(session, engine, verifier, prompts, settings, identity=identity)

@@ -1,27 +1,27 @@
 """Work that is done piece by piece, a JSON line each, so that an interrupted command finds again what it had finished.
 
-Journal.append(entry) ──► a whole line, on the disk ──► read_entries at the next start; a line cut off by a crash does not count
+append(entry) ──► a whole line, on the disk ──► entries of the next start; a line that a crash has cut off does not count
 """
+
+from __future__ import annotations
 
 import json
 import os
 from pathlib import Path
 from typing import Any
 
+from megatron_npr.parallel import World, on_first_rank
+
 Entry = dict[str, Any]
 
 
 class Journal:
-    """The entries of one file; `is_writer` is true in one process."""
+    """The entries of one file, the same on every rank; rank 0 writes."""
 
-    def __init__(self, path: Path, *, is_writer: bool, continued: bool) -> None:
-        """Take up the entries that are there, or begin an empty file."""
-        self._path, self._is_writer = path, is_writer
-        self.entries = read_entries(path) if continued else []
-        if is_writer:
-            whole = _whole(path) if continued else b""
-            with path.open("r+b" if path.exists() else "wb") as file:
-                file.truncate(len(whole))
+    def __init__(self, path: Path, world: World, *, continued: bool) -> None:
+        """Take up the entries that are there, or begin an empty file; collective."""
+        self._path, self._is_writer = path, world.is_main
+        self.entries: list[Entry] = on_first_rank(world, lambda: _open(path, continued=continued))
 
     def append(self, entry: Entry) -> None:
         """Add an entry; it is on the disk when this returns."""
@@ -33,17 +33,14 @@ class Journal:
                 os.fsync(file.fileno())
 
 
-def read_entries(path: Path) -> list[Entry]:
-    """The entries of a file, [] where there is none."""
-    return [json.loads(line) for line in _whole(path).splitlines()]
+def _open(path: Path, *, continued: bool) -> list[Entry]:
+    whole = _whole_lines(path) if continued else b""
+    with path.open("ab") as file:
+        file.truncate(len(whole))
+    return [json.loads(line) for line in whole.splitlines()]
 
 
-def num_entries(path: Path) -> int:
-    """How many entries a file has."""
-    return _whole(path).count(b"\n")
-
-
-def _whole(path: Path) -> bytes:
-    """The bytes up to the last line that is complete."""
+def _whole_lines(path: Path) -> bytes:
+    """The bytes up to the end of the last line that is complete; none where there is no file."""
     content = path.read_bytes() if path.is_file() else b""
     return content[: content.rfind(b"\n") + 1]

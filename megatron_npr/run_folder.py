@@ -24,7 +24,6 @@ from typing import Any
 
 from megatron_npr.config import StageConfig, to_toml
 from megatron_npr.format_version import CURRENT, check_format
-from megatron_npr.journal import num_entries
 from megatron_npr.metrics import METRICS, read_metrics
 from megatron_npr.whole_file import write_whole
 from npr_ext.errors import UserError
@@ -148,7 +147,7 @@ def find_run(folder: Path, outputs: Iterable[str] = ()) -> FoundRun | None:
     checkpoints = [
         path.name for path in (folder / CHECKPOINTS).glob("step_[0-9]*") if path.name[5:].isdigit()
     ]
-    done = int(max(checkpoints)[5:]) if checkpoints else num_entries(folder / JOURNAL) or None
+    done = int(max(checkpoints)[5:]) if checkpoints else _num_lines(folder / JOURNAL) or None
     return FoundRun(folder, mark, names, done, _last_step(folder / METRICS))
 
 
@@ -290,6 +289,11 @@ def _last_step(path: Path) -> int | None:
         return int(records[-1]["step"]) if records else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _num_lines(path: Path) -> int:
+    """Lines that are complete."""
+    return path.read_bytes().count(b"\n") if path.is_file() else 0
 
 
 def _lies_in(value: str, folder: Path) -> bool:

@@ -67,7 +67,7 @@ class SampleConfig(StageConfig):
     model: ModelSettings
     parallel: ParallelSettings = ParallelSettings()
     data: DataSettings
-    rollout: RolloutSettings = RolloutSettings(prompts_per_step=256, samples_per_prompt=1, branching=False)
+    rollout: RolloutSettings = RolloutSettings(prompts_per_step=4096, samples_per_prompt=1, branching=False)
     sample: SampleSettings = SampleSettings()
     log: LogSettings = LogSettings()
 
