@@ -29,23 +29,29 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 
 from megatron_npr.huggingface import copy_description
 from megatron_npr.manifest import (
+    POINTER,
     DamagedCheckpointError,
     FileSum,
     Manifest,
+    candidates,
     file_sum,
     find_damage,
     read_manifest,
     versions,
     write_manifest,
 )
-from megatron_npr.optimizer_state import allocate_optimizer_state, regrouped_state, repaired_optimizer_state
+from megatron_npr.optimizer_state import (
+    allocate_optimizer_state,
+    own_settings,
+    regrouped_state,
+    repaired_optimizer_state,
+)
 from megatron_npr.parallel import World, megatron_context
 from megatron_npr.pickled_files import check_pickled_files, plain_objects
 from megatron_npr.policy import Policy, PolicyChunk
 from megatron_npr.trainer import Trainer
 from npr_ext.errors import UserError
 
-POINTER = "latest"
 DESCRIPTION = "model"
 """Folder inside a checkpoint: config.json and tokenizer, so that it can be exported without the model that it began from."""
 
@@ -119,7 +125,7 @@ class Checkpoints:
         interrupted = sorted(self._folder.glob("step_*.writing"))
         damaged: list[str] = []
         restored = None
-        for path in self.candidates():
+        for path in candidates(self._folder):
             try:
                 restored = self.load(path, trainer)
                 break
@@ -135,16 +141,8 @@ class Checkpoints:
             )
         return restored
 
-    def candidates(self) -> list[Path]:
-        """Complete checkpoints in the order in which to resume: the one that `latest` names, then those before it."""
-        paths = sorted((path for path in self._folder.glob("step_??????") if path.is_dir()), reverse=True)
-        pointer = self._folder / POINTER
-        named = pointer.read_text(errors="replace").strip() if pointer.is_file() else ""
-        known = [path.name for path in paths]
-        return paths[known.index(named) :] if named in known else paths
-
     def load(self, path: Path, trainer: Trainer) -> tuple[int, dict[str, Any]]:
-        """Restore the state in place; (step, progress).
+        """Restore the state in place; (step, progress). The optimizer's settings stay those that the trainer was made with.
 
         DamagedCheckpointError (before anything is touched) where a file is not as written, UserError for a checkpoint of
         another model.
@@ -162,7 +160,7 @@ class Checkpoints:
             state = _read(path, _state(trainer, _metadata(), is_loading=True))
             for key, chunk in _chunks(trainer.policy).items():
                 chunk.load_state_dict(state[key])
-            with repaired_optimizer_state():
+            with repaired_optimizer_state(), own_settings(trainer.optimizer):
                 trainer.optimizer.load_state_dict(regrouped_state(state["optimizer"], trainer.optimizer))
             trainer.schedule.load_state_dict(state["schedule"])
         torch.set_rng_state(state["torch_rng"])

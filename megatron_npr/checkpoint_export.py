@@ -10,7 +10,7 @@ from pathlib import Path
 from megatron_npr.checkpoint import DESCRIPTION, Checkpoints, load_weights
 from megatron_npr.convert import Conversion
 from megatron_npr.huggingface import export_model
-from megatron_npr.manifest import MANIFEST, DamagedCheckpointError, Manifest
+from megatron_npr.manifest import MANIFEST, DamagedCheckpointError, Manifest, candidates
 from megatron_npr.model_folder import check_target
 from megatron_npr.parallel import init_world
 from megatron_npr.policy import build_policy, local_weights
@@ -30,7 +30,7 @@ def convert_checkpoint(source: Path, target: Path, *, force: bool = False) -> Co
     world = init_world()
     folder = _checkpoint_folder(source)
     checkpoints = Checkpoints(folder or source.parent, world, keep=1, model_folder=source, config={})
-    path, manifest = _newest_whole(checkpoints, [source] if folder is None else checkpoints.candidates())
+    path, manifest = _newest_whole(checkpoints, [source] if folder is None else candidates(folder))
     dtype = DTYPES[manifest.config["model"]["dtype"]]
     policy = build_policy(ModelConfig.of(manifest.model), world, dtype=dtype)
     load_weights(path, policy)
@@ -45,9 +45,9 @@ def _checkpoint_folder(source: Path) -> Path | None:
     return next((place for place in places if any(place.glob("step_??????"))), None)
 
 
-def _newest_whole(checkpoints: Checkpoints, candidates: list[Path]) -> tuple[Path, Manifest]:
+def _newest_whole(checkpoints: Checkpoints, paths: list[Path]) -> tuple[Path, Manifest]:
     damaged: list[str] = []
-    for path in candidates:
+    for path in paths:
         try:
             return path, checkpoints.verified(path)
         except DamagedCheckpointError as error:

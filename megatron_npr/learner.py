@@ -30,10 +30,12 @@ from megatron_npr.memory_policy import TrainerMemory, rollout_memory
 from megatron_npr.policy import build_policy, load_policy_weights
 from megatron_npr.reshard import EngineWeights, full_weights
 from megatron_npr.resharding.exchange import Exchanged
+from megatron_npr.resumption import INPUTS, input_sums, settings_of
 from megatron_npr.run_folder import CHECKPOINTS
 from megatron_npr.session import Session, build_engine
 from megatron_npr.trainer import Trainer
 from npr_engine.backend import Backend
+from npr_ext.errors import UserError
 
 USUAL_FP8 = Fp8Settings()
 USUAL_MEMORY = MemorySettings()
@@ -92,6 +94,8 @@ class Learner:
             # that training touches meanwhile.
             asynchronous=checkpoint.async_save and session.world.device.type == "cuda",
         )
+        # Of the files as the run found them: a checkpoint says with which data it was made.
+        self._progress = {INPUTS: input_sums(settings_of(session.config))} if session.world.is_main else {}
         self.first_step = self._resume() if session.continued else 0
 
     def build_engine(self, settings: RolloutSettings) -> Backend:
@@ -117,7 +121,15 @@ class Learner:
         return report
 
     def steps(self, total: int) -> Iterator[int]:
-        """The steps that are left, with a checkpoint every few, at the end, and before a Ctrl-C takes effect."""
+        """The steps that are left, with a checkpoint every few, at the end, and before a Ctrl-C takes effect.
+
+        UserError where the run has had more steps already.
+        """
+        if total < self.first_step:
+            raise UserError(
+                f"these settings ask for {total} steps, the checkpoint in {self.session.run.dir} is of step {self.first_step}: "
+                f"give at least as many, or start in another run.dir"
+            )
         with stop_requests() as stop:
             for step in range(self.first_step, total):
                 yield step
@@ -125,7 +137,7 @@ class Learner:
                 due = self._every > 0 and (step + 1) % self._every == 0
                 if stopping or due or step + 1 == total:
                     self.trainer.gather()
-                    self.checkpoints.save(step + 1, self.trainer, {})
+                    self.checkpoints.save(step + 1, self.trainer, self._progress)
                 self.checkpoints.finish(wait=stopping or step + 1 == total)
                 if stopping and step + 1 < total:
                     raise KeyboardInterrupt

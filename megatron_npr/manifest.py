@@ -21,6 +21,7 @@ from megatron_npr import __version__
 from npr_ext.errors import UserError
 
 MANIFEST = "manifest.json"
+POINTER = "latest"
 _OWN_SUM = "sha256"
 _BLOCK = 1 << 22
 
@@ -90,6 +91,15 @@ def read_manifest(folder: Path) -> Manifest:
         raise DamagedCheckpointError(f"{folder.name}: {MANIFEST} is not as it was written")
     files = {name: FileSum(**entry) for name, entry in content.pop("files").items()}
     return Manifest(**content, files=files)
+
+
+def candidates(folder: Path) -> list[Path]:
+    """Complete checkpoints in the order in which to resume: the one that `latest` names, then those before it."""
+    paths = sorted((path for path in folder.glob("step_??????") if path.is_dir()), reverse=True)
+    pointer = folder / POINTER
+    named = pointer.read_text(errors="replace").strip() if pointer.is_file() else ""
+    known = [path.name for path in paths]
+    return paths[known.index(named) :] if named in known else paths
 
 
 def find_damage(folder: Path, manifest: Manifest, names: Sequence[str]) -> str | None:

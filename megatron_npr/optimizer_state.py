@@ -53,6 +53,18 @@ def repaired_optimizer_state() -> Iterator[None]:
         DistributedOptimizer.get_parameter_state_dp_zero = gather_states
 
 
+@contextlib.contextmanager
+def own_settings(optimizer: MegatronOptimizer) -> Iterator[None]:
+    """What is loaded within this context brings moments and step counts; betas, eps, rates and the like stay as they are.
+
+    A state dict holds the settings of its time, in groups, and Megatron's and torch's loaders take those over.
+    """
+    before = [dict(group) for group in optimizer.param_groups]
+    yield
+    for group, own in zip(optimizer.param_groups, before, strict=True):
+        group.update({name: value for name, value in own.items() if name not in ("params", "step")})
+
+
 def allocate_optimizer_state(optimizer: MegatronOptimizer) -> None:
     """Give an optimizer that has not stepped yet its (zero) state: Megatron can neither save nor load without one."""
     for part in optimizer.chained_optimizers:

@@ -25,6 +25,7 @@ from typing import Any
 from megatron_npr.config import StageConfig, to_toml
 from megatron_npr.format_version import CURRENT, check_format
 from megatron_npr.metrics import METRICS, read_metrics
+from megatron_npr.resumption import check_resumable
 from megatron_npr.whole_file import write_whole
 from npr_ext.errors import UserError
 
@@ -190,13 +191,15 @@ def _continues(found: FoundRun, config: StageConfig) -> bool:
         if config.run.resume is True:
             raise UserError(f"{found}: there is nothing to resume from; {_overwrite(found)}")
         return False
-    if config.command not in TRAINING:
+    if config.command in TRAINING:
+        check_resumable(config, found.folder / CHECKPOINTS)
+    else:
         _check_same_settings(found, config)
     return True
 
 
 def _check_same_settings(found: FoundRun, config: StageConfig) -> None:
-    """Samples of two configurations never mix. (What training may change, its checkpoints decide.)"""
+    """Samples of two configurations never mix."""
     before, now = _settings(found.folder / CONFIG), _flat(tomllib.loads(to_toml(config)))
     for name, value in now.items():
         free = name in FREE_KEYS or (name.partition(".")[0] in FREE_TABLES and name != "run.seed")
@@ -274,7 +277,7 @@ def _read_mark(folder: Path) -> Mark:
 
 def _settings(path: Path) -> dict[str, Any]:
     try:
-        return _flat(tomllib.loads(path.read_text()))
+        return _flat(tomllib.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError):
         return {}
 

@@ -361,4 +361,7 @@ def _build_schedule(
         end_wd=settings.weight_decay,
         wd_incr_steps=max(num_updates, 1),
         wd_incr_style="constant",
+        # A run that resumes counts on from its checkpoint, on the schedule of its own settings.
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
     )

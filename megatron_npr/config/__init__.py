@@ -1,6 +1,6 @@
 """Configuration: frozen pydantic tables, TOML files and dotted overrides; imports no torch."""
 
-from megatron_npr.config.loading import Key, keys, load_config, parse_overrides, to_toml
+from megatron_npr.config.loading import Key, keys, load_config, parse_overrides, to_toml, toml_value
 from megatron_npr.config.sections import (
     BatchSettings,
     CheckpointSettings,
@@ -66,4 +66,5 @@ __all__ = [
     "load_config",
     "parse_overrides",
     "to_toml",
+    "toml_value",
 ]

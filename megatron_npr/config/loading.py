@@ -88,7 +88,7 @@ def keys(cls: type[Section]) -> list[Key]:
         value = defaults.get(section, {}).get(key)
         required = field.is_required() and key not in defaults.get(section, {})
         default = (
-            "" if required else _toml(value if key in defaults.get(section, {}) else field.get_default())
+            "" if required else toml_value(value if key in defaults.get(section, {}) else field.get_default())
         )
         result.append(Key(name, _kind(field.annotation), default, field.description or ""))
     return result
@@ -102,7 +102,7 @@ def to_toml(config: Section) -> str:
     lines: list[str] = []
     for section, table in config.model_dump().items():
         lines.append(f"[{section}]")
-        lines += [f"{key} = {_toml(NONE if value is None else value)}" for key, value in table.items()]
+        lines += [f"{key} = {toml_value(NONE if value is None else value)}" for key, value in table.items()]
         lines.append("")
     return "\n".join(lines)
 
@@ -219,7 +219,8 @@ def _kind(annotation: Any) -> str:
     return str(annotation.__name__).lower()
 
 
-def _toml(value: Any) -> str:
+def toml_value(value: Any) -> str:
+    """A value as it stands in a file; "none" for None."""
     if value is None:
         return NONE
     if isinstance(value, bool):
@@ -227,7 +228,7 @@ def _toml(value: Any) -> str:
     if isinstance(value, int | float):
         return repr(value)
     if isinstance(value, tuple | list):
-        return "[" + ", ".join(_toml(item) for item in value) + "]"
+        return "[" + ", ".join(toml_value(item) for item in value) + "]"
     if isinstance(value, Path) and str(value).lower() == NONE:
         return f'"./{value}"'  # a file of that name, not the absence of one
     return json.dumps(

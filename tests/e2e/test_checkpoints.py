@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from megatron_npr.checkpoint import Checkpoints
 from megatron_npr.checkpoint_export import convert_checkpoint
 from megatron_npr.cli import main
-from megatron_npr.manifest import DamagedCheckpointError, file_sum, read_manifest, write_manifest
+from megatron_npr.manifest import DamagedCheckpointError, candidates, file_sum, read_manifest, write_manifest
 from megatron_npr.memory_policy import optimizer_tensors
 from megatron_npr.parallel import World, init_world
 from npr_ext.errors import UserError
@@ -138,13 +138,14 @@ def test_a_folder_without_checkpoints_is_a_new_run(tmp_path: Path, world: World,
 
 @pytest.mark.parametrize("pointer, first", [("step_000002\n", 2), ("step_000009\n", 3), ("", 3), (None, 3)])
 def test_latest_decides_where_it_names_a_checkpoint_and_the_newest_elsewhere(
-    pointer: str | None, first: int, copied: Path, world: World, model_folder: Path
+    pointer: str | None, first: int, copied: Path
 ) -> None:
     (copied / "latest").unlink()
     if pointer is not None:
         (copied / "latest").write_text(pointer)
-    candidates = checkpoints_in(copied, world, model_folder).candidates()
-    assert [path.name for path in candidates] == [f"step_00000{number}" for number in range(first, 0, -1)]
+    assert [path.name for path in candidates(copied)] == [
+        f"step_00000{number}" for number in range(first, 0, -1)
+    ]
 
 
 def test_the_last_few_stay_and_those_of_another_history_go_first(
