@@ -27,7 +27,7 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
 
-from megatron_npr.huggingface import copy_description
+from megatron_npr.description import copy_description
 from megatron_npr.manifest import (
     POINTER,
     DamagedCheckpointError,

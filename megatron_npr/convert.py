@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_npr.description import copy_description, set_dtype
 from megatron_npr.fp8_weights import (
     SCALE_SUFFIX,
     is_quantised,
@@ -26,7 +27,6 @@ from megatron_npr.fp8_weights import (
 from megatron_npr.gguf_file import GGUFFile, find_gguf
 from megatron_npr.huggingface import (
     HuggingFaceWeights,
-    copy_description,
     load_tokenizer,
     read_config_json,
     read_model_config,
@@ -109,12 +109,14 @@ def convert_folder(
                 targets[name].dtype
             )
 
-        written: dict[str, Any] = {} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")}
+        written: dict[str, Any] = {}
         if fp8:
             written["quantization_config"] = quantization_config(targets)
             targets = _with_scales(targets)
-        copy_description(source, folder)
+        copy_description(source, folder, new_tokens=add_tags)
         write_json(folder / "config.json", {**config, "vocab_size": rows, **written})
+        if dtype is not None:
+            set_dtype(folder, dtype)
         if tokenizer is not None:
             tokenizer.save_pretrained(str(folder))
             Vocabulary.from_tokenizer(load_tokenizer(folder))  # what the engine will ask of it

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from megatron_npr.architecture import from_config
+from megatron_npr.description import copy_description, rename_card, set_dtype
 from megatron_npr.finite import check_finite
-from megatron_npr.model_files import read_object
-from megatron_npr.model_folder import copy_files, whole_folder, write_tensors
+from megatron_npr.model_files import read_object, refuse_pointer
+from megatron_npr.model_folder import whole_folder, write_tensors
 from megatron_npr.resharding import EngineLayout
 from megatron_npr.resharding.catalog import catalog
 from megatron_npr.tensor_files import Stored, TensorFiles, check_tensors
@@ -29,14 +30,6 @@ from npr_ext.errors import UserError
 ONE_RANK = EngineLayout()
 _COMPARED_ROWS = 8192
 """Of two vocabulary matrices, in memory at a time."""
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 
 
 def read_config_json(folder: Path) -> dict[str, Any]:
@@ -61,9 +54,15 @@ def load_tokenizer(folder: Path) -> Any:
     """The folder's fast tokenizer; UserError where there is none."""
     from transformers import AutoTokenizer  # slow to import; `npr --help` does without
 
-    if not (folder / "tokenizer.json").exists():
+    path = folder / "tokenizer.json"
+    if not path.exists():
         raise UserError(f"{folder} has no tokenizer.json: name a Hugging Face folder with a fast tokenizer")
-    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    refuse_pointer(path)
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # what tokenizers raises for a damaged file is an Exception and nothing more
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{folder}: its tokenizer cannot be read ({reason}): copy its files again") from error
 
 
 class HuggingFaceWeights:
@@ -158,15 +157,10 @@ def named_tensors(weights: Mapping[str, Tensor], config: ModelConfig) -> Iterato
         yield from zip(parts, pieces, strict=True)
 
 
-def copy_description(source: Path, target: Path) -> None:
-    """Everything of a model folder but its weights: config.json, tokenizer, chat template."""
-    copy_files(source, target, ("config.json", *TOKENIZER_FILES))
-
-
 def export_model(
     weights: Mapping[str, Tensor], config: ModelConfig, source: Path, target: Path, *, replace: bool = True
 ) -> None:
-    """Write a folder that transformers loads: weights, `source`'s config.json and its tokenizer.
+    """Write a folder that transformers loads: weights, and what describes `source` (see description.py).
 
     The folder appears whole; a model that stands there is replaced, if `replace`.
     """
@@ -174,3 +168,5 @@ def export_model(
     with whole_folder(target, replace=replace) as folder:
         write_tensors(folder, {name: tensor.nbytes for name, tensor in tensors.items()}, tensors.__getitem__)
         copy_description(source, folder)
+        set_dtype(folder, next(iter(tensors.values())).dtype)
+        rename_card(folder)

@@ -8,7 +8,6 @@ What stands at the target is moved aside only when the new folder is complete.
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -54,11 +53,21 @@ def whole_folder(target: Path, *, replace: bool) -> Iterator[Path]:
             staging = Path(place) / "new"
             staging.mkdir()
             yield staging
-            if target.exists():
-                target.rename(Path(place) / "old")
-            staging.rename(target)
+            _exchange(staging, target, Path(place) / "old")
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write {target}: {error}") from error
+
+
+def _exchange(new: Path, target: Path, aside: Path) -> None:
+    """`new` becomes `target`; what stands there is moved `aside`, and back where that fails half-way."""
+    try:
+        if target.exists():
+            target.rename(aside)
+        new.rename(target)
+    except BaseException:
+        if aside.exists() and not target.exists():
+            aside.rename(target)
+        raise
 
 
 def plan_shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
@@ -109,10 +118,3 @@ def _writable(name: str, weight: Tensor) -> Tensor:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Indented JSON, as transformers writes it."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def copy_files(source: Path, target: Path, names: tuple[str, ...]) -> None:
-    """Those of the files that `source` has."""
-    for name in names:
-        if (source / name).exists():
-            shutil.copyfile(source / name, target / name)
