@@ -26,7 +26,7 @@ TEXTS = [
     " two  spaces\n\ttab",
     "naïve 東京 🙂",
     "<eos>",
-    "a<plan>b</plan>",
+    "a<plan>b",
     "<eos><plan> <tool>",
     "12+34=46\r\n",
 ]
