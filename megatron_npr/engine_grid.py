@@ -31,6 +31,35 @@ def engine_layout(
 
 
 @dataclass(frozen=True)
+class EngineShare:
+    """Who decodes which turns of a round: copies of attention take them in turn. `rank` is ours; `size` ranks are a copy, and
+    its first one speaks for it."""
+
+    rank: int
+    size: int
+    num_engines: int
+
+    @classmethod
+    def of(cls, world: World, settings: RolloutSettings) -> EngineShare:
+        """This rank's."""
+        size = settings.tp or world.tensor_size
+        return cls(world.rank, size, world.size // size)
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this rank is the first one of its engine."""
+        return self.rank % self.size == 0
+
+    def own(self, num_turns: int) -> range:
+        """The turns that this rank's engine decodes."""
+        return self.turns_of(self.rank // self.size, num_turns)
+
+    def turns_of(self, engine: int, num_turns: int) -> range:
+        """The turns of any engine, whose first rank is `engine * size`."""
+        return range(engine, num_turns, self.num_engines)
+
+
+@dataclass(frozen=True)
 class EngineGroups:
     """The ranks that share this rank's copy of attention (None: it is alone), and those that share its experts where they are
     more."""

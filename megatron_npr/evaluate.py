@@ -71,7 +71,7 @@ def evaluate(
     turns = [Turn(prompt) for prompt in prompts]
     groups = collect(engine, session.world, turns, settings, identity=identity, on_progress=on_progress)
     seconds = time.perf_counter() - began
-    scored = score(session.grammar, verifier, groups, [item.problem.answer for item in prompts])
+    scored = score(session.world, session.grammar, verifier, groups, turns, settings)
     shape = (len(prompts), settings.samples_per_prompt)
     outcome = Evaluation(
         correct=np.array([item.correct for item in scored]).reshape(shape),

@@ -96,11 +96,10 @@ def _has_groups(*sizes: int) -> bool:
 def init_world(
     *, tensor: int = 1, pipeline: int = 1, context: int = 1, virtual: int = 1, expert: int = 1, seed: int = 0
 ) -> World:
-    """Join the process group (torchrun's environment, or a world of one) and build Megatron's groups."""
+    """Join the process group and build Megatron's groups."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     check_sizes(world_size, tensor=tensor, pipeline=pipeline, context=context, expert=expert)
-    if not dist.is_initialized():
-        _join(world_size)
+    join_world()
     with megatron_context():
         if not _has_groups(tensor, pipeline, context, virtual, expert):
             if parallel_state.model_parallel_is_initialized():
@@ -136,7 +135,11 @@ def init_world(
     )
 
 
-def _join(world_size: int) -> None:
+def join_world() -> None:
+    """Join the process group where that has not been done: torchrun's environment, or a world of one."""
+    if dist.is_initialized():
+        return
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
     atexit.register(close_world)
     timeout = datetime.timedelta(minutes=30)
     backend = "nccl" if has_gpu() else "gloo"

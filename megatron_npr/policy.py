@@ -121,8 +121,7 @@ class PolicyChunk(GPTModel):
         weight = self.head_weight
         first_row = self.world.tensor_rank * weight.shape[0]
         log_probs_M, entropy_M = token_log_probs(
-            # Not [predecessors]: siblings share one, and its gradient is summed by atomics, in the order of the threads.
-            hidden_TBD[:, 0].index_select(0, predecessors),
+            hidden_TBD[:, 0][predecessors],
             weight,
             token_ids[0, targets],
             first_row=first_row,

@@ -8,6 +8,7 @@ from pathlib import Path
 from megatron_npr.config import DataSettings, EvalSettings
 from megatron_npr.data import load_problems
 from megatron_npr.demo.tasks import demo_problems
+from megatron_npr.parallel import on_first_rank
 from megatron_npr.problem import Problem
 from megatron_npr.prompts import EncodedProblem, Mode, PromptEncoder, instruction_text
 from megatron_npr.session import Session
@@ -20,30 +21,39 @@ HELDOUT_SEED = 0
 
 
 def training_prompts(session: Session, data: DataSettings) -> tuple[EncodedProblem, ...]:
-    """The training problems as prompts; those over the limit are counted, reported and left out."""
-    if data.train == DEMO:
-        problems = demo_problems("train", data.count or DEMO_TRAIN_COUNT, session.run.seed)
-    else:
-        problems = load_problems(Path(data.train), data.count)
-    return encode(
-        session, problems, data.mode, data.instruction, data.max_prompt_tokens, demo=data.train == DEMO
-    )
+    """The training problems as prompts, as rank 0 reads them; those over the limit are counted, reported and left out.
+    Collective."""
+
+    def read() -> tuple[EncodedProblem, ...]:
+        if data.train == DEMO:
+            problems = demo_problems("train", data.count or DEMO_TRAIN_COUNT, session.run.seed)
+        else:
+            problems = load_problems(Path(data.train), data.count)
+        return encode(
+            session, problems, data.mode, data.instruction, data.max_prompt_tokens, demo=data.train == DEMO
+        )
+
+    return on_first_rank(session.world, read)
 
 
 def evaluation_prompts(session: Session, settings: EvalSettings, mode: Mode) -> tuple[EncodedProblem, ...]:
-    """The evaluation problems as prompts of one mode."""
-    if settings.problems == DEMO:
-        problems = demo_problems("heldout", settings.count or DEMO_HELDOUT_COUNT, HELDOUT_SEED)
-    else:
-        problems = load_problems(Path(settings.problems), settings.count)
-    return encode(
-        session,
-        problems,
-        mode,
-        settings.instruction,
-        settings.max_prompt_tokens,
-        demo=settings.problems == DEMO,
-    )
+    """The evaluation problems as prompts of one mode, as rank 0 reads them. Collective."""
+
+    def read() -> tuple[EncodedProblem, ...]:
+        if settings.problems == DEMO:
+            problems = demo_problems("heldout", settings.count or DEMO_HELDOUT_COUNT, HELDOUT_SEED)
+        else:
+            problems = load_problems(Path(settings.problems), settings.count)
+        return encode(
+            session,
+            problems,
+            mode,
+            settings.instruction,
+            settings.max_prompt_tokens,
+            demo=settings.problems == DEMO,
+        )
+
+    return on_first_rank(session.world, read)
 
 
 def encode(
@@ -52,7 +62,7 @@ def encode(
     """Problems with a mode's instruction in the tokenizer's chat template."""
     text = instruction_text(mode, demo=demo, path=instruction)
     encoded = PromptEncoder(session.tokenizer, text, max_prompt_tokens=limit).encode_all(problems)
-    if encoded.num_skipped and session.world.is_main:
+    if encoded.num_skipped:
         print(
             f"skipped {encoded.num_skipped} of {len(problems)} problems: prompts over {limit} tokens",
             file=sys.stderr,

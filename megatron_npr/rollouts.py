@@ -15,6 +15,7 @@ import numpy as np
 import torch.distributed as dist
 
 from megatron_npr.config import RolloutSettings
+from megatron_npr.engine_grid import EngineShare
 from megatron_npr.packing import TrainSample
 from megatron_npr.parallel import World
 from megatron_npr.rounds import Turn
@@ -55,9 +56,10 @@ def collect(
     Raises:
         FloatingPointError: a response that ended with an error; on every rank alike.
     """
-    size = settings.tp or world.tensor_size
-    mine = range(world.rank // size, len(turns), world.size // size)
-    requests = [(index, sample) for index in mine for sample in range(settings.samples_per_prompt)]
+    engines = EngineShare.of(world, settings)
+    requests = [
+        (index, sample) for index in engines.own(len(turns)) for sample in range(settings.samples_per_prompt)
+    ]
     names = [(*turns[index].identity, sample) for index, sample in requests]
     generated = engine.generate(
         [turns[index].prompt.prompt_ids for index, _ in requests],
@@ -68,7 +70,7 @@ def collect(
     share = list(zip(requests, generated, strict=True))
     if world.size > 1:
         gathered: list[Any] = [None] * world.size
-        dist.all_gather_object(gathered, share if world.rank % size == 0 else [])
+        dist.all_gather_object(gathered, share if engines.speaks else [])
         share = [item for part in gathered for item in part]
     failed = [rollout for _, rollout in share if is_error(rollout.finish_reason)]
     if failed:  # nobody should train on, or report, what such weights say

@@ -21,7 +21,7 @@ from megatron_npr.rollouts import collect
 from megatron_npr.rounds import Turn
 from megatron_npr.run_folder import JOURNAL
 from megatron_npr.samples import SftSample, write_samples
-from megatron_npr.scoring import Scored, score
+from megatron_npr.scoring import Scored, agree_on_round, score
 from megatron_npr.session import Session, folder_engine, open_session
 from megatron_npr.sft import canonical_ids
 from megatron_npr.verifier import Verifier
@@ -119,7 +119,8 @@ def sample_round(
     settings = config.rollout.model_copy(update={"samples_per_prompt": 1})
     turns = [Turn(prompt, attempt=search.trial) for prompt in chosen]
     groups = collect(engine, session.world, turns, settings, identity=(config.run.seed, "sample"))
-    scored = score(session.grammar, verifier, groups, [prompt.problem.answer for prompt in chosen])
+    scored = score(session.world, session.grammar, verifier, groups, turns, settings)
+    agree_on_round(search.trial, turns, scored)
     kept = [(chosen[item.group], item) for item in scored if item.valid and item.correct]
     return {
         "tokens": sum(item.rollout.num_tokens for item in scored),

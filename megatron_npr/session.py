@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_npr.agreement import agree
 from megatron_npr.config import (
     ModelSettings,
     ParallelSettings,
@@ -25,7 +26,7 @@ from megatron_npr.config import (
 from megatron_npr.engine_grid import engine_groups, engine_layout
 from megatron_npr.huggingface import ONE_RANK, load_tokenizer, read_engine_weights, read_model_config
 from megatron_npr.linears import require_fp8
-from megatron_npr.parallel import World, init_world, on_first_rank
+from megatron_npr.parallel import World, init_world, join_world, on_first_rank
 from megatron_npr.resharding import EngineLayout
 from megatron_npr.run_folder import claim
 from megatron_npr.sglang_backend import SGLangBackend
@@ -75,6 +76,13 @@ def open_session(
     vocabulary = Vocabulary.from_tokenizer(tokenizer)
     model_config = read_model_config(model.path)
     _set_threads(run.threads)
+    join_world()
+    agree(
+        "start",
+        settings=[config.model_dump_json(exclude={"log": True, "run": {"threads"}})],
+        model=[repr(model_config)],
+        tokenizer=(piece.decode("latin-1") for piece in vocabulary.pieces),
+    )
     world = init_world(
         tensor=parallel.tp,
         pipeline=parallel.pp,

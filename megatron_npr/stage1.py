@@ -24,7 +24,7 @@ from megatron_npr.packing import PackedRow, TrainSample
 from megatron_npr.problems import training_prompts
 from megatron_npr.rollouts import collect, train_sample
 from megatron_npr.rounds import round_turns
-from megatron_npr.scoring import Scored, score
+from megatron_npr.scoring import Scored, agree_on_round, score
 from megatron_npr.session import open_session
 from megatron_npr.verifier import Verifier
 
@@ -53,11 +53,10 @@ def run(config: Stage1Config) -> None:
                 turns = round_turns(prompts, config.rollout.prompts_per_step, step, config.run.seed)
                 with peak_memory(session.world.device) as rollout_peak, learner.rollout_memory(engine):
                     groups = collect(engine, session.world, turns, config.rollout, identity=identity)
-                scored = score(
-                    session.grammar, verifier, groups, [turn.prompt.problem.answer for turn in turns]
-                )
+                scored = score(session.world, session.grammar, verifier, groups, turns, config.rollout)
                 rewards = np.array([reward(item, config) for item in scored])
                 updates = split_updates(scored, rewards, config)
+                agree_on_round(step, turns, scored, [advantages_of(update) for update in updates])
                 with peak_memory(session.world.device) as train_peak:
                     reports = [learner.trainer.step(update, objective, branching=False) for update in updates]
                 learner.update_engine(engine)
@@ -122,6 +121,11 @@ def split_updates(
         part = parts[group * len(parts) // (int(groups.max()) + 1)]
         part += [train_sample(scored[index].rollout, float(advantages[index])) for index in members]
     return [part for part in parts if part]
+
+
+def advantages_of(update: Sequence[TrainSample]) -> np.ndarray:
+    """Of the samples of an update, [n]."""
+    return np.array([sample.advantage for sample in update])
 
 
 def objective_of(log_probs: Tensor, row: PackedRow, *, settings: DapoSettings) -> LossSum:

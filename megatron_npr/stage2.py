@@ -15,6 +15,7 @@ from megatron_npr.learner import Learner
 from megatron_npr.losses import LossSum, sft_loss
 from megatron_npr.monitor import monitored
 from megatron_npr.packing import PackedRow, TrainSample
+from megatron_npr.parallel import on_first_rank
 from megatron_npr.rounds import round_places
 from megatron_npr.samples import read_samples
 from megatron_npr.session import open_session
@@ -22,9 +23,10 @@ from megatron_npr.session import open_session
 
 def run(config: Stage2Config) -> None:
     """Train, checkpoint, and leave the model in run.dir/model."""
-    samples = [sample.train_sample() for sample in read_samples(config.sft.data)]
-    total = num_updates(samples, config)
     session = open_session(config, config.run, config.model, config.parallel)
+    read = on_first_rank(session.world, lambda: read_samples(config.sft.data))
+    samples = [sample.train_sample() for sample in read]
+    total = num_updates(samples, config)
     learner = Learner(
         session,
         optimizer=config.optimizer,

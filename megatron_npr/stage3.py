@@ -22,7 +22,7 @@ from megatron_npr.packing import PackedRow
 from megatron_npr.problems import training_prompts
 from megatron_npr.rollouts import collect, train_sample
 from megatron_npr.rounds import round_turns
-from megatron_npr.scoring import Scored, score
+from megatron_npr.scoring import Scored, agree_on_round, score
 from megatron_npr.session import open_session
 from megatron_npr.trainer import StepReport
 from megatron_npr.verifier import Verifier
@@ -57,15 +57,14 @@ def run(config: Stage3Config) -> None:
                 turns = round_turns(prompts, config.rollout.prompts_per_step, step, config.run.seed)
                 with peak_memory(session.world.device) as rollout_peak, learner.rollout_memory(engine):
                     groups = collect(engine, session.world, turns, config.rollout, identity=identity)
-                scored = score(
-                    session.grammar, verifier, groups, [turn.prompt.problem.answer for turn in turns]
-                )
+                scored = score(session.world, session.grammar, verifier, groups, turns, config.rollout)
                 kept = survivors(scored, config)
                 advantages = papo_advantages(
                     np.array([item.accuracy_reward for item in kept]),
                     np.array([item.group for item in kept]),
                     epsilon=config.papo.std_epsilon,
                 )
+                agree_on_round(step, turns, scored, [] if advantages.skip else [advantages.values])
                 with peak_memory(session.world.device) as train_peak:
                     report = None if advantages.skip else update(learner, kept, advantages, config)
                 learner.update_engine(engine)

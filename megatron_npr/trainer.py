@@ -30,6 +30,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from numpy.typing import NDArray
 from torch import Tensor
 
+from megatron_npr.agreement import agree
 from megatron_npr.balance import attended_pairs, row_pairs, share_rows
 from megatron_npr.config import BatchSettings, OptimizerSettings
 from megatron_npr.context_parallel import shard_bounds
@@ -177,6 +178,15 @@ class Trainer:
             pairs = [attended_pairs(sample, self.tags, branching=branching) for sample in samples]
             costs = [row_pairs(plan, samples, pairs, length=length) for plan in plans]
         shares = share_rows(costs, world.data_size)
+        agree(
+            "packing",
+            samples=(
+                part
+                for sample in samples
+                for part in (sample.prompt_ids, sample.response_ids, sample.trained)
+            ),
+            rows=[str([plan.groups for plan in plans]), str(shares.rows), str(length)],
+        )
         # The interleaved schedule runs micro-batches in groups of as many as there are stages.
         group = world.pipeline_size if world.virtual_size > 1 else 1
         count = -(-max(map(len, shares.rows)) // group) * group
