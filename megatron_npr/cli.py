@@ -177,7 +177,7 @@ def _report_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run_trace(arguments: argparse.Namespace) -> int:
     traces = importlib.import_module("megatron_npr.traces")
-    _check_run_folder(arguments.out.parent)
+    _check_output(arguments.out, '{"traceEvents"', "a trace")
     verdict = traces.check_and_write(arguments.run, arguments.out, limit=arguments.limit)
     print(json.dumps(verdict.record()) if arguments.json else verdict)
     return 1 if verdict.faults else 0
@@ -250,20 +250,19 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_draw(arguments: argparse.Namespace) -> int:
-    if arguments.out.is_dir():
-        raise UserError(f"cannot write to {arguments.out}: it is a folder: name a file")
-    _check_run_folder(arguments.out.parent)
+    _check_output(arguments.out, "<svg", "a picture")
     module = importlib.import_module(f"megatron_npr.report.{arguments.name}_picture")
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(module.draw(), encoding="utf-8")
+    whole_file = importlib.import_module("megatron_npr.whole_file")
+    whole_file.write_whole(arguments.out, module.draw())
     print(arguments.out)
     return 0
 
 
 def _draw_arguments(parser: argparse.ArgumentParser) -> None:
-    shipped = Path(__file__).parent / "assets" / "layout.svg"
     parser.add_argument("name", choices=("layout",), help="what to draw")
-    parser.add_argument("--out", type=Path, default=shipped, help="SVG to write (default: the README's)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("layout.svg"), help="SVG to write (default layout.svg)"
+    )
 
 
 def _run_convert(arguments: argparse.Namespace) -> int:
@@ -449,6 +448,19 @@ def _check_run_folder(folder: Path) -> None:
         raise UserError(f"cannot write to {folder}: {place} is not a folder")
     if not os.access(place, os.W_OK | os.X_OK):
         raise UserError(f"cannot write to {folder}: no permission in {place}")
+
+
+def _check_output(path: Path, begins: str, kind: str) -> None:
+    """A file to write: its folder can be made, and what stands there is one of its kind, which it replaces."""
+    if path.is_dir():
+        raise UserError(f"cannot write to {path}: it is a folder: name a file")
+    _check_run_folder(path.parent)
+    if path.exists():
+        with path.open("rb") as file:
+            if file.read(len(begins)) not in (b"", begins.encode()):
+                raise UserError(
+                    f"{path} holds something else than {kind}: it is not replaced; give another --out"
+                )
 
 
 def _how_to_continue(words: Sequence[str]) -> str:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_npr import __version__
+from megatron_npr.format_version import CURRENT, FORMAT_VERSION, check_format
 from npr_ext.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -48,6 +49,7 @@ class Manifest:
     progress: Mapping[str, Any]
     versions: Mapping[str, str]
     files: Mapping[str, FileSum]
+    format_version: int = CURRENT["checkpoint"]
 
 
 def versions() -> dict[str, str]:
@@ -75,7 +77,8 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a checkpoint; DamagedCheckpointError unless it is byte for byte what was written."""
+    """The manifest of a checkpoint; DamagedCheckpointError unless it is byte for byte what was written, UserError for one of a
+    format that this program does not know."""
     path = folder / MANIFEST
     try:
         raw = path.read_bytes()
@@ -89,6 +92,7 @@ def read_manifest(folder: Path) -> Manifest:
         intact = False
     if not intact:
         raise DamagedCheckpointError(f"{folder.name}: {MANIFEST} is not as it was written")
+    check_format("checkpoint", folder, content.setdefault(FORMAT_VERSION, 0))
     files = {name: FileSum(**entry) for name, entry in content.pop("files").items()}
     return Manifest(**content, files=files)
 

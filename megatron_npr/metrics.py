@@ -8,13 +8,23 @@ A run that resumes at step s drops the lines of steps >= s first, so every step 
 import json
 import math
 import os
+import tomllib
+import uuid
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Protocol, Self
 
+from megatron_npr.whole_file import write_whole
+
 Number = int | float
 Record = dict[str, Any]
 METRICS = "metrics.jsonl"
+CONFIG = "config.toml"
+"""The resolved configuration, which the session writes."""
+
+WANDB_ID = "wandb_id"
+"""The identity of this run at wandb: a run that is continued here is continued there."""
+
 Backend = Literal["tensorboard", "wandb", "none"]
 
 
@@ -78,9 +88,7 @@ def _keep_steps_before(first_step: int, path: Path) -> None:
     if not path.exists():
         return
     kept = [record for record in read_metrics(path) if record["step"] < first_step]
-    rewritten = path.with_suffix(".tmp")
-    rewritten.write_text("".join(json.dumps(record) + "\n" for record in kept))
-    rewritten.replace(path)
+    write_whole(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 class _Tensorboard:
@@ -101,11 +109,32 @@ class _Wandb:
     def __init__(self, run_dir: Path) -> None:
         import wandb  # slow to import, and only the writer needs it
 
-        mode: Literal["offline"] | None = None if "WANDB_MODE" in os.environ else "offline"
-        self._run = wandb.init(project="npr", name=run_dir.name, dir=str(run_dir), mode=mode)
+        mode: Any = os.environ.get("WANDB_MODE") or "offline"
+        self._run = wandb.init(
+            project="npr",
+            name=run_dir.name,
+            dir=str(run_dir),
+            mode=mode,
+            id=_wandb_id(run_dir / WANDB_ID),
+            resume="allow",
+            config=_resolved_configuration(run_dir / CONFIG),
+        )
 
     def log(self, step: int, values: dict[str, Number]) -> None:
         self._run.log(dict(values), step=step)
 
     def close(self) -> None:
         self._run.finish()
+
+
+def _wandb_id(path: Path) -> str:
+    """The identity that the run folder keeps; a new one where it has none yet."""
+    known = path.read_text().strip() if path.is_file() else ""
+    if not known:
+        known = uuid.uuid4().hex
+        write_whole(path, known + "\n")
+    return known
+
+
+def _resolved_configuration(path: Path) -> dict[str, Any]:
+    return tomllib.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

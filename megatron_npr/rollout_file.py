@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from megatron_npr.format_version import CURRENT, FORMAT_VERSION, Kind, check_format
 from npr_engine.rollout import Rollout
 from npr_engine.vocabulary import Vocabulary
 from npr_ext.errors import UserError
 
+KIND: Kind = "rollouts file"
 ARRAYS = {
     "prompt_ids": np.int32,
     "token_ids": np.int32,
@@ -54,7 +56,12 @@ def write_rollouts(path: Path, rollouts: Iterable[Rollout], vocabulary: Vocabula
     unfinished = path.with_suffix(".tmp")
     with unfinished.open("w") as file:
         for rollout in rollouts:
-            file.write(json.dumps({**to_record(rollout), "pieces": pieces(rollout, vocabulary)}) + "\n")
+            record = {
+                FORMAT_VERSION: CURRENT[KIND],
+                **to_record(rollout),
+                "pieces": pieces(rollout, vocabulary),
+            }
+            file.write(json.dumps(record) + "\n")
     unfinished.replace(path)
 
 
@@ -72,7 +79,8 @@ def read_with_pieces(path: Path) -> list[tuple[Rollout, tuple[str, ...]]]:
         for number, line in enumerate(file, start=1):
             try:
                 record = json.loads(line)
+                check_format(KIND, f"{path}:{number}", record.get(FORMAT_VERSION))
                 rollouts.append((from_record(record), tuple(record["pieces"])))
-            except (KeyError, TypeError, ValueError) as error:
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
                 raise UserError(f"{path}:{number}: not a rollout: {type(error).__name__} {error}") from None
     return rollouts

@@ -24,7 +24,8 @@ from typing import Any
 
 from megatron_npr.config import StageConfig, to_toml
 from megatron_npr.format_version import CURRENT, check_format
-from megatron_npr.metrics import METRICS, read_metrics
+from megatron_npr.manifest import candidates
+from megatron_npr.metrics import CONFIG, METRICS, WANDB_ID, read_metrics
 from megatron_npr.resumption import check_resumable
 from megatron_npr.whole_file import write_whole
 from npr_ext.errors import UserError
@@ -32,7 +33,6 @@ from npr_ext.errors import UserError
 MARK = "run.json"
 """Format version, command, and the process that started last."""
 
-CONFIG = "config.toml"
 LOCK = "run.lock"
 CHECKPOINTS = "checkpoints"
 JOURNAL = "progress.jsonl"
@@ -40,7 +40,7 @@ MODEL = "model"
 STARTED = frozenset({MARK, CONFIG, LOCK, "tensorboard"})
 """What is there before the first step: nothing that a new start would lose."""
 
-HELD = STARTED | {METRICS, CHECKPOINTS, JOURNAL, MODEL, "wandb", "wandb_id"}
+HELD = STARTED | {METRICS, CHECKPOINTS, JOURNAL, MODEL, "wandb", WANDB_ID}
 WRITTEN = HELD | {"samples.jsonl", "eval.json", "rollouts.jsonl"}
 TRAINING = frozenset({"stage1", "stage2", "stage3"})
 

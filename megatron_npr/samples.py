@@ -12,8 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_npr.format_version import CURRENT, FORMAT_VERSION, Kind, check_format
 from megatron_npr.packing import TrainSample
+from megatron_npr.whole_file import write_whole
 from npr_ext.errors import UserError
+
+KIND: Kind = "samples file"
 
 
 @dataclass(frozen=True)
@@ -38,10 +42,8 @@ class SftSample:
 
 def write_samples(path: Path, samples: Iterable[SftSample]) -> None:
     """Write the file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    written = path.with_name(path.name + ".writing")
-    written.write_text("".join(json.dumps(asdict(sample)) + "\n" for sample in samples))
-    written.replace(path)
+    lines = (json.dumps({FORMAT_VERSION: CURRENT[KIND], **asdict(sample)}) + "\n" for sample in samples)
+    write_whole(path, "".join(lines))
 
 
 def read_samples(path: Path) -> list[SftSample]:
@@ -59,6 +61,8 @@ def read_samples(path: Path) -> list[SftSample]:
 def _sample_of(line: str, place: str) -> SftSample:
     try:
         record = json.loads(line)
+        if isinstance(record, dict):
+            check_format(KIND, place, record.pop(FORMAT_VERSION, None))
         sample = SftSample(**record)
     except json.JSONDecodeError as error:
         raise UserError(f"{place}: not JSON: {error.msg} at column {error.colno}") from None

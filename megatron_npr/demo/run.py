@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +33,7 @@ from megatron_npr.demo.measure import Measured, measure
 from megatron_npr.demo.phases import Phases, covered, outlook
 from megatron_npr.demo.tasks import demo_problems
 from megatron_npr.evaluate import mode_settings
+from megatron_npr.format_version import CURRENT, FORMAT_VERSION, check_format
 from megatron_npr.huggingface import load_tokenizer
 from megatron_npr.problems import HELDOUT_SEED, evaluation_prompts
 from megatron_npr.report import DemoResult, Speedup, Timeline, write_report
@@ -42,6 +42,7 @@ from megatron_npr.scoring import answer_of
 from megatron_npr.session import folder_engine, open_session
 from megatron_npr.statistics import paired_difference
 from megatron_npr.verifier import Verifier
+from megatron_npr.whole_file import write_whole
 from npr_engine.grammar import Grammar, Response
 from npr_engine.vocabulary import Vocabulary
 from npr_ext.errors import UserError
@@ -87,8 +88,8 @@ def run(folder: Path, *, seed: int | None = None, resume: bool = False) -> list[
     """Run (or continue) the demo below `folder`; returns the floors that were missed."""
     demo = Demo(run_folder(folder, seed, resume))
     demo.train_and_measure()
+    write_report(demo.folder, demo.result(demo.folder))  # stays there when the next demo replaces the other
     missed = write_report(folder, demo.result(folder))
-    shutil.copyfile(folder / "report.json", demo.folder / "report.json")
     print(f"report: {folder / 'report.html'}", flush=True)
     return missed
 
@@ -100,7 +101,13 @@ def run_folder(folder: Path, seed: int | None, resume: bool) -> Path:
         if not pointer.exists():
             raise UserError(f"nothing to resume in {folder}: start with `make demo`")
         latest = folder / pointer.read_text().strip()
-        started = json.loads((latest / "demo.json").read_text())["seed"]
+        if not (latest / "demo.json").is_file():
+            raise UserError(
+                f"{pointer} names {latest.name}, which is no demo: write another name into it, or start anew"
+            )
+        known = json.loads((latest / "demo.json").read_text())
+        check_format("demo folder", latest, known.get(FORMAT_VERSION))
+        started = known["seed"]
         if seed not in (None, started):
             raise UserError(
                 f"the demo to resume has seed {started}, not {seed}: give SEED={started} or start anew"
@@ -108,9 +115,15 @@ def run_folder(folder: Path, seed: int | None, resume: bool) -> Path:
         return latest
     seed = seed or 0
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-seed{seed}-{os.getpid()}"
-    (folder / name).mkdir(parents=True)
-    (folder / name / "demo.json").write_text(json.dumps({"seed": seed}))
-    pointer.write_text(name + "\n")
+    write_whole(
+        folder / name / "demo.json", json.dumps({FORMAT_VERSION: CURRENT["demo folder"], "seed": seed}) + "\n"
+    )
+    if pointer.is_file():
+        last = pointer.read_text().strip()
+        print(
+            f"the last demo stays in {folder / last}; to continue it write {last} into {pointer}", flush=True
+        )
+    write_whole(pointer, name + "\n")
     return folder / name
 
 

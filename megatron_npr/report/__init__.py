@@ -11,6 +11,7 @@ from pathlib import Path
 from megatron_npr.report.floors import Floor, check, floors
 from megatron_npr.report.page import page
 from megatron_npr.report.records import DemoResult, Speedup, StageFigures, Timeline
+from megatron_npr.whole_file import write_whole
 from npr_ext.errors import UserError
 
 __all__ = [
@@ -28,10 +29,9 @@ __all__ = [
 
 def write_report(folder: Path, result: DemoResult) -> list[str]:
     """Write report.html, report.json and result.json into `folder`; returns the floors that are missed."""
-    folder.mkdir(parents=True, exist_ok=True)
     report = result.to_report()
-    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    (folder / "report.html").write_text(page(folder, result))
+    write_whole(folder / "report.json", json.dumps(report, indent=2) + "\n")
+    write_whole(folder / "report.html", page(folder, result))
     result.save(folder / "result.json")
     return floors(report)
 
@@ -43,7 +43,7 @@ def rebuild(folder: Path) -> Path:
         raise UserError(f"{saved}: no such file; `npr demo` writes it when it ends")
     try:
         result = DemoResult.load(saved)
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{saved} is damaged ({type(error).__name__} {error}): run `npr demo` again"
         ) from None

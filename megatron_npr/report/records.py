@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_npr.format_version import CURRENT, FORMAT_VERSION, check_format
 from megatron_npr.rollout_file import from_record, to_record
 from megatron_npr.statistics import PairedDifference
+from megatron_npr.whole_file import write_whole
 from npr_engine.rollout import Rollout
 
 TOP_P_KEY = "accuracy_top_p_0.7"
@@ -148,16 +150,18 @@ class DemoResult:
     def save(self, path: Path) -> None:
         """Everything, so that `npr report` can draw the page again."""
         record = {
+            FORMAT_VERSION: CURRENT["report record"],
             "report": self.to_report(),
             "curves": {title: str(curve) for title, curve in self.curves.items()},
             "timelines": [timeline.to_json() for timeline in self.timelines],
         }
-        path.write_text(json.dumps(record))
+        write_whole(path, json.dumps(record))
 
     @staticmethod
     def load(path: Path) -> DemoResult:
         """The inverse of `save`."""
         record = json.loads(path.read_text())
+        check_format("report record", path, record.get(FORMAT_VERSION))
         report = record["report"]
         details = report["details"]
         return DemoResult(

@@ -129,3 +129,26 @@ def test_the_shipped_base_model_is_not_made_again_unasked(
     assert "assets/demo_base exists already" in failure(["base"], capsys)
     (tmp_path / "config.json").write_text("{}")
     assert "--force to replace it" in failure(["base", "--out", str(tmp_path)], capsys)
+
+
+@pytest.mark.parametrize("words", [["trace", "rollouts.jsonl"], ["draw", "layout"]])
+def test_a_file_of_another_kind_is_not_replaced(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Refused before anything is read; a file of its own kind is replaced."""
+    notes = tmp_path / "notes.txt"
+    notes.write_text("my notes")
+    line = failure([*words, "--out", str(notes)], capsys)
+    assert line.startswith(f"{notes} holds something else than a ") and line.endswith("give another --out")
+    assert notes.read_text() == "my notes"
+
+
+def test_a_picture_is_drawn_over_the_last_one_in_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["draw", "layout"]) == 0
+    drawn = (tmp_path / "layout.svg").read_text()
+    (tmp_path / "layout.svg").write_text(drawn[:100])
+    assert main(["draw", "layout"]) == 0
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("layout.svg", drawn)]

@@ -42,7 +42,7 @@ def test_the_command_draws_the_shipped_picture_again(
     out = tmp_path / "new" / "layout.svg"
     assert main(["draw", "layout", "--out", str(out)]) == 0
     assert capsys.readouterr().out == f"{out}\n"
-    assert out.read_bytes() == ASSET.read_bytes(), "after a change run: npr draw layout"
+    assert out.read_bytes() == ASSET.read_bytes(), f"after a change run: npr draw layout --out {ASSET}"
 
 
 def test_a_folder_in_place_of_the_file_is_one_line(
