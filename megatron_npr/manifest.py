@@ -99,7 +99,9 @@ def read_manifest(folder: Path) -> Manifest:
 
 def candidates(folder: Path) -> list[Path]:
     """Complete checkpoints in the order in which to resume: the one that `latest` names, then those before it."""
-    paths = sorted((path for path in folder.glob("step_??????") if path.is_dir()), reverse=True)
+    paths = sorted(
+        (path for path in folder.glob("step_[0-9][0-9][0-9][0-9][0-9][0-9]") if path.is_dir()), reverse=True
+    )
     pointer = folder / POINTER
     named = pointer.read_text(errors="replace").strip() if pointer.is_file() else ""
     known = [path.name for path in paths]

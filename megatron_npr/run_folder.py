@@ -145,10 +145,8 @@ def find_run(folder: Path, outputs: Iterable[str] = ()) -> FoundRun | None:
     if not names - {LOCK}:
         return None
     mark = _read_mark(folder)
-    checkpoints = [
-        path.name for path in (folder / CHECKPOINTS).glob("step_[0-9]*") if path.name[5:].isdigit()
-    ]
-    done = int(max(checkpoints)[5:]) if checkpoints else _num_lines(folder / JOURNAL) or None
+    steps = [int(path.name.removeprefix("step_")) for path in candidates(folder / CHECKPOINTS)]
+    done = steps[0] if steps else _num_lines(folder / JOURNAL) or None
     return FoundRun(folder, mark, names, done, _last_step(folder / METRICS))
 
 
