@@ -24,6 +24,7 @@ from megatron_npr.fp8_weights import (
     require_modelopt,
     scale_shape,
 )
+from megatron_npr.generation_config import read_vocabulary
 from megatron_npr.gguf_file import GGUFFile, find_gguf
 from megatron_npr.huggingface import (
     HuggingFaceWeights,
@@ -33,7 +34,6 @@ from megatron_npr.huggingface import (
 )
 from megatron_npr.model_folder import check_target, whole_folder, write_json, write_tensors
 from megatron_npr.tag_tokens import append_tags, rows_with_tags, with_tag_rows
-from npr_engine.vocabulary import Vocabulary
 from npr_ext.errors import UserError
 
 VOCABULARY_MATRICES = ("model.embed_tokens.weight", "lm_head.weight")
@@ -119,7 +119,7 @@ def convert_folder(
             set_dtype(folder, dtype)
         if tokenizer is not None:
             tokenizer.save_pretrained(str(folder))
-            Vocabulary.from_tokenizer(load_tokenizer(folder))  # what the engine will ask of it
+            read_vocabulary(folder, load_tokenizer(folder))  # what the engine will ask of it
         write_tensors(folder, {name: entry.nbytes for name, entry in targets.items()}, read)
     most = max(targets.values(), key=lambda entry: entry.nbytes).dtype
     return Conversion(target, torch.float8_e4m3fn if fp8 else most, num_parameters, tuple(pieces))
@@ -174,6 +174,6 @@ def convert_gguf(
         )
         write_json(folder / "tokenizer_config.json", model.tokenizer.settings())
         model.tokenizer.backend().save(str(folder / "tokenizer.json"))
-        Vocabulary.from_tokenizer(load_tokenizer(folder))  # what the engine will ask of it
+        read_vocabulary(folder, load_tokenizer(folder))  # what the engine will ask of it
         write_tensors(folder, {name: count * dtype.itemsize for name, count in counts.items()}, read)
     return Conversion(target, dtype, sum(counts.values()), tuple(pieces))

@@ -71,6 +71,7 @@ class Learner:
             recompute=session.model.recompute,
             router_aux_loss=session.model.router_aux_loss,
             fp8=fp8 if in_fp8 else None,
+            unused_ids=session.vocabulary.unused_ids(session.model_config.vocab_size).tolist(),
             entropy_coefficient=entropy_coefficient,
         )
         load_policy_weights(policy, session.model.path)

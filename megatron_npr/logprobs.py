@@ -1,7 +1,7 @@
 """Log-probabilities, and the entropy on request, from vocab-parallel logits, in chunks: never T x V at once, no gather of
 logits.
 
-Shape legend: M target tokens, D hidden, V this rank's vocabulary rows, C chunk.
+Shape legend: M target tokens, D hidden, V this rank's vocabulary rows, U those of them that no token has, C chunk.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from torch import Tensor
 class VocabParallelLogProbs(torch.autograd.Function):
     """log softmax(hidden @ weight.T)[target] over a vocabulary split across `group`, and the entropy of that softmax.
 
-    forward(hidden_MD, weight_VD, targets_M, first_row, num_valid, chunk, entropy, group) -> (log_probs_M, entropy_M or
-    None) in fp32, fp64 for fp64 input. `first_row` is the token id of this rank's row 0; rows from `num_valid` on are
-    padding and take no probability. Entropy, in nats, comes from the same logits l: Z - sum p l with Z = log sum exp l; its
-    gradient is -p (log p + entropy), and where it is dropped none is computed.
+    forward(hidden_MD, weight_VD, targets_M, first_row, unused_U, chunk, entropy, group) -> (log_probs_M, entropy_M or
+    None) in fp32, fp64 for fp64 input. `first_row` is the token id of this rank's row 0; its rows `unused_U`, which
+    no token has, take no probability and get no gradient. Entropy, in nats, comes from the same logits l: Z - sum p l with
+    Z = log sum exp l; its gradient is -p (log p + entropy), and where it is dropped none is computed.
     Memory: O(chunk x V). The backward pass recomputes the logits of a chunk; its hidden gradient is this rank's partial sum
     (reduce it over the tensor group, e.g. by Megatron's copy_to_tensor_model_parallel_region before this function).
     """
@@ -31,7 +31,7 @@ class VocabParallelLogProbs(torch.autograd.Function):
         weight_VD: Tensor,
         targets_M: Tensor,
         first_row: int,
-        num_valid: int,
+        unused_U: Tensor,
         chunk: int,
         entropy: bool,
         group: dist.ProcessGroup | None,
@@ -44,7 +44,7 @@ class VocabParallelLogProbs(torch.autograd.Function):
         for start in range(0, num_targets, chunk):
             part = slice(start, start + chunk)
             chosen_C, normalizer_C, mean_logit_C = _chunk_values(
-                hidden_MD[part], weight_VD, targets_M[part] - first_row, num_valid, accumulate, entropy
+                hidden_MD[part], weight_VD, targets_M[part] - first_row, unused_U, accumulate, entropy
             )
             chosen_M[part], normalizer_M[part] = chosen_C, normalizer_C
             if mean_logit_M is not None and mean_logit_C is not None:
@@ -57,13 +57,13 @@ class VocabParallelLogProbs(torch.autograd.Function):
                 dist.all_reduce(mean_logit_M, group=group)
         entropy_M = None if mean_logit_M is None else normalizer_M - mean_logit_M
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(hidden_MD, weight_VD, targets_M, normalizer_M, entropy_M)
-        ctx.first_row, ctx.num_valid, ctx.chunk = first_row, num_valid, chunk
+        ctx.save_for_backward(hidden_MD, weight_VD, targets_M, unused_U, normalizer_M, entropy_M)
+        ctx.first_row, ctx.chunk = first_row, chunk
         return chosen_M - normalizer_M, entropy_M
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        hidden_MD, weight_VD, targets_M, normalizer_M, entropy_M = ctx.saved_tensors
+        hidden_MD, weight_VD, targets_M, unused_U, normalizer_M, entropy_M = ctx.saved_tensors
         grad_M, grad_entropy_M = grads
         if grad_M is None:
             grad_M = torch.zeros_like(normalizer_M)
@@ -78,7 +78,7 @@ class VocabParallelLogProbs(torch.autograd.Function):
                 normalizer_M[part, None],
                 grad_M[part, None],
                 None if grad_entropy_M is None else (entropy_M[part, None], grad_entropy_M[part, None]),
-                ctx.num_valid,
+                unused_U,
                 grad_weight_VD,
             )
         return grad_hidden_MD, grad_weight_VD.to(weight_VD.dtype), None, None, None, None, None, None
@@ -89,15 +89,15 @@ class VocabParallelLogProbs(torch.autograd.Function):
 
 
 def _chunk_values(
-    hidden_CD: Tensor, weight_VD: Tensor, local_C: Tensor, num_valid: int, dtype: torch.dtype, entropy: bool
+    hidden_CD: Tensor, weight_VD: Tensor, local_C: Tensor, unused_U: Tensor, dtype: torch.dtype, entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """This rank's parts: logits of the targets (0 where another rank has them), log sum exp, and with `entropy` mean logit;
     [C] each. `local_C` are the targets, counted from this rank's first row."""
-    logits_CV = _chunk_logits(hidden_CD, weight_VD, num_valid, dtype)
-    owned_C = (local_C >= 0) & (local_C < num_valid)
+    logits_CV = _chunk_logits(hidden_CD, weight_VD, unused_U, dtype)
+    owned_C = (local_C >= 0) & (local_C < len(weight_VD))
     picked_C = logits_CV.gather(1, local_C.clamp(0, len(weight_VD) - 1)[:, None])[:, 0]
     normalizer_C = torch.logsumexp(logits_CV, dim=1)
-    mean_logit_C = _mean_logit(logits_CV[:, :num_valid], normalizer_C) if entropy else None
+    mean_logit_C = _mean_logit(logits_CV, normalizer_C, unused_U) if entropy else None
     return torch.where(owned_C, picked_C, torch.zeros_like(picked_C)), normalizer_C, mean_logit_C
 
 
@@ -108,11 +108,11 @@ def _chunk_gradients(
     normalizer_C1: Tensor,
     grad_C1: Tensor,
     entropies: tuple[Tensor, Tensor] | None,
-    num_valid: int,
+    unused_U: Tensor,
     grad_weight_VD: Tensor,
 ) -> Tensor:
     """The hidden states' gradient [C, D]; the weight's is added to `grad_weight_VD`. `entropies`: they and their gradients."""
-    logits_CV = _chunk_logits(hidden_CD, weight_VD, num_valid, normalizer_C1.dtype)
+    logits_CV = _chunk_logits(hidden_CD, weight_VD, unused_U, normalizer_C1.dtype)
     # d log p(target) / d logits = onehot(target) - p; d entropy / d logits = -p (log p + entropy)
     log_probs_CV = logits_CV.sub_(normalizer_C1)
     if entropies is None:
@@ -122,8 +122,8 @@ def _chunk_gradients(
         probs_CV = torch.exp(log_probs_CV)
         grad_logits_CV = log_probs_CV.add_(entropy_C1).mul_(-grad_entropy_C1)
         grad_logits_CV.sub_(grad_C1).mul_(probs_CV)
-        grad_logits_CV[:, num_valid:] = 0  # 0 x -inf
-    rows = torch.nonzero((local_C >= 0) & (local_C < num_valid))[:, 0]
+        grad_logits_CV.index_fill_(1, unused_U, 0)  # 0 x -inf
+    rows = torch.nonzero((local_C >= 0) & (local_C < len(weight_VD)))[:, 0]
     grad_logits_CV[rows, local_C[rows]] += grad_C1[rows, 0]
     narrow_CV = grad_logits_CV.to(hidden_CD.dtype)
     del logits_CV, log_probs_CV, grad_logits_CV  # the products need the narrow one alone
@@ -131,16 +131,14 @@ def _chunk_gradients(
     return narrow_CV @ weight_VD
 
 
-def _chunk_logits(hidden_CD: Tensor, weight_VD: Tensor, num_valid: int, dtype: torch.dtype) -> Tensor:
-    logits_CV = (hidden_CD @ weight_VD.T).to(dtype)
-    if num_valid < weight_VD.shape[0]:
-        logits_CV[:, num_valid:] = -torch.inf
-    return logits_CV
+def _chunk_logits(hidden_CD: Tensor, weight_VD: Tensor, unused_U: Tensor, dtype: torch.dtype) -> Tensor:
+    return (hidden_CD @ weight_VD.T).to(dtype).index_fill_(1, unused_U, -torch.inf)
 
 
-def _mean_logit(logits_CV: Tensor, normalizer_C: Tensor) -> Tensor:
-    """sum p l [C] over these columns alone, p normalised to them; 0 where there is none."""
-    return torch.einsum("cv,cv->c", (logits_CV - normalizer_C[:, None]).exp_(), logits_CV)
+def _mean_logit(logits_CV: Tensor, normalizer_C: Tensor, unused_U: Tensor) -> Tensor:
+    """sum p l [C] over these columns alone, p normalised to them; 0 where none is used. Overwrites the logits."""
+    probs_CV = (logits_CV - normalizer_C[:, None]).exp_().index_fill_(1, unused_U, 0)
+    return torch.einsum("cv,cv->c", probs_CV, logits_CV.index_fill_(1, unused_U, 0))
 
 
 def _log_sum_exp_over(normalizer_M: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -158,15 +156,16 @@ def token_log_probs(
     targets_M: Tensor,
     *,
     first_row: int = 0,
-    num_valid: int | None = None,
+    unused_U: Tensor | None = None,
     chunk: int = 4096,
     group: dist.ProcessGroup | None = None,
     entropy: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """(log p(targets) [M] from the hidden states that predict them, with `entropy` that of each distribution [M], in nats);
-    see `VocabParallelLogProbs`."""
-    num_valid = weight_VD.shape[0] if num_valid is None else num_valid
+    -inf for a target that no token has. See `VocabParallelLogProbs`; `unused_U` int64, None: all rows are used."""
+    if unused_U is None:
+        unused_U = torch.empty(0, dtype=torch.int64, device=weight_VD.device)
     found: tuple[Tensor, Tensor | None] = VocabParallelLogProbs.apply(
-        hidden_MD, weight_VD, targets_M.long(), first_row, num_valid, chunk, entropy, group
+        hidden_MD, weight_VD, targets_M.long(), first_row, unused_U, chunk, entropy, group
     )
     return found

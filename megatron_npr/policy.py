@@ -47,6 +47,16 @@ from npr_ext import BranchLayout
 from npr_ext.errors import UserError
 
 
+def unused_rows(unused_ids: Sequence[int], vocab_size: int, world: World) -> Tensor:
+    """int64 [U]: rows of this rank's part of the vocabulary that no token has, those that make the parts equal included."""
+    padded = padded_vocabulary(vocab_size, world.tensor_size)
+    share = padded // world.tensor_size
+    local = (
+        torch.tensor([*unused_ids, *range(vocab_size, padded)], dtype=torch.int64) - world.tensor_rank * share
+    )
+    return local[(local >= 0) & (local < share)]
+
+
 class PolicyChunk(GPTModel):
     """GPTModel (or some layers of one) whose positions come from the batch and whose last chunk gives log-probs."""
 
@@ -55,10 +65,13 @@ class PolicyChunk(GPTModel):
         *,
         model_config: ModelConfig,
         world: World,
+        unused_ids: Sequence[int] = (),
         entropy_coefficient: float | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        unused_U = unused_rows(unused_ids, model_config.vocab_size, world)
+        self.register_buffer("unused_U", unused_U, persistent=False)
         self.model_config = model_config
         self.world = world
         self.entropy_coefficient = entropy_coefficient
@@ -119,13 +132,12 @@ class PolicyChunk(GPTModel):
         else:
             hidden_TBD = tensor_parallel.copy_to_tensor_model_parallel_region(hidden)
         weight = self.head_weight
-        first_row = self.world.tensor_rank * weight.shape[0]
         log_probs_M, entropy_M = token_log_probs(
             hidden_TBD[:, 0][predecessors],
             weight,
             token_ids[0, targets],
-            first_row=first_row,
-            num_valid=max(0, min(weight.shape[0], self.model_config.vocab_size - first_row)),
+            first_row=self.world.tensor_rank * weight.shape[0],
+            unused_U=self.unused_U,
             group=self.world.tensor_group,
             entropy=self.entropy_coefficient is not None,
         )
@@ -305,11 +317,13 @@ def build_policy(
     recompute: Recompute = "none",
     router_aux_loss: float = 0.0,
     fp8: Fp8Settings | None = None,
+    unused_ids: Sequence[int] = (),
     entropy_coefficient: float | None = None,
     linears: LinearModules | None = None,
 ) -> Policy:
     """The policy's part on this rank, randomly initialised; the sizes of the axes are those of `world`, `parallel` tells how
-    layers and activations go with them. With an `entropy_coefficient` the entropy is computed beside the log-probs, with
+    layers and activations go with them. `unused_ids` are the vocabulary's rows that no token has (Vocabulary.unused_ids): they
+    take no probability. With an `entropy_coefficient` the entropy is computed beside the log-probs, with
     gradient unless it is 0. `linears`: the device's by default."""
     linears = linears or linear_modules(world.device, fp8=fp8 is not None)
     layout = trainer_layout(model, world, parallel)
@@ -331,7 +345,15 @@ def build_policy(
     )
     with megatron_context():
         chunks = [
-            _build_chunk(model, world, config, linears, number, entropy_coefficient)
+            _build_chunk(
+                model,
+                world,
+                config,
+                linears,
+                number,
+                unused_ids,
+                entropy_coefficient,
+            )
             for number in range(world.virtual_size)
         ]
     return Policy([chunk.to(world.device) for chunk in chunks], layout)
@@ -343,6 +365,7 @@ def _build_chunk(
     config: LinearConfig,
     linears: LinearModules,
     number: int,
+    unused_ids: Sequence[int],
     entropy_coefficient: float | None,
 ) -> PolicyChunk:
     stage = _virtual_stage(world, number)
@@ -351,6 +374,7 @@ def _build_chunk(
     return PolicyChunk(
         model_config=model,
         world=world,
+        unused_ids=unused_ids,
         entropy_coefficient=entropy_coefficient,
         config=config,
         transformer_layer_spec=TransformerBlockSubmodules(

@@ -24,6 +24,7 @@ from megatron_npr.config import (
     StageConfig,
 )
 from megatron_npr.engine_grid import engine_groups, engine_layout
+from megatron_npr.generation_config import read_vocabulary
 from megatron_npr.huggingface import ONE_RANK, load_tokenizer, read_engine_weights, read_model_config
 from megatron_npr.linears import require_fp8
 from megatron_npr.parallel import World, init_world, join_world, on_first_rank
@@ -73,7 +74,7 @@ def open_session(
 ) -> Session:
     """Join the world, read tokenizer and architecture, take the run folder (see `run_folder.claim`); collective."""
     tokenizer = load_tokenizer(model.path)
-    vocabulary = Vocabulary.from_tokenizer(tokenizer)
+    vocabulary = read_vocabulary(model.path, tokenizer)
     model_config = read_model_config(model.path)
     _set_threads(run.threads)
     join_world()
@@ -181,7 +182,7 @@ def _sglang_backend(session: Session, settings: RolloutSettings) -> Backend:
         session.model.path,
         session.model_config,
         settings,
-        eos_id=session.vocabulary.eos_id,
+        vocabulary=session.vocabulary,
         dtype=str(session.dtype).removeprefix("torch."),
         gpu=session.world.device.index or 0,
     )

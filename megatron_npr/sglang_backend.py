@@ -8,8 +8,9 @@ SGLang is imported when a backend is made, never before. It decodes in processes
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from npr_engine.response_state import Request
 from npr_engine.rollout import Rollout
 from npr_engine.sampling import SamplingParams
 from npr_engine.token_ids import TokenIds
+from npr_engine.vocabulary import Vocabulary
 from npr_ext.errors import UserError
 
 SEEDS = 1 << 31
@@ -39,11 +41,12 @@ class SGLangBackend:
         config: ModelConfig,
         settings: RolloutSettings,
         *,
-        eos_id: int,
+        vocabulary: Vocabulary,
         dtype: str,
         gpu: int,
     ) -> None:
-        self._config, self._eos_id = config, eos_id
+        self._config, self._eos_ids = config, vocabulary.eos_ids
+        self._unused_ids = frozenset(vocabulary.unused_ids(config.vocab_size).tolist())
         self._version = 0
         self._engine = _sglang().Engine(
             model_path=str(folder),
@@ -75,13 +78,15 @@ class SGLangBackend:
             return []
         answers = self._engine.generate(
             input_ids=[request.prompt_ids.tolist() for request in requests],
-            sampling_params=[sampling_dict(request, self._eos_id) for request in requests],
+            sampling_params=[sampling_dict(request, self._eos_ids, self._unused_ids) for request in requests],
             return_logprob=True,
         )
         rollouts = [
-            rollout_of(request, answer, eos_id=self._eos_id, version=self._version)
+            rollout_of(request, answer, eos_ids=self._eos_ids, version=self._version)
             for request, answer in zip(requests, answers, strict=True)
         ]
+        for rollout in rollouts:
+            check_ids(rollout, self._unused_ids)
         if on_progress is not None:
             on_progress(len(rollouts), len(rollouts))
         return rollouts
@@ -108,8 +113,11 @@ class SGLangBackend:
         self._engine.resume_memory_occupation(tags=["kv_cache"])
 
 
-def sampling_dict(request: Request, eos_id: int) -> dict[str, Any]:
-    """SGLang's sampling parameters of a request; UserError for what it cannot do as our engine does."""
+def sampling_dict(request: Request, eos_ids: Sequence[int], unused_ids: Iterable[int]) -> dict[str, Any]:
+    """SGLang's sampling parameters of a request; UserError for what it cannot do as our engine does.
+
+    It adds `logit_bias` to the logits before it takes log-probs of them: those are normalised over the tokens, as ours are.
+    """
     params = request.params
     for name, asked in {
         "branching": params.branching,
@@ -120,6 +128,7 @@ def sampling_dict(request: Request, eos_id: int) -> dict[str, Any]:
             raise UserError(
                 f"rollout.backend = 'sglang' decodes plain sequences: {name} = {vars(params)[name]} is for 'native'"
             )
+    bias = {str(token): -math.inf for token in unused_ids}
     return {
         "max_new_tokens": params.max_tokens,
         "temperature": params.temperature,
@@ -127,7 +136,8 @@ def sampling_dict(request: Request, eos_id: int) -> dict[str, Any]:
         "top_k": params.top_k or -1,
         "min_p": params.min_p,
         "ignore_eos": params.ignore_eos,
-        "stop_token_ids": [*([] if params.ignore_eos else [eos_id]), *params.stop_token_ids],
+        "stop_token_ids": [*([] if params.ignore_eos else eos_ids), *params.stop_token_ids],
+        "logit_bias": bias or None,
         "sampling_seed": request.key % SEEDS,
     }
 
@@ -161,7 +171,9 @@ def _serialised(bucket: FlatBucket) -> bytes:
     return message
 
 
-def rollout_of(request: Request, answer: Mapping[str, Any], *, eos_id: int, version: int) -> Rollout:
+def rollout_of(
+    request: Request, answer: Mapping[str, Any], *, eos_ids: Sequence[int], version: int
+) -> Rollout:
     """SGLang's answer as a Rollout: one trunk, every token sampled.
 
     Its log-probs are those before temperature and truncation (see `_sglang`). What the sampler's were it does not
@@ -181,19 +193,28 @@ def rollout_of(request: Request, answer: Mapping[str, Any], *, eos_id: int, vers
         branch_ids=np.zeros(count, np.int32),
         decode_steps=np.arange(count, dtype=np.int32),
         positions=len(request.prompt_ids) + np.arange(count, dtype=np.int32),
-        finish_reason=_reason(answer["meta_info"]["finish_reason"], eos_id),
+        finish_reason=_reason(answer["meta_info"]["finish_reason"], eos_ids),
         branching=False,
         constrained=False,
         weights_version=version,
     )
 
 
-def _reason(told: Mapping[str, Any], eos_id: int) -> str:
+def check_ids(rollout: Rollout, unused_ids: Collection[int]) -> None:
+    """RuntimeError where SGLang sampled a row that no token has, although it was told not to."""
+    behind = sorted(set(rollout.token_ids.tolist()).intersection(unused_ids))
+    if behind:
+        raise RuntimeError(
+            f"SGLang sampled {behind[0]}, which is no id of the tokenizer, in {rollout.request_id}: it ignores logit_bias"
+        )
+
+
+def _reason(told: Mapping[str, Any], eos_ids: Sequence[int]) -> str:
     match told["type"]:
         case "length":
             return "length"
         case "stop":
-            return "eos" if told["matched"] == eos_id else "stopped"
+            return "eos" if told["matched"] in eos_ids else "stopped"
         case "abort":
             return f"error({told['message']})"
         case other:

@@ -52,11 +52,16 @@ def allowed_classes() -> NDArray[np.bool_]:
 
 
 class Constraint:
-    """The table for one vocabulary and a model with `num_token_ids` output rows, made at its first use."""
+    """The table for one vocabulary and a model with `num_token_ids` output rows, made at its first use.
+
+    `unused_ids`, int64 [U], are the rows that no token has: the table does without them, since they are forbidden to every
+    response, constrained or not.
+    """
 
     def __init__(self, vocabulary: Vocabulary, num_token_ids: int) -> None:
         self._vocabulary = vocabulary
         self._classes = vocabulary.padded_classes(num_token_ids)
+        self.unused_ids = vocabulary.unused_ids(num_token_ids)
 
     @cached_property
     def forbidden(self) -> NDArray[np.bool_]:

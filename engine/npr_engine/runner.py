@@ -1,4 +1,7 @@
-"""Executes planned batches: arrays to tensors, model, sampler. It decides nothing."""
+"""Executes planned batches: arrays to tensors, model, sampler. It decides nothing.
+
+The logits of rows that no token has are -inf before any sampler sees them, so log-probs are normalised over the tokens alone.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ class Runner:
 
     def __init__(self, model: InferenceModel, num_slots: int, constraint: Constraint) -> None:
         self._model = model
+        self._unused_ids = torch.from_numpy(constraint.unused_ids).to(model.device)
         self._constraint = constraint
         self._forbidden: Tensor | None = None
         self._num_slots = num_slots
@@ -52,6 +56,8 @@ class Runner:
             logits = self._on_device.logits(batch)
         else:
             logits = self._model.forward(self._step(batch), self._cache)
+        if len(self._unused_ids):
+            logits.index_fill_(1, self._unused_ids, -torch.inf)
         return sample(logits, inputs, self._masks() if inputs.masks.any() else None)
 
     @torch.inference_mode()

@@ -1,5 +1,5 @@
 """What every token id means to the language: its bytes, and its class (text, whitespace, end of sequence,
-or a tag)."""
+or a tag); and which of a model's output rows no token has."""
 
 from __future__ import annotations
 
@@ -45,65 +45,82 @@ class TokenClass(IntEnum):
 
 
 class Vocabulary:
-    """Pieces of all token ids. `pieces[i]` is the text (or the raw bytes) that token i stands for."""
+    """Pieces of all token ids: `pieces[i]` is the text (or the raw bytes) that token i stands for.
+
+    Given as None, it is a hole: an id that no token has. Each of `eos_ids` ends a response; `eos_id`, the first of them,
+    is the one that is written where a response is laid out anew.
+    """
 
     def __init__(
         self,
-        pieces: Sequence[str | bytes],
+        pieces: Sequence[str | bytes | None],
         eos_id: int,
         tags: TagIds,
         *,
+        further_eos_ids: Sequence[int] = (),
         encode_piece: Callable[[str], list[int]] | None = None,
     ) -> None:
-        self.pieces = tuple(piece.encode() if isinstance(piece, str) else piece for piece in pieces)
+        self.pieces = tuple(piece.encode() if isinstance(piece, str) else piece or b"" for piece in pieces)
+        self._holes = frozenset(token for token, piece in enumerate(pieces) if piece is None)
         self.eos_id = eos_id
+        self.eos_ids = tuple(dict.fromkeys((eos_id, *further_eos_ids)))
         self.tags = tags
         self.tag_ids = tags.as_tuple()
-        structural = (eos_id, *self.tag_ids)
-        if len(set(structural)) != len(structural):
-            raise UserError(f"EOS and the eight tags need nine different token ids, got {structural}")
-        outside = [token for token in structural if not 0 <= token < len(self.pieces)]
-        if outside:
+        self._structural = (*self.eos_ids, *self.tag_ids)
+        if len(set(self._structural)) != len(self._structural):
+            raise UserError(f"EOS and the eight tags need different token ids, got {self._structural}")
+        unknown = [token for token in self._structural if not self.has(token)]
+        if unknown:
             raise UserError(
-                f"token ids {outside} of EOS or tags lie outside the vocabulary ({len(self.pieces)})"
+                f"token ids {unknown} of EOS or tags are none of the vocabulary ({self.size} ids)"
             )
         self.classes: NDArray[np.uint8] = np.zeros(len(self.pieces), np.uint8)
         for token, piece in enumerate(self.pieces):
             if piece.isspace():
                 self.classes[token] = TokenClass.SPACE
-        self.classes[eos_id] = TokenClass.EOS
+        self.classes[list(self.eos_ids)] = TokenClass.EOS
         self.classes[list(self.tag_ids)] = range(TokenClass.GUIDELINE, TokenClass.TAKEAWAY_END + 1)
         self._not_text = {int(token): int(self.classes[token]) for token in np.flatnonzero(self.classes)}
         self._encode_piece = encode_piece or self._encode_by_pieces
         self._forced_steps: dict[int, tuple[int, ...]] = {}
 
     @classmethod
-    def from_tokenizer(cls, tokenizer: Any) -> Vocabulary:
+    def from_tokenizer(cls, tokenizer: Any, further_eos_ids: Sequence[int] = ()) -> Vocabulary:
         """Vocabulary of a Hugging Face fast tokenizer; UserError names the tags that are not single tokens
-        of it."""
+        of it. `further_eos_ids` end a response as its own EOS does, if it has one."""
         known: dict[str, int] = tokenizer.get_vocab()
         missing = [text for text in TAG_TEXTS if text not in known]
         if missing:
             raise UserError(
                 f"tags missing from the tokenizer: {' '.join(missing)}; add them as special tokens"
             )
-        if tokenizer.eos_token_id is None:
+        eos_ids = [token for token in (tokenizer.eos_token_id, *further_eos_ids) if token is not None]
+        if not eos_ids:
             raise UserError("the tokenizer has no EOS token: set eos_token in its tokenizer_config.json")
         to_bytes = _piece_decoder(tokenizer)
         added = {token: str(entry.content) for token, entry in tokenizer.added_tokens_decoder.items()}
-        pieces: list[bytes] = [b""] * (max(known.values()) + 1)
+        pieces: list[bytes | None] = [None] * (max(known.values()) + 1)
         for text, token in known.items():
             pieces[token] = added[token].encode() if token in added else to_bytes(text)
         return cls(
             pieces,
-            tokenizer.eos_token_id,
+            eos_ids[0],
             TagIds(*(known[text] for text in TAG_TEXTS)),
+            further_eos_ids=eos_ids[1:],
             encode_piece=lambda text: list(tokenizer.encode(text, add_special_tokens=False)),
         )
 
     @property
     def size(self) -> int:
         return len(self.pieces)
+
+    def has(self, token_id: int) -> bool:
+        """Whether some token has this id."""
+        return 0 <= token_id < self.size and token_id not in self._holes
+
+    def unused_ids(self, num_rows: int) -> NDArray[np.int64]:
+        """Output rows of a model with `num_rows` that no token has: the holes, and the padding behind the last token."""
+        return np.array([*sorted(self._holes), *range(self.size, num_rows)], np.int64)
 
     def class_bytes(self, token_ids: list[int]) -> bytes:
         """The class of each token; ids outside the vocabulary are text."""
@@ -150,8 +167,7 @@ class Vocabulary:
         """Without a tokenizer: the longest known piece first."""
         ids: list[int] = []
         rest = text.encode()
-        structural = {self.eos_id, *self.tag_ids}
-        known = {p: t for t, p in reversed(list(enumerate(self.pieces))) if p and t not in structural}
+        known = {p: t for t, p in reversed(list(enumerate(self.pieces))) if p and t not in self._structural}
         while rest:
             length = next((n for n in range(len(rest), 0, -1) if rest[:n] in known), 0)
             if length == 0:

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from megatron_npr.convert import convert_gguf
+from megatron_npr.generation_config import read_vocabulary
 from megatron_npr.huggingface import HuggingFaceWeights, load_tokenizer, read_model_config
 from megatron_npr.resharding.catalog import catalog
 from npr_engine.grammar import Grammar
 from npr_engine.model import InferenceModel, KVCache, ModelConfig, Step
-from npr_engine.vocabulary import Vocabulary
 
 SCRIPTED_LOGIT = 1e4
 
@@ -84,7 +84,7 @@ def made_folder(folder: Path) -> Path:
 def open_model(folder: Path, dtype: torch.dtype) -> Opened:
     """Weights and grammar of a Hugging Face folder; UserError where the engine cannot run it."""
     config = read_model_config(folder)
-    grammar = Grammar(Vocabulary.from_tokenizer(load_tokenizer(folder)))
+    grammar = Grammar(read_vocabulary(folder, load_tokenizer(folder)))
     with HuggingFaceWeights(folder, config) as source:
         weights = {name: source.full(name).to(dtype).contiguous() for name in catalog(config)}
     return Opened(BenchModel(config, weights), grammar)

@@ -34,6 +34,7 @@ from megatron_npr.demo.phases import Phases, covered, outlook
 from megatron_npr.demo.tasks import demo_problems
 from megatron_npr.evaluate import mode_settings
 from megatron_npr.format_version import CURRENT, FORMAT_VERSION, check_format
+from megatron_npr.generation_config import read_vocabulary
 from megatron_npr.huggingface import load_tokenizer
 from megatron_npr.problems import HELDOUT_SEED, evaluation_prompts
 from megatron_npr.report import DemoResult, Speedup, Timeline, write_report
@@ -44,7 +45,6 @@ from megatron_npr.statistics import paired_difference
 from megatron_npr.verifier import Verifier
 from megatron_npr.whole_file import write_whole
 from npr_engine.grammar import Grammar, Response
-from npr_engine.vocabulary import Vocabulary
 from npr_ext.errors import UserError
 
 Config = TypeVar("Config", bound=Section)
@@ -333,7 +333,7 @@ class Demo:
 
     def grammar(self) -> Grammar:
         """The demo's language."""
-        return Grammar(Vocabulary.from_tokenizer(load_tokenizer(base.FOLDER)))
+        return Grammar(read_vocabulary(base.FOLDER, load_tokenizer(base.FOLDER)))
 
     def timelines(self) -> tuple[Timeline, ...]:
         """The first held-out problems with npr's first response to each."""

@@ -131,7 +131,6 @@ class Server:
             branching=branching,
             constrain=self._settings.constrain,
             context_length=self._model.context_length,
-            end_ids=self._model.end_ids,
         )
 
     async def _generate(

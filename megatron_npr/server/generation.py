@@ -41,7 +41,6 @@ class Rules:
     branching: bool
     constrain: bool
     context_length: int
-    end_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -116,7 +115,6 @@ def sampling_params(
         max_branches=request.max_branches,
         branching=branching,
         constrain=rules.constrain and branching if request.constrain is None else request.constrain,
-        stop_token_ids=rules.end_ids,
         seed=seed,
         sample_id=str(sample),
     )
@@ -138,7 +136,7 @@ def submit(
         raise ApiError(
             400, f"n x prompts are {count}, this server decodes {service.max_in_flight} at once", param="n"
         )
-    silent = frozenset((model.vocabulary.eos_id, *model.end_ids))
+    silent = frozenset(model.vocabulary.eos_ids)
     choices: list[Choice] = []
     try:
         for prompt in prompts:

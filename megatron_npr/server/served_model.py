@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron_npr.generation_config import read_vocabulary
 from megatron_npr.huggingface import (
     load_tokenizer,
     read_config_json,
@@ -25,7 +25,7 @@ from npr_engine.vocabulary import Vocabulary
 class ServedModel:
     """An engine and what the server has to know about its model.
 
-    `context_length` bounds positions (prompt and critical path); `end_ids` end a response beside the tokenizer's EOS.
+    `context_length` bounds positions (prompt and critical path).
     """
 
     name: str
@@ -33,14 +33,13 @@ class ServedModel:
     tokenizer: Any
     vocabulary: Vocabulary
     context_length: int
-    end_ids: tuple[int, ...]
 
 
 def load_model(folder: Path, *, name: str | None, dtype: torch.dtype, kv_slots: int) -> ServedModel:
     """Reads everything; on the GPU where there is one. UserError for a folder that cannot be served."""
     config = read_model_config(folder)
     tokenizer = load_tokenizer(folder)
-    vocabulary = Vocabulary.from_tokenizer(tokenizer)
+    vocabulary = read_vocabulary(folder, tokenizer)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     weights = read_engine_weights(folder, config, dtype, device)
     engine = Engine(InferenceModel(config, weights), Grammar(vocabulary), EngineConfig(num_kv_slots=kv_slots))
@@ -50,13 +49,4 @@ def load_model(folder: Path, *, name: str | None, dtype: torch.dtype, kv_slots: 
         tokenizer=tokenizer,
         vocabulary=vocabulary,
         context_length=read_config_json(folder).get("max_position_embeddings", kv_slots),
-        end_ids=_end_ids(folder, vocabulary.eos_id),
     )
-
-
-def _end_ids(folder: Path, eos_id: int) -> tuple[int, ...]:
-    """What generation_config.json names as end of a response beside the tokenizer's EOS."""
-    path = folder / "generation_config.json"
-    found = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
-    ids = found if isinstance(found, list) else [] if found is None else [found]
-    return tuple(token for token in ids if token != eos_id)

@@ -1,12 +1,16 @@
 """Chunked vocab-parallel log-probs and entropy against log_softmax, values and gradients."""
 
 import weakref
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_npr.logprobs import token_log_probs
+from megatron_npr.parallel import World
+from megatron_npr.policy import unused_rows
 
 
 def inputs(num_targets: int, vocab: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -33,34 +37,62 @@ def test_values_and_gradients_equal_log_softmax(num_targets: int, chunk: int) ->
         torch.testing.assert_close(one.grad, other.grad)
 
 
-def test_padding_rows_take_no_probability_and_no_gradient() -> None:
-    hidden, weight, targets = inputs(6, 13)
-    targets = targets % 10
-    weight.requires_grad_()
-    log_probs, _ = token_log_probs(hidden, weight, targets, num_valid=10)
-    expected = (hidden @ weight.detach()[:10].T).log_softmax(-1).gather(1, targets[:, None])[:, 0]
-    torch.testing.assert_close(log_probs, expected)
-    log_probs.sum().backward()
-    assert weight.grad is not None and not weight.grad[10:].any()
-
-
+@pytest.mark.parametrize("entropy", [False, True])
 @pytest.mark.parametrize("chunk", [1, 4, 100])
-def test_entropy_and_its_gradient_equal_the_closed_form(chunk: int) -> None:
-    hidden, weight, targets = inputs(10, 13)
+@pytest.mark.parametrize("unused", [[], [11, 12], [0, 5], [3, 4, 8, 12]])
+def test_rows_that_no_token_has_take_no_probability_and_get_no_gradient(
+    unused: list[int], chunk: int, entropy: bool
+) -> None:
+    """The truth is the softmax over a vocabulary without these rows, and the closed form of its entropy."""
+    hidden, weight, _ = inputs(10, 13)
+    weight[unused] *= 100  # they would win
+    used = torch.tensor([token for token in range(13) if token not in unused])
+    places = torch.arange(10) % len(used)
     ours = [tensor.clone().requires_grad_() for tensor in (hidden, weight)]
     reference = [tensor.clone().requires_grad_() for tensor in (hidden, weight)]
-    scale = torch.arange(1.0, 11, dtype=torch.float64)
-    log_probs, entropy = token_log_probs(
-        ours[0], ours[1], targets % 11, num_valid=11, chunk=chunk, entropy=True
+    scale = torch.arange(1.0, 11, dtype=torch.float64) if entropy else torch.zeros(10, dtype=torch.float64)
+    log_probs, found = token_log_probs(
+        ours[0],
+        ours[1],
+        used[places],
+        unused_U=torch.tensor(unused, dtype=torch.long),
+        chunk=chunk,
+        entropy=entropy,
     )
-    full = (reference[0] @ reference[1][:11].T).log_softmax(-1)
-    expected = -(full.exp() * full).sum(-1)
-    assert entropy is not None
-    torch.testing.assert_close(entropy, expected)
-    (log_probs - scale * entropy).sum().backward()
-    (full.gather(1, targets[:, None] % 11)[:, 0] - scale * expected).sum().backward()
+    full = (reference[0] @ reference[1][used].T).log_softmax(-1)
+    expected, expected_entropy = full.gather(1, places[:, None])[:, 0], -(full.exp() * full).sum(-1)
+    torch.testing.assert_close(log_probs, expected)
+    assert (found is None) == (not entropy)
+    if found is not None:
+        torch.testing.assert_close(found, expected_entropy)
+    (log_probs if found is None else log_probs - scale * found).sum().backward()
+    (expected - scale * expected_entropy).sum().backward()
     for one, other in zip(ours, reference, strict=True):
         torch.testing.assert_close(one.grad, other.grad)
+    assert ours[1].grad is not None and not ours[1].grad[unused].any()
+
+
+def test_a_target_that_no_token_has_is_impossible() -> None:
+    hidden, weight, _ = inputs(2, 13)
+    log_probs, _ = token_log_probs(hidden, weight, torch.tensor([5, 12]), unused_U=torch.tensor([12]))
+    assert torch.isfinite(log_probs[0]) and log_probs[1] == -torch.inf
+
+
+@pytest.mark.parametrize(
+    "unused, vocab_size, rank, size, expected",
+    [
+        ([], 13, 0, 1, []),
+        ([11, 12], 13, 0, 1, [11, 12]),
+        ([3, 11, 12], 13, 0, 2, [3]),
+        ([3, 11, 12], 13, 1, 2, [4, 5, 6]),  # 14 rows: the last one only makes the parts equal
+        ([*range(4, 13)], 13, 3, 4, [0, 1, 2, 3]),  # a rank without any token
+    ],
+)
+def test_each_rank_knows_which_of_its_rows_no_token_has(
+    unused: list[int], vocab_size: int, rank: int, size: int, expected: list[int]
+) -> None:
+    world = cast(World, SimpleNamespace(tensor_rank=rank, tensor_size=size))
+    assert unused_rows(unused, vocab_size, world).tolist() == expected
 
 
 @pytest.mark.parametrize("wanted", ["log-probs", "entropy"])

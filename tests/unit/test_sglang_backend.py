@@ -43,15 +43,15 @@ def answer(reason: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_parameters_are_translated() -> None:
-    made = sampling_dict(request(temperature=0.7, top_k=0, stop_token_ids=(9,)), EOS)
+    made = sampling_dict(request(temperature=0.7, top_k=0, stop_token_ids=(9,)), [EOS], ())
     assert (made["max_new_tokens"], made["temperature"], made["top_k"]) == (20, 0.7, -1)
     assert made["stop_token_ids"] == [EOS, 9]
-    assert sampling_dict(request(top_k=4), EOS)["top_k"] == 4
-    assert sampling_dict(request(ignore_eos=True), EOS)["stop_token_ids"] == []
+    assert sampling_dict(request(top_k=4), [EOS], ())["top_k"] == 4
+    assert sampling_dict(request(ignore_eos=True), [EOS], ())["stop_token_ids"] == []
 
 
 def test_seeds_are_those_of_the_request() -> None:
-    one, same, other = (sampling_dict(request(seed=seed), EOS)["sampling_seed"] for seed in (3, 3, 4))
+    one, same, other = (sampling_dict(request(seed=seed), [EOS], ())["sampling_seed"] for seed in (3, 3, 4))
     assert one == same != other and 0 <= one < 2**31
 
 
@@ -60,7 +60,7 @@ def test_seeds_are_those_of_the_request() -> None:
 )
 def test_what_sglang_cannot_do_is_a_mistake(changes: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=f"{next(iter(changes))} = .* is for 'native'"):
-        sampling_dict(request(**changes), EOS)
+        sampling_dict(request(**changes), [EOS], ())
 
 
 @pytest.mark.parametrize(
@@ -73,13 +73,13 @@ def test_what_sglang_cannot_do_is_a_mistake(changes: dict[str, Any]) -> None:
     ],
 )
 def test_an_answer_becomes_a_rollout(told: dict[str, Any], reason: str) -> None:
-    rollout = rollout_of(request(), answer(told), eos_id=EOS, version=4)
+    rollout = rollout_of(request(), answer(told), eos_ids=[EOS], version=4)
     assert rollout.finish_reason == reason and rollout.weights_version == 4
     assert rollout.token_ids.tolist() == [11, 12, 1] and rollout.positions.tolist() == [3, 4, 5]
     assert rollout.logprobs.tolist() == rollout.sampler_logprobs.tolist() == [-0.5, -1.5, -0.25]
     assert not rollout.forced.any() and not rollout.branch_ids.any()
     assert rollout.critical_path == rollout.num_tokens == 3
-    cooler = rollout_of(request(temperature=0.5), answer(told), eos_id=EOS, version=4)
+    cooler = rollout_of(request(temperature=0.5), answer(told), eos_ids=[EOS], version=4)
     assert np.isnan(cooler.sampler_logprobs).all() and np.isfinite(cooler.logprobs).all()
 
 

@@ -210,7 +210,7 @@ def test_weights_given_in_fp8_are_those_that_the_engine_makes_and_are_kept_where
 
 def first_logits(model: InferenceModel) -> torch.Tensor:
     """float32 [V] after three tokens."""
-    runner = Runner(model, 64, Engine(model, GRAMMAR, EngineConfig(num_kv_slots=64))._scheduler.constraint)
+    runner = Engine(model, GRAMMAR, EngineConfig(num_kv_slots=64))._runner
     batch = batch_of(
         np.arange(64, dtype=np.int32)[None], np.ones(1, np.int64), rows=[0] * 3, lengths=[1, 2, 3]
     )

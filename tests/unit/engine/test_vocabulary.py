@@ -62,5 +62,5 @@ def test_ids_beyond_the_tokenizer_are_text() -> None:
 
 
 def test_tags_and_eos_need_different_ids() -> None:
-    with pytest.raises(UserError, match="nine different"):
+    with pytest.raises(UserError, match="different token ids"):
         Vocabulary(PIECES, eos_id=2, tags=TagIds(*range(2, 10)))

@@ -1,0 +1,47 @@
+"""What ends a response, as a model folder says it.
+
+generation_config.json, or config.json where that says nothing ──► eos_token_id ─┐
+tokenizer ──────────────────────────────────────────────────────► its EOS ───────┴─► Vocabulary
+
+transformers stops at the ids of generation_config.json, or else of config.json; vLLM at the tokenizer's EOS, too. So do we:
+what ends a response elsewhere ends it here.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_npr.huggingface import read_config_json
+from npr_engine.vocabulary import Vocabulary
+from npr_ext.errors import UserError
+
+
+def read_generation_config(folder: Path) -> dict[str, Any]:
+    """generation_config.json of a model folder, empty where there is none; UserError where it is malformed."""
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: a JSON object is expected, not {found!r:.40}")
+    return found
+
+
+def read_vocabulary(folder: Path, tokenizer: Any) -> Vocabulary:
+    """The tokenizer's vocabulary, in which every EOS that the folder names ends a response. UserError for an
+    eos_token_id that the tokenizer does not know."""
+    where, value = folder / "generation_config.json", read_generation_config(folder).get("eos_token_id")
+    if value is None:
+        where, value = folder / "config.json", read_config_json(folder).get("eos_token_id")
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    for token in ids:
+        if type(token) is not int or token < 0 or tokenizer.convert_ids_to_tokens(token) is None:
+            raise UserError(
+                f"{where}: eos_token_id {token!r} is no id of the tokenizer: name ids that it has, or leave the key out"
+            )
+    return Vocabulary.from_tokenizer(tokenizer, ids)
