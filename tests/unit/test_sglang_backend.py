@@ -21,7 +21,7 @@ from megatron_npr.huggingface import HuggingFaceWeights, named_tensors, read_mod
 from megatron_npr.parallel import close_world
 from megatron_npr.resharding.catalog import catalog
 from megatron_npr.session import build_engine, open_session
-from megatron_npr.sglang_backend import bucket_message, rollout_of, sampling_dict
+from megatron_npr.sglang_backend import bucket_message, check_ids, rollout_of, sampling_dict
 from npr_engine.backend import Backend
 from npr_engine.response_state import Request
 from npr_engine.sampling import SamplingParams
@@ -43,11 +43,27 @@ def answer(reason: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_parameters_are_translated() -> None:
-    made = sampling_dict(request(temperature=0.7, top_k=0, stop_token_ids=(9,)), [EOS], ())
+    made = sampling_dict(request(temperature=0.7, top_k=0, stop_token_ids=(9,)), [EOS, 7], ())
     assert (made["max_new_tokens"], made["temperature"], made["top_k"]) == (20, 0.7, -1)
-    assert made["stop_token_ids"] == [EOS, 9]
+    assert made["stop_token_ids"] == [EOS, 7, 9]
     assert sampling_dict(request(top_k=4), [EOS], ())["top_k"] == 4
     assert sampling_dict(request(ignore_eos=True), [EOS], ())["stop_token_ids"] == []
+
+
+def test_ids_that_no_token_has_are_forbidden_to_sglang() -> None:
+    assert sampling_dict(request(), [EOS], ())["logit_bias"] is None
+    bias = sampling_dict(request(), [EOS], [12, 97])["logit_bias"]
+    logits = torch.zeros(100).scatter_(
+        0, torch.tensor([int(token) for token in bias]), torch.tensor([*bias.values()])
+    )
+    assert torch.nonzero(logits.log_softmax(0).isneginf()).flatten().tolist() == [12, 97]
+
+
+def test_an_id_that_no_token_has_is_named_if_sglang_samples_it_all_the_same() -> None:
+    rollout = rollout_of(request(), answer({"type": "length", "length": 3}), eos_ids=[EOS], version=4)
+    check_ids(rollout, {13})
+    with pytest.raises(RuntimeError, match="SGLang sampled 12, which is no id of the tokenizer, in p/0"):
+        check_ids(rollout, {12, 13})
 
 
 def test_seeds_are_those_of_the_request() -> None:
@@ -66,6 +82,7 @@ def test_what_sglang_cannot_do_is_a_mistake(changes: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "told, reason",
     [
+        ({"type": "stop", "matched": 7}, "eos"),
         ({"type": "stop", "matched": 1}, "eos"),
         ({"type": "stop", "matched": 9}, "stopped"),
         ({"type": "length", "length": 20}, "length"),
@@ -73,7 +90,7 @@ def test_what_sglang_cannot_do_is_a_mistake(changes: dict[str, Any]) -> None:
     ],
 )
 def test_an_answer_becomes_a_rollout(told: dict[str, Any], reason: str) -> None:
-    rollout = rollout_of(request(), answer(told), eos_ids=[EOS], version=4)
+    rollout = rollout_of(request(), answer(told), eos_ids=[EOS, 7], version=4)
     assert rollout.finish_reason == reason and rollout.weights_version == 4
     assert rollout.token_ids.tolist() == [11, 12, 1] and rollout.positions.tolist() == [3, 4, 5]
     assert rollout.logprobs.tolist() == rollout.sampler_logprobs.tolist() == [-0.5, -1.5, -0.25]

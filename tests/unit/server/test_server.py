@@ -6,21 +6,24 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
+import torch
 from prometheus_client.parser import text_string_to_metric_families
 from torch import Tensor
 
 from megatron_npr.server.app import Settings
-from megatron_npr.server.served_model import ServedModel
+from megatron_npr.server.served_model import ServedModel, load_model
 from npr_engine.engine import Engine, EngineConfig
 from npr_engine.grammar import Grammar
 from npr_engine.model import InferenceModel, KVCache, Step
 from npr_engine.rollout import Rollout
 from npr_engine.sampling import SamplingParams
+from tests.padded import padded_folder
 from tests.unit.server.conftest import FOLDER, KV_SLOTS, another
 from tests.unit.server.running import Running, eventually, running
 
@@ -469,3 +472,15 @@ def test_a_server_that_shuts_down_ends_what_is_in_flight_with_503(demo: ServedMo
         thread.join()
         assert answers[0].status_code == 503
         assert answers[0].json()["error"]["message"] == "the server is shutting down"
+
+
+def test_every_eos_of_generation_config_ends_a_response_and_is_no_text(tmp_path: Path) -> None:
+    folder = padded_folder(tmp_path / "model", second_eos=True)
+    model = load_model(folder, name="padded", dtype=torch.float32, kv_slots=KV_SLOTS)
+    body = {"prompt": PROMPT, "n": 12, "seed": 1, "max_tokens": 200}
+    with running(model, Settings(max_tokens=200)) as server, httpx.Client(base_url=server.url) as http:
+        reply = http.post("/v1/completions", json=body, timeout=60).json()
+    ended = [choice["text"] for choice in reply["choices"] if choice["npr_finish_reason"] == "eos"]
+    assert len(ended) > 6
+    silent = [model.vocabulary.pieces[token].decode() for token in model.vocabulary.eos_ids]
+    assert not any(text in choice["text"] for choice in reply["choices"] for text in silent)
