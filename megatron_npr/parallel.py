@@ -168,6 +168,25 @@ def on_first_rank(world: World, decide: Callable[[], T]) -> T:
     return cast(T, answer)
 
 
+def on_every_rank(work: Callable[[], T]) -> T:
+    """What `work` gives on this rank, where it does on all; else the first rank's UserError on every rank; collective.
+
+    For what each rank reads by itself: one that refused alone would leave the others waiting for it, and its line unsaid.
+    """
+    answer, refusal = None, None
+    try:
+        answer = work()
+    except UserError as error:
+        refusal = str(error)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        refusals: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(refusals, refusal)
+        refusal = next((line for line in refusals if line is not None), None)
+    if refusal is not None:
+        raise UserError(refusal)
+    return cast(T, answer)
+
+
 def close_world() -> None:
     """Leave Megatron's groups and the process group."""
     if parallel_state.model_parallel_is_initialized():

@@ -37,7 +37,7 @@ from megatron_npr.linears import (
 )
 from megatron_npr.logprobs import token_log_probs
 from megatron_npr.modules import LayoutRotaryEmbedding, RMSNorm, layer_spec
-from megatron_npr.parallel import World, megatron_context
+from megatron_npr.parallel import World, megatron_context, on_every_rank
 from megatron_npr.resharding import EngineLayout, TrainerLayout, split_layers
 from megatron_npr.resharding.catalog import catalog
 from megatron_npr.resharding.layouts import check_layouts
@@ -426,10 +426,14 @@ def local_weights(policy: Policy) -> dict[str, Tensor]:
 
 
 def load_policy_weights(policy: Policy, folder: Path) -> None:
-    """Fill this rank's parameters from a Hugging Face folder; UserError where shapes differ."""
+    """Fill this rank's parameters from a Hugging Face folder; UserError on every rank where one cannot. Collective."""
     world, listed = policy.world, catalog(policy.model_config)
-    with HuggingFaceWeights(folder, policy.model_config) as source, torch.no_grad():
-        for name, weight in local_weights(policy).items():
-            entry = listed[name]
-            cut = entry.trainer_cut(policy.layout, world.rank)
-            fill(weight, shard(source.full(name), entry.kind.matrix, *cut))
+
+    def load() -> None:
+        with HuggingFaceWeights(folder, policy.model_config) as source, torch.no_grad():
+            for name, weight in local_weights(policy).items():
+                entry = listed[name]
+                cut = entry.trainer_cut(policy.layout, world.rank)
+                fill(weight, shard(source.full(name), entry.kind.matrix, *cut))
+
+    on_every_rank(load)

@@ -27,7 +27,7 @@ from megatron_npr.engine_grid import engine_groups, engine_layout
 from megatron_npr.generation_config import read_vocabulary
 from megatron_npr.huggingface import ONE_RANK, load_tokenizer, read_engine_weights, read_model_config
 from megatron_npr.linears import require_fp8
-from megatron_npr.parallel import World, init_world, join_world, on_first_rank
+from megatron_npr.parallel import World, init_world, join_world, on_every_rank, on_first_rank
 from megatron_npr.resharding import EngineLayout
 from megatron_npr.run_folder import claim
 from megatron_npr.sglang_backend import SGLangBackend
@@ -127,8 +127,9 @@ def _set_threads(threads: int) -> None:
 def read_shards(
     folder: Path, config: ModelConfig, world: World, dtype: torch.dtype, engine: EngineLayout = ONE_RANK
 ) -> dict[str, Tensor]:
-    """This rank's shards of the weights of a Hugging Face folder, for an engine replica of this layout."""
-    return read_engine_weights(folder, config, dtype, world.device, engine, world.rank % engine.size)
+    """This rank's shards of the weights of a Hugging Face folder, for an engine replica of this layout; collective."""
+    rank = world.rank % engine.size
+    return on_every_rank(lambda: read_engine_weights(folder, config, dtype, world.device, engine, rank))
 
 
 def build_engine(session: Session, weights: Mapping[str, Weight], settings: RolloutSettings) -> Backend:
