@@ -59,11 +59,13 @@ class PackedRow:
     """One micro-batch. token_ids int64 [1, T]; layout int32 [5, T]; the rest for the M trained tokens.
 
     targets int64 [M]: index in the row of each trained token that has a predecessor; sample_of int64 [M]: index of its
-    sample in the list that was packed (-1 nowhere); within int64 [M]: its index in that response.
+    sample in the list that was packed (-1 nowhere); within int64 [M]: its index in that response. in_response bool [T]: whether
+    a token is one of a response, neither of a prompt nor padding.
     """
 
     token_ids: Tensor
     layout: Tensor
+    in_response: Tensor
     targets: Tensor
     advantages: Tensor
     old_log_probs: Tensor
@@ -75,17 +77,24 @@ class PackedRow:
     def num_targets(self) -> int:
         return int(self.targets.numel())
 
+    def without_targets(self) -> PackedRow:
+        """The row for a pass that wants no log-probs."""
+        return self._at(slice(0))
+
     def with_predecessors_in(self, begin: int, end: int) -> PackedRow:
         """The row with those targets that are predicted from [begin, end): a context-parallel rank's share of the loss."""
         predecessors = BranchLayout.from_tensor(self.layout).predecessor[self.targets]
-        mine = (begin <= predecessors) & (predecessors < end)
+        return self._at((begin <= predecessors) & (predecessors < end))
+
+    def _at(self, kept: Tensor | slice) -> PackedRow:
+        """The row with some of its targets."""
         return replace(
             self,
-            targets=self.targets[mine],
-            advantages=self.advantages[mine],
-            old_log_probs=self.old_log_probs[mine],
-            sample_of=self.sample_of[mine],
-            within=self.within[mine],
+            targets=self.targets[kept],
+            advantages=self.advantages[kept],
+            old_log_probs=self.old_log_probs[kept],
+            sample_of=self.sample_of[kept],
+            within=self.within[kept],
         )
 
 
@@ -187,14 +196,16 @@ def pack_row(
         branching=branching,
     )
     trained = torch.from_numpy(np.concatenate(builder.trained))
+    sample_of = torch.from_numpy(np.concatenate(builder.sample_of))
     targets = torch.nonzero(trained & (layout.predecessor >= 0))[:, 0]
     return PackedRow(
         token_ids=token_ids.long()[None, :],
         layout=layout.as_tensor(),
+        in_response=sample_of >= 0,
         targets=targets,
         advantages=torch.from_numpy(np.concatenate(builder.advantages))[targets],
         old_log_probs=torch.from_numpy(np.concatenate(builder.old_log_probs))[targets],
-        sample_of=torch.from_numpy(np.concatenate(builder.sample_of))[targets],
+        sample_of=sample_of[targets],
         within=torch.from_numpy(np.concatenate(builder.within))[targets],
         num_real_tokens=num_real,
     )

@@ -25,6 +25,7 @@ from torch.nn import functional
 
 from megatron_npr.config import Fp8Settings, ParallelSettings, Recompute
 from megatron_npr.context_parallel import shard_bounds
+from megatron_npr.experts import Router
 from megatron_npr.fp8_linears import LinearConfig
 from megatron_npr.fp8_parameters import fill, plain_or_fp8
 from megatron_npr.huggingface import HuggingFaceWeights
@@ -83,6 +84,24 @@ class PolicyChunk(GPTModel):
         experts, call it within `megatron_context`."""
         own = slice(*self._own_tokens(token_ids))
         output: Tensor = self(token_ids[:, own], layout_5T[:1, own], layout_5T)
+        return output
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor,
+        *,
+        padding_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """GPTModel's, of this rank's share of a row; `padding_mask` bool [1, T / cp]: what its routers do not count."""
+        if padding_mask is not None and self.config.sequence_parallel and not self.pre_process:
+            # Megatron shards it beside the embeddings, so on the first stage alone.
+            padding_mask = padding_mask.chunk(self.world.tensor_size, dim=1)[self.world.tensor_rank]
+        output: Tensor = super().forward(
+            input_ids, position_ids, attention_mask, padding_mask=padding_mask, **kwargs
+        )
         return output
 
     @property
@@ -166,6 +185,11 @@ class Policy(torch.nn.ModuleList):
     @property
     def world(self) -> World:
         return self.chunks[0].world
+
+    @property
+    def routers(self) -> list[Router]:
+        """Those of this rank's layers with experts."""
+        return [module for module in self.modules() if isinstance(module, Router)]
 
     @property
     def entropy_coefficient(self) -> float | None:
@@ -278,7 +302,7 @@ def _moe_settings(
         # softmax over the chosen experts alone IS softmax over all of them, divided by the sum of the chosen
         "moe_router_pre_softmax": not model.norm_topk_prob,
         "moe_router_dtype": "fp32",
-        "moe_router_load_balancing_type": "aux_loss" if router_aux_loss else "none",
+        "moe_router_load_balancing_type": "none",  # Megatron's own; ours is `load_balance`
         "moe_aux_loss_coeff": router_aux_loss,
         "moe_token_dispatcher_type": "alltoall",
         "moe_grouped_gemm": linears.grouped is not None,

@@ -9,6 +9,7 @@ the layout of processes.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -34,7 +36,9 @@ from megatron_npr.agreement import agree
 from megatron_npr.balance import attended_pairs, row_pairs, share_rows
 from megatron_npr.config import BatchSettings, OptimizerSettings
 from megatron_npr.context_parallel import shard_bounds
+from megatron_npr.experts import Router
 from megatron_npr.linears import token_multiple
+from megatron_npr.load_balance import ExpertLoad
 from megatron_npr.losses import LossSum, with_entropy
 from megatron_npr.modules import LAYOUTS
 from megatron_npr.packing import PackedRow, RankRows, RowPlan, TrainSample, pack_row, plan_rows, row_length
@@ -50,7 +54,7 @@ Objective = Callable[[Tensor, PackedRow], LossSum]
 class StepReport:
     """What one update did. `loss` is the mean over the trained tokens of the global batch, `watched` are means over those of
     them that were computed (all but the idle ones); `imbalance`: attended pairs of the busiest data-parallel rank over
-    their mean."""
+    their mean; `load_balance`: the loss that balances experts (1: even), mean over the layers, NaN where it is off."""
 
     loss: float
     grad_norm: float
@@ -61,6 +65,7 @@ class StepReport:
     seconds: float
     imbalance: float
     watched: dict[str, float]
+    load_balance: float
 
     @property
     def entropy(self) -> float:
@@ -147,8 +152,9 @@ class Trainer:
             watched={
                 name: totals[name] / computed
                 for name in totals
-                if name not in ("loss", "targets", "idle", "tokens")
+                if name not in ("loss", "targets", "idle", "tokens", "load_balance")
             },
+            load_balance=totals["load_balance"],
         )
 
     def gather(self) -> None:
@@ -209,7 +215,6 @@ class Trainer:
             for chunk in self.chunks:
                 chunk.zero_grad_buffer()
             self.optimizer.zero_grad()
-        self.policy.train()
         # Counted once in the global batch: with the first row of the first rank that has one.
         first = rows[0] if self.world.data_rank == self.world.context_rank == 0 else None
         loss_of = partial(
@@ -219,8 +224,47 @@ class Trainer:
             idle_row=first,
             idle_targets=idle_targets,
         )
-        outputs = self._run(rows, loss_of, forward_only=False)
-        return self._global_sums(rows, outputs)
+        with self._balanced_load(rows, idle_targets) as load_balance:
+            self.policy.train()
+            outputs = self._run(rows, loss_of, forward_only=False)
+        return self._global_sums(rows, outputs) | {"load_balance": load_balance}
+
+    @contextlib.contextmanager
+    def _balanced_load(self, rows: Sequence[PackedRow], idle_targets: int) -> Iterator[float]:
+        """Within it, backward passes of these rows add the gradient of the loss that balances the load of experts. Its mean
+        over the layers; NaN where it is not asked for."""
+        routers = self.policy.routers
+        coefficient = self.policy.config.moe_aux_loss_coeff
+        if not coefficient:
+            yield math.nan
+            return
+        self._count_load(rows, routers)
+        targets = torch.tensor(sum(row.num_targets for row in rows), device=self.world.device)
+        losses = torch.tensor(
+            sum(router.load.loss for router in routers if router.load), device=self.world.device
+        )
+        dist.all_reduce(targets, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+        dist.all_reduce(losses, group=self.world.pipeline_group)
+        for router in routers:  # the sum over tokens is divided by all targets in the end
+            router.load_weight = coefficient * (int(targets) + idle_targets)
+        try:
+            yield float(losses) / self.policy.config.num_layers
+        finally:
+            for router in routers:
+                router.load = None
+
+    def _count_load(self, rows: Sequence[PackedRow], routers: Sequence[Router]) -> None:
+        """Which experts the tokens of the global batch choose, into each router's `load`."""
+        for router in routers:
+            router.load = ExpertLoad(router.num_experts, router.topk, self.world.device)
+            router.counting = True
+        self.gather()
+        self.policy.eval()
+        self._run([row.without_targets() for row in rows], _log_probs_of_row, forward_only=True)
+        for router in routers:
+            assert router.load is not None
+            router.load.reduce(router.tp_dp_cp_group)
+            router.counting = False
 
     def log_probs(self, samples: Sequence[TrainSample], *, branching: bool) -> list[NDArray[np.float32]]:
         """Log-prob of every trained token under the current weights, NaN elsewhere; on every rank, in input order."""
@@ -293,7 +337,12 @@ def _forward_step(
     token_ids, layout = row.token_ids.to(device), row.layout.to(device)
     own = slice(*own_tokens)
     output = model(
-        token_ids[:, own], layout[:1, own], layout, labels=token_ids, loss_mask=row.targets.to(device)
+        token_ids[:, own],
+        layout[:1, own],
+        layout,
+        labels=token_ids,
+        loss_mask=row.targets.to(device),
+        padding_mask=~row.in_response.to(device)[None, own],
     )
     return output, lambda figures: loss_of(figures, row)
 

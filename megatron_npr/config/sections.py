@@ -79,7 +79,9 @@ class ModelSettings(Section):
         "none", description="activations that backward computes again: selective = MLPs, full = whole layers"
     )
     router_aux_loss: NonNegativeFloat = Field(
-        0.0, description="weight of the loss that balances experts (mixture-of-experts models); 0 = off"
+        0.0,
+        description="weight of the loss that balances experts (mixture-of-experts models) over the global batch, which one "
+        "more forward pass counts; 0 = off",
     )
 
 

@@ -26,7 +26,7 @@ from megatron_npr.logprobs import token_log_probs
 from megatron_npr.losses import papo_loss, sft_loss
 from megatron_npr.packing import TrainSample
 from megatron_npr.parallel import World, megatron_context, world_of
-from megatron_npr.policy import build_policy, load_policy_weights
+from megatron_npr.policy import Policy, build_policy, load_policy_weights
 from megatron_npr.reshard import full_weights
 from megatron_npr.trainer import Trainer
 from npr_ext import branch_layout
@@ -86,9 +86,31 @@ def measure(
             figures[f"{key}_grad_norm"] = [report.grad_norm for report in reports]
             if name == "papo":
                 figures[f"{key}_entropy"] = [report.entropy for report in reports]
+    if policy.model_config.num_experts:
+        figures["balanced"] = balanced_figures(build(router_aux_loss=0.05), world, folder)
     trainer.gather()
     figures["engine_checksum"] = engine_checksum(policy)
     figures["resume"] = resume_difference(trainer, world, folder, samples)
+    return figures
+
+
+def balanced_figures(policy: Policy, world: World, folder: Path) -> list[float]:
+    """Of updates with the loss that balances experts: on all samples, and on one, where a second data-parallel rank idles."""
+    load_policy_weights(policy, folder)
+    trainer = Trainer(
+        policy,
+        world,
+        # With its usual eps Adam's first updates are the signs of gradients, also where these are all rounding.
+        optimizer=OptimizerSettings(lr=1e-1, eps=1.0),
+        batch=BatchSettings(micro_batch_tokens=128),
+        tags=TAGS,
+        pad_id=0,
+        num_updates=2,
+    )
+    figures = []
+    for samples in (branching_samples(), branching_samples()[:1]):
+        report = trainer.step(samples, lambda lp, row: sft_loss(lp), branching=True)
+        figures += [report.loss, report.grad_norm, report.load_balance]
     return figures
 
 
