@@ -27,6 +27,7 @@ from megatron_npr.problems import evaluation_prompts
 from megatron_npr.prompts import EncodedProblem
 from megatron_npr.rollout_file import write_rollouts
 from megatron_npr.rollouts import collect
+from megatron_npr.room import check_rollout_room
 from megatron_npr.rounds import Turn
 from megatron_npr.run_folder import JOURNAL
 from megatron_npr.scoring import score
@@ -115,6 +116,7 @@ def run(config: EvalConfig) -> None:
     Finished modes are kept in progress.jsonl: an interrupted evaluation continues with the others.
     """
     session = open_session(config, config.run, config.model, config.parallel)
+    prompts = prompts_of_modes(session, config)
     engine = folder_engine(session, config.rollout)
     journal = Journal(config.run.dir / JOURNAL, session.world, continued=session.continued)
     finished: dict[str, Any] = {entry["mode"]: entry["figures"] for entry in journal.entries}
@@ -127,7 +129,9 @@ def run(config: EvalConfig) -> None:
         ) as monitor,
     ):
         for step, mode in enumerate(left, start=first):
-            outcome, groups = evaluate_mode(session, engine, verifier, config, mode)
+            settings = mode_settings(config.rollout, mode, config.eval.samples_per_problem)
+            identity = (config.run.seed, "eval", mode)
+            outcome, groups = evaluate(session, engine, verifier, prompts[mode], settings, identity=identity)
             finished[mode] = figures(outcome)
             monitor.step(
                 step,
@@ -147,11 +151,12 @@ def run(config: EvalConfig) -> None:
         print(json.dumps(modes, indent=1))
 
 
-def evaluate_mode(
-    session: Session, engine: Backend, verifier: Verifier, config: EvalConfig, mode: EvalMode
-) -> tuple[Evaluation, list[list[Rollout]]]:
-    """The held-out problems in one mode."""
-    prompts = evaluation_prompts(session, config.eval, "sequential" if mode == "sequential" else "parallel")
-    settings = mode_settings(config.rollout, mode, config.eval.samples_per_problem)
-    identity = (config.run.seed, "eval", mode)
-    return evaluate(session, engine, verifier, prompts, settings, identity=identity)
+def prompts_of_modes(session: Session, config: EvalConfig) -> dict[EvalMode, tuple[EncodedProblem, ...]]:
+    """The held-out problems as each mode asks for them; those of all modes are checked before the first."""
+    found = {
+        mode: evaluation_prompts(session, config.eval, "sequential" if mode == "sequential" else "parallel")
+        for mode in config.eval.modes
+    }
+    every = [prompt for prompts in found.values() for prompt in prompts]
+    check_rollout_room(session, every, config.eval, config.rollout)
+    return found

@@ -36,10 +36,21 @@ def read_config_json(folder: Path) -> dict[str, Any]:
     """config.json of a model folder; UserError where it is missing or malformed."""
     path = folder / "config.json"
     if not folder.is_dir():
-        raise UserError(f"model folder {folder} does not exist: name a Hugging Face folder (model.path)")
+        raise UserError(f"model folder {folder} does not exist: name a Hugging Face folder")
     if not path.exists():
-        raise UserError(f"{folder} has no config.json: name a Hugging Face folder (model.path)")
+        raise UserError(f"{folder} has no config.json: name a Hugging Face folder")
     return read_object(path)
+
+
+def read_context_length(folder: Path) -> int | None:
+    """Positions that the model was made for; None where its config.json does not say. A stretched RoPE reaches further than
+    the max_position_embeddings that people leave as it was."""
+    config = read_config_json(folder)
+    length = config.get("max_position_embeddings")
+    scaling = read_model_config(folder).rope_scaling
+    if not isinstance(length, int) or scaling is None:
+        return length if isinstance(length, int) else None
+    return max(length, round(scaling.factor * scaling.positions))
 
 
 def read_model_config(folder: Path) -> ModelConfig:

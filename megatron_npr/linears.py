@@ -221,8 +221,8 @@ def fp8_options(
 
 
 def token_multiple(config: LinearConfig) -> int:
-    """What the length of a row has to be a multiple of, so that each rank's share of it suits the GEMMs."""
+    """What the length of a row has to be a multiple of, so that ranks have equal shares of it, which suit the GEMMs."""
     shares = config.context_parallel_size * (
         config.tensor_model_parallel_size if config.sequence_parallel else 1
     )
-    return ALIGNMENT * shares if config.fp8 or config.scaled_mm else 1
+    return shares * (ALIGNMENT if config.fp8 or config.scaled_mm else 1)

@@ -144,7 +144,7 @@ def _units(
         if sample.num_tokens > row_tokens:
             raise UserError(
                 f"a sample of {sample.num_tokens} tokens does not fit a row of {row_tokens}: "
-                "raise batch.micro_batch_tokens or lower rollout.max_tokens"
+                "raise batch.micro_batch_tokens"
             )
         key: object = sample.prompt_ids.tobytes() if share_prompts else index
         by_prompt.setdefault(key, []).append(index)

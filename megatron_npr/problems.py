@@ -29,9 +29,7 @@ def training_prompts(session: Session, data: DataSettings) -> tuple[EncodedProbl
             problems = demo_problems("train", data.count or DEMO_TRAIN_COUNT, session.run.seed)
         else:
             problems = load_problems(Path(data.train), data.count)
-        return encode(
-            session, problems, data.mode, data.instruction, data.max_prompt_tokens, demo=data.train == DEMO
-        )
+        return encode(session, problems, data.mode, data, demo=data.train == DEMO)
 
     return on_first_rank(session.world, read)
 
@@ -44,24 +42,24 @@ def evaluation_prompts(session: Session, settings: EvalSettings, mode: Mode) -> 
             problems = demo_problems("heldout", settings.count or DEMO_HELDOUT_COUNT, HELDOUT_SEED)
         else:
             problems = load_problems(Path(settings.problems), settings.count)
-        return encode(
-            session,
-            problems,
-            mode,
-            settings.instruction,
-            settings.max_prompt_tokens,
-            demo=settings.problems == DEMO,
-        )
+        return encode(session, problems, mode, settings, demo=settings.problems == DEMO)
 
     return on_first_rank(session.world, read)
 
 
 def encode(
-    session: Session, problems: list[Problem], mode: Mode, instruction: Path | None, limit: int, *, demo: bool
+    session: Session,
+    problems: list[Problem],
+    mode: Mode,
+    settings: DataSettings | EvalSettings,
+    *,
+    demo: bool,
 ) -> tuple[EncodedProblem, ...]:
     """Problems with a mode's instruction in the tokenizer's chat template."""
-    text = instruction_text(mode, demo=demo, path=instruction)
-    encoded = PromptEncoder(session.tokenizer, text, max_prompt_tokens=limit).encode_all(problems)
+    limit, table = settings.max_prompt_tokens, settings.table
+    text = instruction_text(mode, demo=demo, path=settings.instruction, table=table)
+    encoder = PromptEncoder(session.tokenizer, text, max_prompt_tokens=limit, table=table)
+    encoded = encoder.encode_all(problems)
     if encoded.num_skipped:
         print(
             f"skipped {encoded.num_skipped} of {len(problems)} problems: prompts over {limit} tokens",

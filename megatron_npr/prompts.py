@@ -21,14 +21,16 @@ Mode: TypeAlias = Literal["parallel", "sequential"]
 ASSETS = Path(__file__).parent / "assets"
 
 
-def instruction_text(mode: Mode, *, demo: bool = False, path: Path | None = None) -> str:
-    """The instruction of a mode: the shipped one, the demo's short one, or a file of one's own."""
+def instruction_text(mode: Mode, *, demo: bool = False, path: Path | None = None, table: str = "data") -> str:
+    """The instruction of a mode: the shipped one, the demo's short one, or a file of one's own (`table`.instruction)."""
     path = path or ASSETS / (f"instruction_{mode}_demo.txt" if demo else f"instruction_{mode}.txt")
     if not path.is_file():
-        raise UserError(f"no instruction file {path}: leave data.instruction out for the shipped one")
+        raise UserError(f"no instruction file {path}: leave {table}.instruction out for the shipped one")
     text = path.read_text(encoding="utf-8").strip()
     if not text:
-        raise UserError(f"the instruction file {path} is empty")
+        raise UserError(
+            f"the instruction file {path} is empty: leave {table}.instruction out for the shipped one"
+        )
     return text
 
 
@@ -52,12 +54,15 @@ class EncodedProblems:
 class PromptEncoder:
     """Turns problems into prompts; the instruction follows the question in the user's message."""
 
-    def __init__(self, tokenizer: Any, instruction: str, *, max_prompt_tokens: int) -> None:
+    def __init__(
+        self, tokenizer: Any, instruction: str, *, max_prompt_tokens: int, table: str = "data"
+    ) -> None:
+        """`table` of the configuration: the one whose key is the limit."""
         if not tokenizer.chat_template:
             raise UserError("the tokenizer has no chat template: use an instruct model's tokenizer")
         self.tokenizer = tokenizer
         self.instruction = instruction
-        self.max_prompt_tokens = max_prompt_tokens
+        self.max_prompt_tokens, self._table = max_prompt_tokens, table
 
     def text(self, problem: Problem) -> str:
         """The prompt up to and including the opening of the assistant's turn."""
@@ -79,7 +84,7 @@ class PromptEncoder:
         if encoded and not kept:
             shortest = min(len(item.prompt_ids) for item in encoded)
             raise UserError(
-                f"all {len(encoded)} prompts are longer than data.max_prompt_tokens = "
+                f"all {len(encoded)} prompts are longer than {self._table}.max_prompt_tokens = "
                 f"{self.max_prompt_tokens} (the shortest has {shortest}): raise the limit"
             )
         return EncodedProblems(kept, len(encoded) - len(kept))

@@ -18,6 +18,7 @@ from megatron_npr.monitor import Monitor, monitored
 from megatron_npr.problems import training_prompts
 from megatron_npr.prompts import EncodedProblem
 from megatron_npr.rollouts import collect
+from megatron_npr.room import check_rollout_room
 from megatron_npr.rounds import Turn
 from megatron_npr.run_folder import JOURNAL
 from megatron_npr.samples import SftSample, write_samples
@@ -78,8 +79,9 @@ class Search:
 def run(config: SampleConfig) -> Path:
     """Sample, keep, write; returns the path of the samples. Ctrl-C ends after the round, with the samples found so far."""
     session = open_session(config, config.run, config.model, config.parallel)
-    engine = folder_engine(session, config.rollout)
     prompts = training_prompts(session, config.data)
+    check_rollout_room(session, prompts, config.data, config.rollout)
+    engine = folder_engine(session, config.rollout)
     journal = Journal(config.run.dir / JOURNAL, session.world, continued=session.continued)
     search, trials = Search(prompts, journal.entries), config.sample.trials
     target, stopped = config.sample.target or len(prompts), False

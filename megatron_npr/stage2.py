@@ -16,6 +16,7 @@ from megatron_npr.losses import LossSum, sft_loss
 from megatron_npr.monitor import monitored
 from megatron_npr.packing import PackedRow, TrainSample
 from megatron_npr.parallel import on_first_rank
+from megatron_npr.room import check_sample_room
 from megatron_npr.rounds import round_places
 from megatron_npr.samples import read_samples
 from megatron_npr.session import open_session
@@ -27,6 +28,7 @@ def run(config: Stage2Config) -> None:
     read = on_first_rank(session.world, lambda: read_samples(config.sft.data))
     samples = [sample.train_sample() for sample in read]
     total = num_updates(samples, config)
+    check_sample_room(session, samples, config.sft.data, config.batch)
     learner = Learner(
         session,
         optimizer=config.optimizer,

@@ -21,6 +21,7 @@ from megatron_npr.monitor import mean, monitored
 from megatron_npr.packing import PackedRow
 from megatron_npr.problems import training_prompts
 from megatron_npr.rollouts import collect, train_sample
+from megatron_npr.room import check_rollout_room
 from megatron_npr.rounds import round_turns
 from megatron_npr.scoring import Scored, agree_on_round, score
 from megatron_npr.session import open_session
@@ -39,6 +40,7 @@ def run(config: Stage3Config) -> None:
     session = open_session(config, config.run, config.model, config.parallel)
     with Verifier() as verifier:
         prompts = training_prompts(session, config.data)
+        check_rollout_room(session, prompts, config.data, config.rollout, config.batch)
         learner = Learner(
             session,
             optimizer=config.optimizer,

@@ -150,4 +150,4 @@ def _why_none(folder: Path) -> str:
         fitting = [name for name in names if name.endswith(endings)]
         if fitting:
             return f"{folder} has {some(fitting)} and {rest}"
-    return f"{folder} has no *.safetensors: name a Hugging Face folder (model.path)"
+    return f"{folder} has no *.safetensors: name a Hugging Face folder"

@@ -178,6 +178,11 @@ class Engine:
         self._scheduler.check(request)
         return request
 
+    def room_behind(self, prompt_tokens: int) -> int:
+        """The largest `max_tokens` of a response to a prompt of so many tokens that ever fits; below 1: none does. Any thread
+        may call this."""
+        return self._scheduler.room_behind(prompt_tokens)
+
     def submit(self, request: Request) -> None:
         """Queues a request for `step`; its id must not be that of another one that has not ended."""
         self._scheduler.submit(request)

@@ -6,6 +6,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 
+def slots_needed(prompt_tokens: int, max_tokens: int, block_size: int) -> int:
+    """KV slots, in whole blocks, of a prompt and a response that spends its budget: the prompt's last token is fed with the
+    response, and has its slot there."""
+    return (-(-(prompt_tokens - 1) // block_size) + -(-(max_tokens + 1) // block_size)) * block_size
+
+
 class BlockPool:
     """Hands out blocks; block b holds the slots [b * block_size, (b + 1) * block_size)."""
 
@@ -20,9 +26,17 @@ class BlockPool:
     def num_free(self) -> int:
         return len(self._free)
 
+    @property
+    def num_slots(self) -> int:
+        return self.num_blocks * self.block_size
+
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that hold `num_tokens` slots."""
         return -(-num_tokens // self.block_size)
+
+    def room_behind(self, prompt_tokens: int) -> int:
+        """The largest budget of a response to a prompt of so many tokens; below 1 where none fits."""
+        return (self.num_blocks - self.blocks_for(prompt_tokens - 1)) * self.block_size - 1
 
     def allocate(self, count: int) -> list[int]:
         """`count` blocks; there must be as many."""

@@ -24,7 +24,7 @@ from npr_engine.branching import Branching, error
 from npr_engine.constraint import Constraint, Phase
 from npr_engine.draws import Draws
 from npr_engine.grammar import Grammar
-from npr_engine.kv_pool import BlockPool
+from npr_engine.kv_pool import BlockPool, slots_needed
 from npr_engine.memory import Memory
 from npr_engine.parser import QUIET_TAGS
 from npr_engine.prompt_cache import PromptKV
@@ -123,13 +123,17 @@ class Scheduler:
                 f" {self.limits.max_batch_tokens} tokens: raise max_batch_tokens or lower max_branches"
             )
         pool = self._memory.pool
-        need = pool.blocks_for(len(prompt) - 1) + pool.blocks_for(params.max_tokens + 1)
-        if need > pool.num_blocks:
+        need = slots_needed(len(prompt), params.max_tokens, pool.block_size)
+        if need > pool.num_slots:
             raise UserError(
                 f"request {request.request_id}: a prompt of {len(prompt)} and max_tokens {params.max_tokens} need"
-                f" {need * pool.block_size} KV slots, the engine has {pool.num_blocks * pool.block_size}:"
+                f" {need} KV slots, the engine has {pool.num_slots}:"
                 " raise num_kv_slots or lower max_tokens"
             )
+
+    def room_behind(self, prompt_tokens: int) -> int:
+        """See `BlockPool.room_behind`. Reads sizes alone, so any thread may ask."""
+        return self._memory.pool.room_behind(prompt_tokens)
 
     def submit(self, request: Request) -> None:
         """Queues a request; UserError where it could never fit."""

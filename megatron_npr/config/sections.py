@@ -5,7 +5,7 @@ Nothing here imports torch: the command line has to answer `--help` and report m
 
 import unicodedata
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -141,6 +141,7 @@ class ParallelSettings(Section):
 
 
 class DataSettings(Section):
+    table: ClassVar[str] = "data"
     train: str = Field(
         description='training problems: a JSON or JSONL file, or "demo" for the generated ones'
     )
@@ -341,6 +342,7 @@ EvalMode = Literal["parallel", "unforced", "sequential"]
 
 
 class EvalSettings(Section):
+    table: ClassVar[str] = "eval"
     problems: str = Field(
         description='problems: a JSON or JSONL file, or "demo" for the held-out generated ones'
     )

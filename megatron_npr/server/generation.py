@@ -83,25 +83,33 @@ def sampling_params(
     request: GenerationRequest,
     max_tokens: int | None,
     prompt_length: int,
+    memory: int,
     sample: int,
     seed: int,
     rules: Rules,
 ) -> SamplingParams:
-    """The engine's parameters of sample number `sample` of a prompt; ApiError where the server does not allow them."""
+    """The engine's parameters of sample number `sample` of a prompt, behind which `memory` tokens fit; ApiError where the
+    server does not allow them. A request that names no limit gets what there is."""
     room = rules.context_length - prompt_length
-    if room < 1:
+    for what, left in (
+        (f"the model's context {rules.context_length}", room),
+        ("the server's memory too few (--kv-slots of npr serve)", memory),
+    ):
+        if left < 1:
+            raise ApiError(
+                400,
+                f"the prompt has {prompt_length} tokens, {what}: nothing fits behind",
+                code="context_length_exceeded",
+            )
+    if max_tokens is not None and max_tokens > min(rules.max_tokens, memory):
+        behind = f" behind a prompt of {prompt_length}" if memory < rules.max_tokens else ""
         raise ApiError(
             400,
-            f"the prompt has {prompt_length} tokens, the model's context {rules.context_length}: nothing fits behind",
-            code="context_length_exceeded",
+            f"{request.limit_field} is {max_tokens}, this server decodes at most {min(rules.max_tokens, memory)} a response"
+            f"{behind}",
+            param=request.limit_field,
         )
-    asked = max_tokens or rules.default_max_tokens
-    if asked > rules.max_tokens:
-        raise ApiError(
-            400,
-            f"max_tokens is {asked}, this server decodes at most {rules.max_tokens} a response",
-            param="max_tokens",
-        )
+    asked = max_tokens or min(rules.default_max_tokens, memory)
     branching = rules.branching if request.branching is None else request.branching
     temperature = 1.0 if request.temperature is None else request.temperature
     return SamplingParams(
@@ -142,7 +150,8 @@ def submit(
         for prompt in prompts:
             seed = secrets.randbits(63) if request.seed is None else request.seed
             for sample in range(request.n or 1):
-                params = sampling_params(request, max_tokens, len(prompt), sample, seed, rules)
+                memory = model.engine.room_behind(len(prompt))
+                params = sampling_params(request, max_tokens, len(prompt), memory, sample, seed, rules)
                 stream = service.generate_async(prompt, params, f"{name}-{len(choices)}")
                 transcript = Transcript(
                     model.vocabulary, silent=silent, stops=request.stops, interleave=request.interleave

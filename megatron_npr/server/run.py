@@ -21,6 +21,8 @@ from megatron_npr.server.app import Settings, build_app
 from megatron_npr.server.metrics import Metrics
 from megatron_npr.server.served_model import load_model
 from npr_engine.async_engine import AsyncEngine
+from npr_engine.engine import EngineConfig
+from npr_engine.kv_pool import slots_needed
 from npr_ext.errors import UserError
 
 LOOPBACK = ("127.", "::1", "localhost")
@@ -53,6 +55,13 @@ def serve(options: ServeOptions) -> None:
         dtype = getattr(torch, options.dtype)
         model = load_model(options.folder, name=options.name, dtype=dtype, kv_slots=options.kv_slots)
         limit = options.max_tokens or min(model.context_length, options.kv_slots // 2)
+        if limit > model.context_length:
+            print(
+                f"npr: warning: --max-tokens {limit} is more than the model's context {model.context_length} "
+                "(max_position_embeddings in its config.json), which ends every response",
+                file=sys.stderr,
+                flush=True,
+            )
         settings = Settings(limit, options.api_key, options.constrain)
         service = AsyncEngine(model.engine, options.max_in_flight)
         try:
@@ -82,6 +91,10 @@ def _check(options: ServeOptions) -> None:
     ):
         if value < least:
             raise UserError(f"{flag} is {value}, it must be >= {least}")
+    if options.max_tokens and slots_needed(1, options.max_tokens, EngineConfig.block_size) > options.kv_slots:
+        raise UserError(
+            f"--max-tokens {options.max_tokens} does not fit into --kv-slots {options.kv_slots}: lower one or raise the other"
+        )
     if options.api_key is not None and not (options.api_key.isascii() and options.api_key.strip()):
         raise UserError(
             "the API key is empty or not ASCII: leave it out, or give one that a header can carry"

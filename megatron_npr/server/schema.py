@@ -64,6 +64,11 @@ class GenerationRequest(_Strict):
     )
 
     @property
+    def limit_field(self) -> str:
+        """The field that bounds the response's tokens."""
+        return "max_tokens"
+
+    @property
     def stops(self) -> tuple[str, ...]:
         if self.stop is None:
             return ()
@@ -130,6 +135,10 @@ class ChatRequest(GenerationRequest):
     logprobs: bool | None = Field(None, description="the log-probability of each token")
     top_logprobs: Literal[0] | None = Field(None, description="those of other tokens are not known")
     response_format: TextFormat | None = Field(None, description="nothing else is supported")
+
+    @property
+    def limit_field(self) -> str:
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
 
     @model_validator(mode="after")
     def _one_limit(self) -> ChatRequest:

@@ -11,7 +11,7 @@ import torch
 from megatron_npr.generation_config import read_vocabulary
 from megatron_npr.huggingface import (
     load_tokenizer,
-    read_config_json,
+    read_context_length,
     read_engine_weights,
     read_model_config,
 )
@@ -48,5 +48,5 @@ def load_model(folder: Path, *, name: str | None, dtype: torch.dtype, kv_slots: 
         engine=engine,
         tokenizer=tokenizer,
         vocabulary=vocabulary,
-        context_length=read_config_json(folder).get("max_position_embeddings", kv_slots),
+        context_length=read_context_length(folder) or kv_slots,
     )

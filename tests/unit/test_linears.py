@@ -216,3 +216,16 @@ def test_rows_suit_fp8_gemms_on_every_rank(world: World) -> None:
     assert token_multiple(config) == 16 * 3 * 4
     length = row_length([RowPlan((), 700)], multiple=token_multiple(config))
     assert length == 768 and length % 64 == 0
+
+
+@pytest.mark.parametrize(("context", "tensor"), [(3, 1), (3, 2), (5, 4), (16, 8), (1, 3)])
+def test_rows_have_equal_shares_for_any_number_of_ranks(context: int, tensor: int, world: World) -> None:
+    config = config_of(world, ModelConfig(8, 64, 4, 2, 16, 96, 97))
+    config.context_parallel_size, config.tensor_model_parallel_size, config.sequence_parallel = (
+        context,
+        tensor,
+        True,
+    )
+    for tokens in (1, 64, 700):
+        length = row_length([RowPlan((), tokens)], multiple=token_multiple(config))
+        assert length >= tokens and length % (context * tensor) == 0

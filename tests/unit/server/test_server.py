@@ -241,6 +241,12 @@ def test_openais_client_is_served(served: Running, demo: ServedModel, branched: 
         ("completions", {"prompt": [340]}, 400, "token ids in [0, 340)"),
         ("completions", {"prompt": ""}, 400, "prompt: must be a text"),
         ("completions", {"prompt": [5] * 2048}, 400, "the model's context 2048"),
+        (
+            "chat/completions",
+            {"messages": MESSAGES, "max_completion_tokens": 401},
+            400,
+            "max_completion_tokens is 401",
+        ),
         ("completions", {"prompt": "a", "n": 65}, 400, "n: input should be less"),
         ("completions", {"prompt": ["a"] * 33, "n": 2}, 400, "n x prompts are 66"),
         ("completions", {"prompt": "a", "constrain": True}, 400, "it needs branching"),
