@@ -9,11 +9,11 @@ what ends a response elsewhere ends it here.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from megatron_npr.huggingface import read_config_json
+from megatron_npr.model_files import read_object
 from npr_engine.vocabulary import Vocabulary
 from npr_ext.errors import UserError
 
@@ -21,15 +21,7 @@ from npr_ext.errors import UserError
 def read_generation_config(folder: Path) -> dict[str, Any]:
     """generation_config.json of a model folder, empty where there is none; UserError where it is malformed."""
     path = folder / "generation_config.json"
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: a JSON object is expected, not {found!r:.40}")
-    return found
+    return read_object(path) if path.is_file() else {}
 
 
 def read_vocabulary(folder: Path, tokenizer: Any) -> Vocabulary:

@@ -15,7 +15,7 @@ def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file; UserError with one line where there is none."""
     refuse_pointer(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from None
     except UnicodeDecodeError as error:

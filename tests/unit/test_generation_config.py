@@ -95,7 +95,9 @@ def test_an_eos_that_the_tokenizer_does_not_know_is_one_line(file: str, wrong: A
 def test_a_malformed_generation_config_is_one_line(text: str, tmp_path: Path) -> None:
     place = folder(tmp_path, MISSING, END)
     (place / "generation_config.json").write_text(text, encoding="utf-8")
-    with pytest.raises(UserError, match=r"generation_config\.json: (not valid JSON|a JSON object)") as caught:
+    with pytest.raises(
+        UserError, match=r"generation_config\.json:.* (not valid JSON|expected a JSON object)"
+    ) as caught:
         read_vocabulary(place, TOKENIZER)
     assert "\n" not in str(caught.value)
 
@@ -103,7 +105,7 @@ def test_a_malformed_generation_config_is_one_line(text: str, tmp_path: Path) ->
 def test_bytes_that_are_no_text_are_one_line(tmp_path: Path) -> None:
     place = folder(tmp_path, MISSING, END)
     (place / "generation_config.json").write_bytes(b"\xff\xfe\x00{")
-    with pytest.raises(UserError, match=r"generation_config\.json: not valid JSON"):
+    with pytest.raises(UserError, match=r"generation_config\.json: not UTF-8 at byte 0"):
         read_vocabulary(place, TOKENIZER)
 
 
