@@ -24,7 +24,7 @@ _NUMBER = re.compile(r"(\d+)(:)(.*)")
 
 
 def encode_response(text: str, vocabulary: Vocabulary) -> NDArray[np.int32]:
-    """Ids int32 [R] of a response's text, EOS appended."""
+    """Ids int32 [R] of a response's text, EOS appended: the tokenizer's own, where several end a response."""
     tag_ids = dict(zip(TAG_TEXTS, vocabulary.tag_ids, strict=True))
     ids: list[int] = []
     opened = ""

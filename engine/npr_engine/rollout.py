@@ -15,8 +15,9 @@ class Rollout:
     Attributes:
         prompt_ids: int32 [P].
         token_ids: int32 [R], EOS included where it was sampled.
-        logprobs: float32 [R] under the policy (temperature 1, before penalty and truncation); NaN where
-        forced. sampler_logprobs: float32 [R] under the distribution that was sampled from; NaN where forced.
+        logprobs: float32 [R] under the policy (softmax over the tokenizer's ids, temperature 1, before penalty and truncation);
+        NaN where forced.
+        sampler_logprobs: float32 [R] under the distribution that was sampled from; NaN where forced.
         forced: bool [R], tokens that the engine wrote.
         branch_ids: int32 [R], 0 for trunk, i for branch i of its block.
         decode_steps: int32 [R], the engine step in which the token came to be.

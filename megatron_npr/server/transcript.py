@@ -90,9 +90,8 @@ class Transcript:
             self._count(branch, forced)
             if number in self._silent:
                 continue
-            piece = self._pieces[number] if number < len(self._pieces) else b""
             token = Token(number, None if math.isnan(logprob) else logprob)
-            segment = Segment(branch, forced, decoder.decode(piece), (token,))
+            segment = Segment(branch, forced, decoder.decode(self._pieces[number]), (token,))
             segments += self._stops.push(segment) if branch == 0 else [segment]
         return segments
 

@@ -14,6 +14,7 @@ from tests.distributed.launch import torchrun, worker_module
 from tests.padded import EMBEDDING, NUM_PADDED, SIZE, padded_folder, play_round
 
 
+@pytest.mark.slow
 def test_two_ranks_sample_and_train_the_tokens_alone_as_one_does(tmp_path: Path) -> None:
     assert (SIZE + NUM_PADDED) % 2
     model = padded_folder(tmp_path / "model")
