@@ -1,10 +1,8 @@
 """Builds the C++ operators of npr_ext; everything else about the project stands in pyproject.toml."""
 
-import os
+import platform
 import runpy
 import shutil
-import subprocess
-import tempfile
 from pathlib import Path
 
 import torch
@@ -18,6 +16,8 @@ PACKAGE_DIR = {
     "npr_ext": "cuda_ext/npr_ext",
 }
 
+# What every processor must have that runs the operators; cuda_ext/csrc/isa_*.cpp hold faster ones for some.
+BASE = ["-march=x86-64-v3"] if platform.machine() in ("x86_64", "AMD64") else []
 CUDA_TARGETS = runpy.run_path(str(ROOT / "cuda_ext/cuda_check.py"))["TARGETS"]
 
 
@@ -28,40 +28,31 @@ def packages() -> list[str]:
     return found
 
 
-def compiler_accepts(flag: str) -> bool:
-    compiler = os.environ.get("CXX", "g++")
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "probe.cpp"
-        source.write_text("int main() { return 0; }\n")
-        command = [compiler, flag, "-c", str(source), "-o", str(source.with_suffix(".o"))]
-        return subprocess.run(command, capture_output=True, check=False).returncode == 0
-
-
 def sources(pattern: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "cuda_ext/csrc").glob(pattern))
 
 
 def extension() -> Extension:
-    optional = [flag for flag in ("-march=native",) if compiler_accepts(flag)]
     cpp_flags = [
         "-O3",
+        "-g1",  # names and lines for a backtrace; all of it makes the library three times as large
         "-std=c++20",
         "-ffp-contract=fast",
         "-fopenmp",
         "-Wall",
         "-Wno-unknown-pragmas",
-        *optional,
+        *BASE,
     ]
     shared = {
         "include_dirs": [str(ROOT / "cuda_ext/include")],
-        "depends": sorted(str(path.relative_to(ROOT)) for path in (ROOT / "cuda_ext/include").rglob("*.h")),
+        "depends": sources("*.h") + sources("../include/npr/*.h"),
         "extra_link_args": ["-fopenmp"],
     }
     if shutil.which("nvcc") is None or torch.version.cuda is None:
         print("npr_ext: building the CPU operators only (CUDA ones need nvcc and a CUDA build of torch)")
-        return CppExtension("npr_ext._C", sources("*.cpp"), extra_compile_args=cpp_flags, **shared)
+        return CppExtension("npr_ext._operators", sources("*.cpp"), extra_compile_args=cpp_flags, **shared)
     return CUDAExtension(
-        "npr_ext._C",
+        "npr_ext._operators",
         [*sources("*.cpp"), *sources("cuda/*.cpp"), *sources("cuda/*.cu")],
         extra_compile_args={"cxx": cpp_flags, "nvcc": ["-O3", "-std=c++20", *CUDA_TARGETS]},
         **shared,

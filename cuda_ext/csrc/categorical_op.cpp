@@ -1,18 +1,13 @@
-// npr::categorical on the CPU, around npr/categorical.h.
-#include "npr/categorical.h"
-
+// npr::categorical on the CPU.
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include <tuple>
 
-#include "storage_type.h"
+#include "cpu_operators.h"
 
 namespace npr {
 namespace {
-
-constexpr int64_t kElementsPerThread = 1 << 14;
 
 // -> indices, log-probabilities at temperature 1 and at the given temperatures, each [S].
 std::tuple<at::Tensor, at::Tensor, at::Tensor> categorical(const at::Tensor& logits, const at::Tensor& uniforms,
@@ -29,22 +24,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> categorical(const at::Tensor& log
   const auto type = logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   at::Tensor policy = at::empty({logits.size(0)}, logits.options().dtype(type));
   at::Tensor sampler = at::empty_like(policy);
-  with_storage_type(logits.scalar_type(), "categorical", [&]<typename Stored>(Stored) {
-    using T = ComputeOf<Stored>;
-    const int64_t size = rows.size(1);
-    const auto* from = static_cast<const Stored*>(rows.const_data_ptr());
-    const int64_t grain = std::max<int64_t>(1, kElementsPerThread / size);
-    at::parallel_for(0, rows.size(0), grain, [&](int64_t begin, int64_t end) {
-      LogitRow<Stored> row(size);
-      for (int64_t i = begin; i < end; ++i) {
-        const auto drawn = row.draw(from + i * size, uniform.const_data_ptr<double>()[i],
-                                    static_cast<T>(temperature.const_data_ptr<float>()[i]));
-        indices.mutable_data_ptr<int64_t>()[i] = drawn.index;
-        policy.mutable_data_ptr<T>()[i] = drawn.policy;
-        sampler.mutable_data_ptr<T>()[i] = drawn.sampler;
-      }
-    });
-  });
+  cpu_operators(logits.scalar_type(), "categorical").categorical(rows, uniform, temperature, indices, policy, sampler);
   return {indices, policy, sampler};
 }
 

@@ -1,37 +1,17 @@
-// npr::rms_norm and npr::silu_mul with their gradients, and npr::split_heads, on the CPU, around npr/decoder_rows.h.
-#include "npr/decoder_rows.h"
-
+// npr::rms_norm and npr::silu_mul with their gradients, and npr::split_heads, on the CPU.
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include <optional>
 #include <tuple>
 
-#include "storage_type.h"
+#include "cpu_operators.h"
+#include "npr/sizes.h"
 
 namespace npr {
 namespace {
 
-// Below this many elements a thread costs more than it helps.
-constexpr int64_t kElementsPerThread = 1 << 14;
-
-template <typename Row>
-void for_each_row(int64_t num_rows, int64_t elements_per_row, const Row& row) {
-  const int64_t grain = std::max<int64_t>(1, kElementsPerThread / std::max<int64_t>(1, elements_per_row));
-  at::parallel_for(0, num_rows, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) row(t);
-  });
-}
-
-template <typename Stored>
-const Stored* read(const at::Tensor& tensor) {
-  return tensor.defined() ? static_cast<const Stored*>(tensor.const_data_ptr()) : nullptr;
-}
-template <typename Stored>
-Stored* write(at::Tensor& tensor) {
-  return static_cast<Stored*>(tensor.mutable_data_ptr());
-}
+constexpr int64_t kElementsPerRun = 1 << 14;  // of rows whose weight gradients are summed in a row
 
 at::Tensor contiguous(const std::optional<at::Tensor>& tensor) {
   return tensor.has_value() ? tensor->contiguous() : at::Tensor();
@@ -45,13 +25,7 @@ at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps) {
   const at::Tensor rows = x.contiguous();
   const at::Tensor scale = weight.contiguous();
   at::Tensor output = at::empty_like(rows);
-  with_storage_type(x.scalar_type(), "rms_norm", [&]<typename Stored>(Stored) {
-    const Stored* from = read<Stored>(rows);
-    const Stored* factor = read<Stored>(scale);
-    Stored* to = write<Stored>(output);
-    const int64_t size = x.size(1);
-    for_each_row(x.size(0), size, [=](int64_t t) { rms_norm_row(from + t * size, factor, to + t * size, size, eps); });
-  });
+  cpu_operators(x.scalar_type(), "rms_norm").rms_norm(rows, scale, eps, output);
   return output;
 }
 
@@ -69,40 +43,21 @@ std::tuple<at::Tensor, at::Tensor> rms_norm_backward(const at::Tensor& gradient,
   const int64_t num_rows = x.size(0);
   const int64_t size = x.size(1);
   // A part of the weight's gradient for every run of rows, summed in order: the same whichever thread comes first.
-  const int64_t rows_per_run = std::max<int64_t>(1, kElementsPerThread / std::max<int64_t>(1, size));
+  const int64_t rows_per_run = std::max<int64_t>(1, kElementsPerRun / std::max<int64_t>(1, size));
   const int64_t runs = (num_rows + rows_per_run - 1) / rows_per_run;
   at::Tensor x_gradient = at::empty_like(rows);
-  at::Tensor parts;
-  with_storage_type(x.scalar_type(), "rms_norm_backward", [&]<typename Stored>(Stored) {
-    using T = ComputeOf<Stored>;
-    parts = at::zeros({runs, size}, x.options().dtype(sizeof(T) == 8 ? at::kDouble : at::kFloat));
-    const Stored* from = read<Stored>(rows);
-    const Stored* factor = read<Stored>(scale);
-    const Stored* above = read<Stored>(given);
-    Stored* to = write<Stored>(x_gradient);
-    T* sums = static_cast<T*>(parts.mutable_data_ptr());
-    at::parallel_for(0, runs, 1, [=](int64_t begin, int64_t end) {
-      for (int64_t run = begin; run < end; ++run) {
-        const int64_t last = std::min(num_rows, (run + 1) * rows_per_run);
-        for (int64_t t = run * rows_per_run; t < last; ++t) {
-          rms_norm_backward_row(from + t * size, factor, above + t * size, to + t * size, sums + run * size, size, eps);
-        }
-      }
-    });
-  });
+  at::Tensor parts =
+      at::zeros({runs, size}, x.options().dtype(x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat));
+  cpu_operators(x.scalar_type(), "rms_norm_backward")
+      .rms_norm_backward(given, rows, scale, eps, rows_per_run, x_gradient, parts);
   return {x_gradient, parts.sum(0).to(weight.scalar_type())};
 }
 
 at::Tensor silu_mul(const at::Tensor& gate_up) {
   TORCH_CHECK_VALUE(gate_up.dim() == 2 && gate_up.size(1) % 2 == 0, "gate_up must be [T, 2F], not ", gate_up.sizes());
   const at::Tensor rows = gate_up.contiguous();
-  const int64_t size = gate_up.size(1) / 2;
-  at::Tensor output = at::empty({gate_up.size(0), size}, gate_up.options());
-  with_storage_type(gate_up.scalar_type(), "silu_mul", [&]<typename Stored>(Stored) {
-    const Stored* from = read<Stored>(rows);
-    Stored* to = write<Stored>(output);
-    for_each_row(gate_up.size(0), 2 * size, [=](int64_t t) { silu_mul_row(from + t * 2 * size, to + t * size, size); });
-  });
+  at::Tensor output = at::empty({gate_up.size(0), gate_up.size(1) / 2}, gate_up.options());
+  cpu_operators(gate_up.scalar_type(), "silu_mul").silu_mul(rows, output);
   return output;
 }
 
@@ -114,16 +69,8 @@ at::Tensor silu_mul_backward(const at::Tensor& gradient, const at::Tensor& gate_
                     "gradient and gate_up differ in type: ", gradient.scalar_type(), ", ", gate_up.scalar_type());
   const at::Tensor given = gradient.contiguous();
   const at::Tensor rows = gate_up.contiguous();
-  const int64_t size = gradient.size(1);
   at::Tensor output = at::empty_like(rows);
-  with_storage_type(gate_up.scalar_type(), "silu_mul_backward", [&]<typename Stored>(Stored) {
-    const Stored* from = read<Stored>(rows);
-    const Stored* above = read<Stored>(given);
-    Stored* to = write<Stored>(output);
-    for_each_row(rows.size(0), 2 * size, [=](int64_t t) {
-      silu_mul_backward_row(from + t * 2 * size, above + t * size, to + t * 2 * size, size);
-    });
-  });
+  cpu_operators(gate_up.scalar_type(), "silu_mul_backward").silu_mul_backward(given, rows, output);
   return output;
 }
 
@@ -173,34 +120,8 @@ at::Tensor split_heads(const at::Tensor& qkv, const std::optional<at::Tensor>& q
   }
   const int64_t queries = qkv.size(1) / (groups * dim) - 2;
   at::Tensor output = at::empty({tokens, groups * queries, dim}, qkv.options());
-  with_storage_type(qkv.scalar_type(), "split_heads", [&]<typename Stored>(Stored) {
-    const Stored* from = read<Stored>(rows);
-    const Stored* norm_q = read<Stored>(scale_q);
-    const Stored* norm_k = read<Stored>(scale_k);
-    const Stored* all_cos = read<Stored>(cosines);
-    const Stored* all_sin = read<Stored>(sines);
-    const int32_t* position_of = position.const_data_ptr<int32_t>();
-    const int32_t* slot_of = slot.const_data_ptr<int32_t>();
-    Stored* q = write<Stored>(output);
-    Stored* k = write<Stored>(k_cache);
-    Stored* v = write<Stored>(v_cache);
-    const int size = static_cast<int>(dim);
-    for_each_row(tokens, qkv.size(1), [=](int64_t t) {
-      const Stored* c = all_cos + int64_t{position_of[t]} * (dim / 2);
-      const Stored* s = all_sin + int64_t{position_of[t]} * (dim / 2);
-      const Stored* head = from + t * groups * (queries + 2) * dim;
-      for (int64_t g = 0; g < groups; ++g) {
-        for (int64_t n = 0; n < queries; ++n, head += dim) {
-          norm_and_rotate_row(head, norm_q, c, s, q + ((t * groups + g) * queries + n) * dim, size, eps);
-        }
-        const int64_t cached = (int64_t{slot_of[t]} * groups + g) * dim;
-        norm_and_rotate_row(head, norm_k, c, s, k + cached, size, eps);
-        head += dim;
-        std::copy_n(head, dim, v + cached);
-        head += dim;
-      }
-    });
-  });
+  cpu_operators(qkv.scalar_type(), "split_heads")
+      .split_heads(rows, scale_q, scale_k, cosines, sines, position, slot, eps, k_cache, v_cache, output);
   return output;
 }
 

@@ -1,11 +1,11 @@
-// `import npr_ext._C` loads this library; loading it registers the torch.ops.npr operators.
+// `import npr_ext._operators` loads this library; loading it registers the torch.ops.npr operators.
 #include <ATen/Parallel.h>
 #include <Python.h>
 #include <torch/library.h>
 
-extern "C" PyObject* PyInit__C() {
+extern "C" PyObject* PyInit__operators() {
   static PyModuleDef definition = {
-      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+      PyModuleDef_HEAD_INIT, "_operators", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&definition);
 }
 

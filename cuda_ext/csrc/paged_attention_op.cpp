@@ -1,15 +1,12 @@
-// npr::paged_attention on the CPU, around npr/paged_attention.h.
-#include "npr/paged_attention.h"
-
+// npr::paged_attention on the CPU.
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
 #include <algorithm>
-#include <memory>
 #include <vector>
 
-#include "storage_type.h"
-#include "tasks.h"
+#include "cpu_operators.h"
+#include "npr/sizes.h"
 
 namespace npr {
 namespace {
@@ -75,34 +72,9 @@ std::vector<TokenRun> make_runs(const at::Tensor& tables, const at::Tensor& row_
   return runs;
 }
 
-template <typename Products>
-void attend(const at::Tensor& q, const at::Tensor& k_cache, const at::Tensor& v_cache, const at::Tensor& tables,
-            const at::Tensor& rows, const at::Tensor& lengths, const std::vector<TokenRun>& runs, double scale,
-            at::Tensor& output) {
-  using Stored = typename Products::Stored;
-  const int num_kv_heads = static_cast<int>(k_cache.size(1));
-  const PagedAttention<Stored> job{static_cast<const Stored*>(q.const_data_ptr()),
-                                   static_cast<const Stored*>(k_cache.const_data_ptr()),
-                                   static_cast<const Stored*>(v_cache.const_data_ptr()),
-                                   static_cast<Stored*>(output.mutable_data_ptr()),
-                                   tables.const_data_ptr<int32_t>(),
-                                   rows.const_data_ptr<int32_t>(),
-                                   lengths.const_data_ptr<int32_t>(),
-                                   tables.size(1),
-                                   static_cast<int>(q.size(1)),
-                                   num_kv_heads,
-                                   static_cast<int>(q.size(2)),
-                                   static_cast<typename Products::Sum>(scale)};
-  run_tasks(static_cast<int64_t>(runs.size()) * num_kv_heads, [&] {
-    return [&job, &runs, num_kv_heads, task = std::make_unique<PagedAttentionTask<Products>>()](int64_t index) {
-      task->run(job, runs[index / num_kv_heads], static_cast<int>(index % num_kv_heads));
-    };
-  });
-}
-
 at::Tensor paged_attention(const at::Tensor& q, const at::Tensor& k_cache, const at::Tensor& v_cache,
                            const at::Tensor& tables, const at::Tensor& row_of_token, const at::Tensor& lengths,
-                           double scale, bool single_products) {
+                           double scale) {
   TORCH_CHECK_VALUE(q.dim() == 3 && k_cache.dim() == 3 && v_cache.sizes() == k_cache.sizes() &&
                         q.size(2) == k_cache.size(2) && k_cache.size(1) > 0 && q.size(1) % k_cache.size(1) == 0,
                     "q [T, N, H] and caches [S, K, H] do not fit: ", q.sizes(), ", ", k_cache.sizes(), ", ",
@@ -124,14 +96,8 @@ at::Tensor paged_attention(const at::Tensor& q, const at::Tensor& k_cache, const
   const at::Tensor length = lengths.contiguous();
   at::Tensor output = at::empty_like(queries);
   const std::vector<TokenRun> runs = make_runs(table, row, length, k_cache.size(0), std::max(1, kTileRows / group));
-  with_storage_type(q.scalar_type(), "paged_attention", [&]<typename Stored>(Stored) {
-    if (single_products) {
-      attend<SingleProducts<Stored>>(queries, k_cache, v_cache, table, row, length, runs, scale, output);
-    } else {
-      attend<typename FastestProducts<Stored>::Type>(queries, k_cache, v_cache, table, row, length, runs, scale,
-                                                     output);
-    }
-  });
+  cpu_operators(q.scalar_type(), "paged_attention")
+      .paged_attention(queries, k_cache, v_cache, table, row, length, runs, scale, output);
   return output;
 }
 
@@ -140,7 +106,7 @@ at::Tensor paged_attention(const at::Tensor& q, const at::Tensor& k_cache, const
 TORCH_LIBRARY_FRAGMENT(npr, library) {
   library.def(
       "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor tables, Tensor row_of_token, Tensor lengths, "
-      "float scale, bool single_products=False) -> Tensor");
+      "float scale) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(npr, CPU, library) { library.impl("paged_attention", &paged_attention); }

@@ -1,7 +1,8 @@
 // An AttentionPlan as one int32 tensor, so that it is saved and passed like any other input.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 
 #include <cstring>
 

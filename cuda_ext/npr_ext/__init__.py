@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     )
     from npr_ext.errors import UserError
     from npr_ext.layout import BranchLayout, LayoutViolation, branch_layout
+    from npr_ext.library import cpu_isa
     from npr_ext.paged import paged_attention
     from npr_ext.tags import TagIds
     from npr_ext.violations import MESSAGES, Violation
@@ -35,6 +36,7 @@ _HOMES = {
     "branch_attention": "attention",
     "branch_layout": "layout",
     "categorical": "decoder",
+    "cpu_isa": "library",
     "linear": "decoder",
     "num_threads": "decoder",
     "paged_attention": "paged",
@@ -54,6 +56,7 @@ __all__ = [
     "branch_attention",
     "branch_layout",
     "categorical",
+    "cpu_isa",
     "linear",
     "num_threads",
     "paged_attention",

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from npr_ext import _C  # noqa: F401  (loading it registers torch.ops.npr)
+from npr_ext import library  # noqa: F401  (registers torch.ops.npr)
 from npr_ext.flex import flex_branch_attention
 from npr_ext.layout import BranchLayout
 

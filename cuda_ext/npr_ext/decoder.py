@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from npr_ext import _C  # noqa: F401  (loading it registers torch.ops.npr)
+from npr_ext import library  # noqa: F401  (registers torch.ops.npr)
 
 
 def _gpu() -> ModuleType:
@@ -38,14 +38,11 @@ def categorical(
     return indices, policy, sampler
 
 
-def linear(
-    x_TC: Tensor, weight_DC: Tensor, bias_D: Tensor | None = None, *, single_products: bool = False
-) -> Tensor:
+def linear(x_TC: Tensor, weight_DC: Tensor, bias_D: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias, [T, D]; right for any T, meant for the 1 to some hundred rows of a decode step or a
-    prefill chunk: the weight is read from where it lies, never packed. bfloat16 is summed in float32, by the
-    processor's own products of bfloat16 pairs where it has them (subnormal numbers then count as zero).
-    single_products: as on a processor without them."""
-    product: Tensor = torch.ops.npr.linear(x_TC, weight_DC, bias_D, single_products)
+    prefill chunk: the weight is read from where it lies, never packed. bfloat16 is summed in float32, at AVX512_BF16
+    by the processor's own products of bfloat16 pairs (subnormal numbers then count as zero)."""
+    product: Tensor = torch.ops.npr.linear(x_TC, weight_DC, bias_D)
     return product
 
 

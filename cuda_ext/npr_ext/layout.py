@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask
 
-from npr_ext import _C  # noqa: F401  (loading it registers torch.ops.npr)
+from npr_ext import library  # noqa: F401  (registers torch.ops.npr)
 from npr_ext.errors import UserError
 from npr_ext.tags import TagIds
 from npr_ext.violations import MESSAGES, Violation

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from npr_ext import _C  # noqa: F401  (loading it registers torch.ops.npr)
+from npr_ext import library  # noqa: F401  (registers torch.ops.npr)
 
 RUN_TOKENS = 16  # tokens of a prefill chunk that a GPU computes together
 
@@ -18,7 +18,6 @@ def paged_attention(
     *,
     scale: float | None = None,
     runs: Tensor | None = None,
-    single_products: bool = False,
 ) -> Tensor:
     """Token t attends to the slots ``tables[row_of_token[t], :lengths[t]]``; a token without keys gives zeros. [T, N, H].
 
@@ -32,7 +31,6 @@ def paged_attention(
         scale: factor of the scores; 1 / sqrt(H) if None.
         runs: int32 [R, 2], (first token, tokens <= 16) of neighbours in one row, which a GPU computes together; the CPU finds
             them itself. Each token alone if None.
-        single_products: on the CPU, as on a processor without products of bfloat16 pairs.
 
     Raises:
         ValueError: a shape, type, row, length or slot that does not fit (on the CPU; a GPU's memory is not read to check).
@@ -45,6 +43,6 @@ def paged_attention(
             q_TNH, k_cache_SKH, v_cache_SKH, tables, row_of_token, lengths, factor, runs
         )
     output: Tensor = torch.ops.npr.paged_attention(
-        q_TNH, k_cache_SKH, v_cache_SKH, tables, row_of_token, lengths, factor, single_products
+        q_TNH, k_cache_SKH, v_cache_SKH, tables, row_of_token, lengths, factor
     )
     return output

@@ -1,5 +1,7 @@
-"""Seeded inputs: every bench and test names its layouts by these arguments."""
+"""Seeded inputs: every bench and test names its layouts by these arguments. And the choice of an instruction set."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -7,6 +9,7 @@ from torch import Tensor
 
 from npr_ext.errors import UserError
 from npr_ext.layout import BranchLayout, branch_layout
+from npr_ext.library import cpu_isa
 from npr_ext.tags import TagIds
 
 TAGS = TagIds(2, 3, 4, 5, 6, 7, 8, 9)
@@ -91,3 +94,14 @@ def _random_split(total: int, parts: int, generator: torch.Generator) -> list[in
     edges = (weights.cumsum(0) / weights.sum() * (total - parts)).round().long()
     lengths: list[int] = (torch.diff(edges, prepend=torch.zeros(1, dtype=torch.int64)) + 1).tolist()
     return lengths
+
+
+@contextmanager
+def using_isa(name: str) -> Iterator[None]:
+    """The CPU's operators by this instruction set of the processor (one of npr_ext.library.cpu_isas), in all threads."""
+    before = cpu_isa()
+    torch.ops.npr.use_cpu_isa(name)
+    try:
+        yield
+    finally:
+        torch.ops.npr.use_cpu_isa(before)

@@ -34,6 +34,7 @@ from megatron_npr.bench.script import Script, response_script
 from megatron_npr.bench.vllm_contender import Stillness, Vllm, VllmSettings
 from megatron_npr.session import DTYPES
 from npr_engine.engine import Engine, EngineConfig
+from npr_ext import cpu_isa
 from npr_ext.errors import UserError
 
 WARM_UP_TOKENS = 4
@@ -130,6 +131,7 @@ def measure(bench: EngineBench) -> dict[str, object]:
         "kv_utilisation": pressure[0].kv_utilisation,
         "overhead_us_per_step": main.overhead_us_per_step,
         "overhead_share": main.overhead_share,
+        "cpu_isa": cpu_isa(),
         "threads": torch.get_num_threads(),
         "load_average": [load_before, os.getloadavg()[0]],
         "prompt_tokens": bench.prompt_tokens,

@@ -1,4 +1,4 @@
-"""npr::linear against float64: with the processor's products of bfloat16 pairs and without them."""
+"""npr::linear against float64, by every instruction set of this processor."""
 
 import pytest
 import torch
@@ -8,8 +8,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from npr_ext import linear
+from npr_ext.library import cpu_isas
+from npr_ext.testing import using_isa
 
 SEEDS = st.integers(0, 10**6)
+ISAS = st.sampled_from(cpu_isas())
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
 # All kinds of tiles: dot products of 1 to 4 rows, panels of 1 to 3 vectors, and what is left over at each edge.
 ROWS = st.one_of(st.integers(1, 10), st.integers(11, 130))
@@ -30,9 +33,9 @@ def rms(error: Tensor) -> float:
 
 
 @settings(max_examples=200, deadline=None)
-@given(SEEDS, DTYPES, ROWS, INSIDE, OUTSIDE, st.booleans(), st.booleans())
+@given(SEEDS, DTYPES, ROWS, INSIDE, OUTSIDE, st.booleans(), ISAS)
 def test_sums_are_in_float32_and_rounded_once(
-    seed: int, dtype: torch.dtype, rows: int, inside: int, outside: int, biased: bool, single_products: bool
+    seed: int, dtype: torch.dtype, rows: int, inside: int, outside: int, biased: bool, isa: str
 ) -> None:
     x, weight = embedded(seed, dtype, rows, inside), embedded(seed + 1, dtype, outside, inside)
     bias = embedded(seed + 2, dtype, 1, outside)[0] if biased else None
@@ -40,23 +43,26 @@ def test_sums_are_in_float32_and_rounded_once(
     magnitude = F.linear(
         x.double().abs(), weight.double().abs(), None if bias is None else bias.double().abs()
     )
-    product = linear(x, weight, bias, single_products=single_products)
+    with using_isa(isa):
+        product = linear(x, weight, bias)
     assert product.dtype == dtype
     # Half a unit in the last place of the result, and at most a rounding of float32 for every addition.
     bound = exact.abs() * torch.finfo(dtype).eps / 2 + magnitude * (inside + 1) * 2**-24
     assert ((product.double() - exact).abs() <= bound).all()
 
 
-@pytest.mark.parametrize("single_products", [False, True])
+@pytest.mark.parametrize("isa", cpu_isas())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8, 16, 32, 33, 64])
 @pytest.mark.parametrize("inside", [575, 576, 1536])
 def test_the_error_is_at_most_twice_that_of_pytorch(
-    inside: int, rows: int, dtype: torch.dtype, single_products: bool
+    inside: int, rows: int, dtype: torch.dtype, isa: str
 ) -> None:
     x, weight = embedded(rows, dtype, rows, inside), embedded(inside, dtype, 500, inside)
     exact = F.linear(x.double(), weight.double())
-    ours, theirs = linear(x, weight, single_products=single_products), F.linear(x, weight)
+    with using_isa(isa):
+        ours = linear(x, weight)
+    theirs = F.linear(x, weight)
     assert rms(ours.double() - exact) <= 2 * rms(theirs.double() - exact)
 
 
@@ -88,7 +94,3 @@ def test_a_nan_or_an_infinity_stays_in_its_row_and_output(dtype: torch.dtype, ro
     assert product[:, 11].isinf().all()
     kept = [d for d in range(30) if d not in (7, 11)]
     assert torch.equal(product[:, kept], clean[:, kept])
-
-
-def test_a_processor_with_products_of_bfloat16_pairs_is_used() -> None:
-    assert torch.ops.npr.has_pair_products() == torch.cpu._is_avx512_bf16_supported()

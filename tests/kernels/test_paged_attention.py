@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from npr_ext import paged_attention
+from npr_ext.library import cpu_isas
 from npr_ext.reference import reference_paged_attention
+from npr_ext.testing import using_isa
 
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-12, torch.bfloat16: 2e-2}
 
@@ -42,7 +44,7 @@ def random_job(
     st.sampled_from([(1, 1), (4, 2), (9, 3), (4, 1), (8, 1)]),
     st.sampled_from([8, 20, 32, 33, 64, 80, 128]),
     st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
-    st.booleans(),
+    st.sampled_from(cpu_isas()),
 )
 def test_every_token_attends_to_exactly_its_slots(
     seed: int,
@@ -50,10 +52,11 @@ def test_every_token_attends_to_exactly_its_slots(
     heads: tuple[int, int],
     dim: int,
     dtype: torch.dtype,
-    single_products: bool,
+    isa: str,
 ) -> None:
     q, k, v, tables, rows, lengths = random_job(seed, runs, *heads, dim, dtype)
-    actual = paged_attention(q, k, v, tables, rows, lengths, single_products=single_products)
+    with using_isa(isa):
+        actual = paged_attention(q, k, v, tables, rows, lengths)
     seen = lengths > 0
     expected = reference_paged_attention(
         q[seen].double(), k.double(), v.double(), tables, rows[seen], lengths[seen], 1 / math.sqrt(dim)

@@ -9,7 +9,7 @@
 
 #include "npr/simd.h"
 
-namespace npr {
+NPR_ISA_BEGIN
 
 template <typename T>
 struct Draw {
@@ -123,4 +123,4 @@ class LogitRow {
   std::vector<double> block_sums_;
 };
 
-}  // namespace npr
+NPR_ISA_END

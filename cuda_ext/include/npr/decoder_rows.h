@@ -5,10 +5,9 @@
 #include <cmath>
 
 #include "npr/simd.h"
+#include "npr/sizes.h"
 
-namespace npr {
-
-constexpr int kMaxRotatedDim = 256;
+NPR_ISA_BEGIN
 
 // weight * x / sqrt(mean(x^2) + eps), Zhang and Sennrich 2019; `out` may be `x`.
 template <typename In, typename Stored, typename Out>
@@ -101,4 +100,4 @@ inline void norm_and_rotate_row(const Stored* x, const Stored* norm, const Store
   }
 }
 
-}  // namespace npr
+NPR_ISA_END

@@ -13,7 +13,7 @@
 
 #include "npr/products.h"
 
-namespace npr {
+NPR_ISA_BEGIN
 
 template <typename Stored>
 struct LinearJob {
@@ -154,8 +154,8 @@ class PanelLinear {
   static constexpr int kMaxVectors = 3;
   static constexpr int kUnroll = 4;
   // Steps that are summed in a row, and such sums: the rounding error grows with them. Adding up the parts costs
-  // up to 3 % of the time; without it, the logits of a model with 1536 features inside have 2 to 10 times the error of a
-  // library's GEMM.
+  // up to 3 % of the time; without it, the logits of a model with 1536 features inside have 2 to 10 times the error of
+  // a library's GEMM.
   static constexpr int64_t kSummands = 16;
 
  public:
@@ -314,4 +314,4 @@ class PanelLinear {
   int64_t num_steps_;  // elements of C, or pairs of them
 };
 
-}  // namespace npr
+NPR_ISA_END

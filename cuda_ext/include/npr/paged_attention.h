@@ -11,8 +11,9 @@
 
 #include "npr/products.h"
 #include "npr/tile.h"
+#include "npr/token_run.h"
 
-namespace npr {
+NPR_ISA_BEGIN
 
 template <typename Stored>
 struct PagedAttention {
@@ -28,14 +29,6 @@ struct PagedAttention {
   int num_kv_heads;
   int dim;
   ComputeOf<Stored> scale;
-};
-
-struct TokenRun {
-  int64_t first;
-  int32_t count;
-  int32_t table_row;  // of the first token
-  int32_t together;   // keys at the front that are read for all tokens; a token beyond its length sees none of them
-  bool one_row;       // all tokens stand in one table row: every key is read together
 };
 
 template <typename Products>
@@ -230,4 +223,4 @@ class PagedAttentionTask {
   int limits_[kTileRows];
 };
 
-}  // namespace npr
+NPR_ISA_END

@@ -1,13 +1,13 @@
-// What a lane of a vector multiplies and adds: one product, or where the processor has the instruction two of bfloat16.
+// What a lane of a vector multiplies and adds: one product, or where the level has the instruction two of bfloat16.
 #pragma once
 
 #include "npr/simd.h"
 
-#if defined(__AVX512BF16__)
+#if defined(NPR_ISA_AVX512_BF16)
 #include <immintrin.h>
 #endif
 
-namespace npr {
+NPR_ISA_BEGIN
 
 // One product a lane; bfloat16 is widened before.
 template <typename StoredType>
@@ -23,7 +23,7 @@ struct SingleProducts {
   static Vec<Sum> add(Vec<Sum> sum, Vec<Sum> a, Vec<Sum> b) { return sum + a * b; }
 };
 
-#if defined(__AVX512BF16__)
+#if defined(NPR_ISA_AVX512_BF16)
 // Two products a lane (vdpbf16ps): sums in float32, rounded to nearest; subnormal numbers count as zero. Operands are
 // pairs of bfloat16 that only pass through as bits of a float.
 struct PairProducts {
@@ -55,15 +55,4 @@ struct PairProducts {
 };
 #endif
 
-template <typename Stored>
-struct FastestProducts {
-  using Type = SingleProducts<Stored>;
-};
-#if defined(__AVX512BF16__)
-template <>
-struct FastestProducts<BFloat16> {
-  using Type = PairProducts;
-};
-#endif
-
-}  // namespace npr
+NPR_ISA_END

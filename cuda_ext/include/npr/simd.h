@@ -1,4 +1,4 @@
-// Vectors of the machine's own width by the compiler's vector extension: the same source for AVX-512, AVX2 and others.
+// Vectors as wide as the level's registers by the compiler's vector extension: one source for AVX-512, AVX2 and others.
 #pragma once
 
 #include <cmath>
@@ -8,18 +8,12 @@
 #include <type_traits>
 #include <utility>
 
-namespace npr {
+#include "npr/isa.h"
 
-#if defined(__AVX512F__)
-constexpr int kVectorBytes = 64;
-constexpr int kVectorRegisters = 32;
-#elif defined(__AVX__)
-constexpr int kVectorBytes = 32;
-constexpr int kVectorRegisters = 16;
-#else
-constexpr int kVectorBytes = 16;
-constexpr int kVectorRegisters = 16;
-#endif
+NPR_ISA_BEGIN
+
+constexpr int kVectorBytes = NPR_VECTOR_BYTES;
+constexpr int kVectorRegisters = kVectorBytes == 64 ? 32 : 16;
 
 template <typename T>
 struct VectorOf {
@@ -46,7 +40,7 @@ inline Vec<T> broadcast(T value) {
 // loads busy instead of the multipliers (4 rows x 4 outputs in float32: half the speed).
 template <typename V>
 inline V in_register(V value) {
-#if defined(__AVX512F__)
+#if NPR_VECTOR_BYTES == 64
   __asm__("" : "+v"(value));
 #elif defined(__x86_64__)
   __asm__("" : "+x"(value));
@@ -225,4 +219,4 @@ inline Vec<double> exp_of(Vec<double> x) {
   return x;
 }
 
-}  // namespace npr
+NPR_ISA_END

@@ -7,14 +7,9 @@
 #include <vector>
 
 #include "npr/simd.h"
+#include "npr/sizes.h"
 
-namespace npr {
-
-constexpr int kTileRows = 64;   // query rows (tokens x grouped heads) of a tile
-constexpr int kTileKeys = 128;  // keys of a tile
-constexpr int kMaxHeadDim = 128;
-constexpr int kTileStride = 144;  // elements between rows of a tile in scratch: a constant, for immediate addressing; a
-                                  // vector that starts inside the first 128 may run over by less than 16
+NPR_ISA_BEGIN
 
 static_assert(kTileKeys + kVectorBytes / 4 <= kTileStride && kMaxHeadDim <= kTileStride);
 
@@ -231,4 +226,4 @@ class RunningSoftmax {
   T total_[kTileRows + kLanes<T>];
 };
 
-}  // namespace npr
+NPR_ISA_END
