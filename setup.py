@@ -12,6 +12,7 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtensio
 ROOT = Path(__file__).parent
 PACKAGE_DIR = {
     "megatron_npr": "megatron_npr",
+    "megatron_npr.configs": "configs",
     "npr_engine": "engine/npr_engine",
     "npr_ext": "cuda_ext/npr_ext",
 }

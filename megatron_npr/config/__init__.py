@@ -24,6 +24,7 @@ from megatron_npr.config.sections import (
     SftSettings,
     SftTrainSettings,
 )
+from megatron_npr.config.shipped import CONFIGS
 from megatron_npr.config.stages import (
     EvalConfig,
     SampleConfig,
@@ -34,6 +35,7 @@ from megatron_npr.config.stages import (
 )
 
 __all__ = [
+    "CONFIGS",
     "BatchSettings",
     "CheckpointSettings",
     "DapoSettings",

@@ -19,6 +19,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from megatron_npr.config.sections import Section
+from megatron_npr.config.shipped import CONFIGS
 from npr_ext.errors import UserError
 
 Config = TypeVar("Config", bound=Section)
@@ -111,7 +112,9 @@ def _read_toml(path: Path) -> Tables:
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
-        raise UserError(f"{path}: no such configuration file") from None
+        raise UserError(
+            f"{path}: no such configuration file; those that come with npr lie in {CONFIGS}"
+        ) from None
     except IsADirectoryError:
         raise UserError(f"{path} is a folder: name the .toml file in it") from None
     except UnicodeDecodeError:

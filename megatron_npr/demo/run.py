@@ -18,6 +18,7 @@ import numpy as np
 
 from megatron_npr import sample, stage1, stage2, stage3
 from megatron_npr.config import (
+    CONFIGS,
     EvalConfig,
     EvalMode,
     SampleConfig,
@@ -49,7 +50,6 @@ from npr_ext.errors import UserError
 
 Config = TypeVar("Config", bound=Section)
 
-CONFIGS = Path(__file__).parents[2] / "configs" / "demo"
 LATEST = "latest"
 NUM_TIMELINES = 4
 SPEED_PROMPTS = {1: 8, 32: 64}
@@ -146,7 +146,7 @@ class Demo:
         """A file of configs/demo with this run's folder and seed."""
         own = ["--run.dir", str(self.folder / name), "--run.seed", str(self.seed), "--run.resume", "auto"]
         own += ["--run.threads", str(self.threads)]
-        return load_config(cls, CONFIGS / f"{file}.toml", [*own, *overrides])
+        return load_config(cls, CONFIGS / "demo" / f"{file}.toml", [*own, *overrides])
 
     @property
     def zero(self) -> Stage1Config:

@@ -201,7 +201,9 @@ def test_unset_the_best_of_the_processor_is_used_and_a_cap_is_kept() -> None:
 
 
 def test_a_wrong_cap_is_one_line_and_exit_code_2() -> None:
-    code = "from megatron_npr.cli import main; raise SystemExit(main(['draw', 'layout', '--out', 'layout.svg']))"
+    code = (
+        "from megatron_npr.cli import main; raise SystemExit(main(['draw', 'layout', '--out', 'layout.svg']))"
+    )
     done = run_python(code, "AVX1024")
     assert done.returncode == 2
     assert done.stderr.startswith("npr: error: NPR_MAX_CPU_ISA is 'AVX1024'")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_npr.cli import STAGES, TOOLS, main
+from megatron_npr.config import CONFIGS
 
 
 def failure(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -54,7 +55,9 @@ def test_a_mistyped_command_gets_a_suggestion(capsys: pytest.CaptureFixture[str]
 
 
 def test_a_missing_configuration_file_is_named(capsys: pytest.CaptureFixture[str]) -> None:
-    assert failure(["stage3", "absent.toml"], capsys) == "absent.toml: no such configuration file"
+    said = failure(["stage3", "absent.toml"], capsys)
+    assert said == f"absent.toml: no such configuration file; those that come with npr lie in {CONFIGS}"
+    assert (CONFIGS / "stage3.toml").is_file()
 
 
 def test_an_unknown_key_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

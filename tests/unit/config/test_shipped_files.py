@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from megatron_npr.config import (
+    CONFIGS,
     EvalConfig,
     SampleConfig,
     Section,
@@ -12,7 +13,6 @@ from megatron_npr.config import (
     load_config,
 )
 
-CONFIGS = Path(__file__).parents[3] / "configs"
 CLASSES: dict[str, type[Section]] = {
     "stage1": Stage1Config,
     "sample": SampleConfig,
