@@ -32,7 +32,7 @@ def check_resumable(config: Section, checkpoints: Path) -> None:
     before, now = _flat(manifest.config), settings_of(config)
     run = f"the run in {checkpoints.parent} (step {manifest.step})"
     _check_kept(before, now, run)
-    _check_inputs(before, now, manifest.progress.get(INPUTS, {}), run)
+    check_inputs(before, now, manifest.progress.get(INPUTS, {}), run)
     total = now.get("train.steps")
     if total is not None and total < manifest.step:
         raise UserError(f"train.steps = {total}: {run} is beyond that; give at least {manifest.step}")
@@ -47,9 +47,10 @@ def _check_kept(before: Mapping[str, Any], now: Mapping[str, Any], run: str) -> 
             )
 
 
-def _check_inputs(
+def check_inputs(
     before: Mapping[str, Any], now: Mapping[str, Any], kept: Mapping[str, str], run: str
 ) -> None:
+    """UserError unless the inputs have the sums that were kept. `before`, `now`: settings by dotted key."""
     sums = input_sums(now)
     for name in kept.keys() & sums.keys():
         same_name = now[name] == before.get(name)

@@ -17,7 +17,7 @@ import shutil
 import socket
 import sys
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from megatron_npr.config import StageConfig, to_toml
 from megatron_npr.format_version import CURRENT, check_format
 from megatron_npr.manifest import candidates
 from megatron_npr.metrics import CONFIG, METRICS, WANDB_ID, read_metrics
-from megatron_npr.resumption import check_resumable
+from megatron_npr.resumption import check_inputs, check_resumable, input_sums, settings_of
 from megatron_npr.whole_file import write_whole
 from npr_ext.errors import UserError
 
@@ -68,19 +68,22 @@ os.register_at_fork(after_in_child=_close_locks)
 
 @dataclass(frozen=True)
 class Mark:
-    """What run.json says: the command, and the process that started last (`job`: of Slurm, or None)."""
+    """What run.json says: the command, the process that started last (`job`: of Slurm, or None), and sums of what it read
+    (see `resumption.input_sums`)."""
 
     command: str | None = None
     host: str = ""
     pid: int = 0
     job: str | None = None
     format_version: Any = None
+    inputs: Mapping[str, str] = field(default_factory=dict)
 
     @staticmethod
-    def ours(command: str) -> Mark:
+    def ours(config: StageConfig) -> Mark:
         """Of this process."""
         job = os.environ.get("SLURM_JOB_ID")
-        return Mark(command, socket.gethostname(), os.getpid(), job, CURRENT["run folder"])
+        sums = input_sums(settings_of(config))
+        return Mark(config.command, socket.gethostname(), os.getpid(), job, CURRENT["run folder"], sums)
 
     @property
     def is_of_this_job(self) -> bool:
@@ -175,7 +178,7 @@ def _take(config: StageConfig, outputs: frozenset[str]) -> bool:
         if not continued and found.has_work:
             _move_aside(found, config)
             _lock(settings.dir)
-    write_whole(settings.dir / MARK, json.dumps(asdict(Mark.ours(config.command))) + "\n")
+    write_whole(settings.dir / MARK, json.dumps(asdict(Mark.ours(config))) + "\n")
     write_whole(settings.dir / CONFIG, to_toml(config))
     return continued
 
@@ -199,8 +202,13 @@ def _continues(found: FoundRun, config: StageConfig) -> bool:
 def _check_same_settings(found: FoundRun, config: StageConfig) -> None:
     """Samples of two configurations never mix."""
     before, now = _settings(found.folder / CONFIG), _flat(tomllib.loads(to_toml(config)))
+    check_inputs(before, settings_of(config), found.mark.inputs, str(found))
     for name, value in now.items():
-        free = name in FREE_KEYS or (name.partition(".")[0] in FREE_TABLES and name != "run.seed")
+        free = (
+            name in FREE_KEYS
+            or name in found.mark.inputs
+            or (name.partition(".")[0] in FREE_TABLES and name != "run.seed")
+        )
         if not free and name in before and before[name] != value:
             raise UserError(
                 f"{found} with {name} = {before[name]!r}, not {value!r}: give the old value, choose another run.dir, "

@@ -1,7 +1,7 @@
-"""What a changed setting means for a run that continues: every key of the training stages stands in one of three tables.
+"""What a changed setting means for training that continues: each of its keys stands in one of three tables.
 
 KEPT      the run's state or identity depends on the value: another one is refused
-BY_SUM    the key names a file or folder: it may lie elsewhere, but must hold what the run began with
+BY_SUM    the key names a file or folder: it may lie elsewhere, but must hold what the run began with (so for sample and eval)
 HONOURED  holds from the next step on: the checkpoint has nothing of it, or restores it at the new value
 """
 
@@ -21,7 +21,9 @@ KEPT = {
 }
 """Key -> why the run keeps its value."""
 
-BY_SUM = frozenset({"model.path", "data.train", "data.instruction", "sft.data"})
+BY_SUM = frozenset(
+    {"model.path", "data.train", "data.instruction", "sft.data", "eval.problems", "eval.instruction"}
+)
 
 HONOURED = frozenset(
     f"{table}.{key}"

@@ -83,9 +83,9 @@ def elsewhere(work: Callable[[], object]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def started(cls: type[StageConfig], folder: Path, done: int = 0) -> Path:
+def started(cls: type[StageConfig], folder: Path, *words: str, done: int = 0) -> Path:
     """A folder in which a process, which is gone, has started a run."""
-    assert elsewhere(lambda: claim(config(cls, folder))) == 0
+    assert elsewhere(lambda: claim(config(cls, folder, *words))) == 0
     if done:
         work(folder, cls, done)
     return folder
@@ -308,7 +308,24 @@ def test_samples_of_two_configurations_do_not_mix(
     cls: type[StageConfig], changed: str, value: str, tmp_path: Path
 ) -> None:
     folder = started(cls, tmp_path / "run", done=1)
-    assert f"with {changed} = " in refusal(config(cls, folder, "--run.resume", f"--{changed}", value))
+    assert f"{changed} = " in refusal(config(cls, folder, "--run.resume", f"--{changed}", value))
+
+
+@pytest.mark.parametrize(
+    "cls, changed",
+    [(SampleConfig, "data.train"), (SampleConfig, "data.instruction"), (EvalConfig, "eval.problems")],
+)
+def test_problems_that_have_changed_since_are_not_gone_on_with_and_those_that_moved_are(
+    cls: type[StageConfig], changed: str, tmp_path: Path
+) -> None:
+    old = tmp_path / "old.jsonl"
+    old.write_text("first\n")
+    folder = started(cls, tmp_path / "run", f"--{changed}", str(old), done=1)
+    moved = old.rename(tmp_path / "moved.jsonl")
+    assert claim(config(cls, folder, "--run.resume", f"--{changed}", str(moved)))
+    moved.write_text("first\nsecond\n")
+    said = refusal(config(cls, folder, "--run.resume", f"--{changed}", str(moved)))
+    assert said.startswith(f'{changed} = "{moved}" is not what it was when ')
 
 
 @pytest.mark.parametrize(
