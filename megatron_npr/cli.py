@@ -2,8 +2,9 @@
 
     npr stage3 FILE.toml --train.steps 4 ──► load_config ──► megatron_npr.stage3.run(config) ──► exit code
 
-Exit codes: 0 done, 1 a floor of the demo missed, 2 a mistake of the user's, 130 interrupted. Everything that
-needs torch is imported only when it runs, so that help and errors come at once.
+Exit codes: 0 done, 1 a floor of the demo missed or a failure of ours (with its traceback), 2 a mistake of the user's, 130
+interrupted. A reader that goes away (`npr ... | head`) changes none of them. Everything that needs torch is imported only
+when it runs, so that help and errors come at once.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from megatron_npr.lasting_output import lasting_output
 from npr_ext.errors import UserError
 
 if TYPE_CHECKING:
@@ -77,17 +79,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # What Megatron says about packages that are not installed belongs into the README, not above every run.
     warnings.filterwarnings("ignore", module=r"megatron\.core|megatron_npr\.cpu_runtime")
     words = list(sys.argv[1:] if arguments is None else arguments)
-    try:
-        return _dispatch(words)
-    except UserError as error:
-        _say(f"npr: error: {error}")
-        return 2
-    except KeyboardInterrupt:
-        _say(f"npr: interrupted; {_how_to_continue(words)}")
-        return INTERRUPTED
-    except BrokenPipeError:  # the reader of a pipe, e.g. head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    with lasting_output():
+        try:
+            return _dispatch(words)
+        except UserError as error:
+            _say(f"npr: error: {error}")
+            return 2
+        except KeyboardInterrupt:
+            _say(f"npr: interrupted; {_how_to_continue(words)}")
+            return INTERRUPTED
 
 
 def _dispatch(words: list[str]) -> int:

@@ -73,11 +73,9 @@ def open_session(
     config: StageConfig, run: RunSettings, model: ModelSettings, parallel: ParallelSettings
 ) -> Session:
     """Join the world, read tokenizer and architecture, take the run folder (see `run_folder.claim`); collective."""
-    tokenizer = load_tokenizer(model.path)
-    vocabulary = read_vocabulary(model.path, tokenizer)
-    model_config = read_model_config(model.path)
     _set_threads(run.threads)
     join_world()
+    tokenizer, vocabulary, model_config = on_every_rank(lambda: _read_description(model.path))
     agree(
         "start",
         settings=[config.model_dump_json(exclude={"log": True, "run": {"threads"}})],
@@ -107,6 +105,12 @@ def open_session(
         model_config,
         continued,
     )
+
+
+def _read_description(folder: Path) -> tuple[Any, Vocabulary, ModelConfig]:
+    """What a model's folder says besides its weights."""
+    tokenizer = load_tokenizer(folder)
+    return tokenizer, read_vocabulary(folder, tokenizer), read_model_config(folder)
 
 
 def _set_threads(threads: int) -> None:

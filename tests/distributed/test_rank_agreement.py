@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 
 import pytest
 
+from megatron_npr.demo.base import FOLDER
 from megatron_npr.demo.tasks import demo_problems
 from megatron_npr.metrics import read_metrics
-from tests.distributed.launch import run_worker
+from tests.distributed.launch import run_worker, torchrun, worker_module
 
 pytestmark = pytest.mark.slow
 
@@ -59,3 +61,11 @@ def test_a_verifier_that_is_too_slow_on_one_rank_changes_no_ranks_samples(
     lines = read_metrics(folder / "slow" / "metrics.jsonl")
     assert len(lines) == 1 and lines[0]["accuracy"] > 0 and lines[0]["grad_norm"] > 0
     assert (folder / "slow" / "model" / "model.safetensors").is_file()
+
+
+def test_a_mistake_of_one_rank_alone_is_told(tmp_path: Path) -> None:
+    """Its node has not the model, say, and rank 0 alone prints."""
+    model = os.path.relpath(FOLDER)
+    words = ["stage3", "--model.path", model, "--data.train", "demo", "--run.dir", tmp_path / "run"]
+    with pytest.raises(AssertionError, match=f"npr: error: .*{model}"):
+        torchrun(worker_module("alone_worker"), words, 2)
