@@ -57,7 +57,7 @@ class Branching:
     def has_answer(self, response: ResponseState) -> bool:
         """Whether the text after the trunk's last tag holds a \\boxed answer that is not empty."""
         self._parse_trunk(response)
-        return bool(response.parser.answer)
+        return response.parser.has_answer
 
     def _parse_trunk(self, response: ResponseState) -> None:
         row = response.trunk.row

@@ -11,7 +11,8 @@ numbering, emptiness, text in gaps, the boxed answer, EOS.
 
 from __future__ import annotations
 
-from npr_engine.parser import NUMBER, Parser, State, last_boxed
+from npr_engine.boxed import last_boxed
+from npr_engine.parser import NUMBER, Parser, State
 from npr_engine.token_ids import TokenIds
 from npr_engine.tree import Block, Defect, Reading, Response, Span
 from npr_engine.vocabulary import Vocabulary

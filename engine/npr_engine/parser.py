@@ -10,14 +10,21 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
+from npr_engine.boxed import BoxedReader, last_boxed
 from npr_engine.token_ids import TokenIds
 from npr_engine.tree import Block, Defect, Reading, Response, Span
 from npr_engine.vocabulary import TokenClass, Vocabulary
 from npr_ext.violations import MESSAGES, Violation
 
 NUMBER = re.compile(r"\s*(\d+)[ \t]*:")
+_MOST_DIGITS = 18
 _FIRST_STRUCTURAL = int(TokenClass.EOS)
 _TEXT = bytes((TokenClass.TEXT,))
+
+
+def _value(digits: str) -> int:
+    """A number as written, -1 for one that no block can count to: Python refuses to read thousands of digits."""
+    return int(digits) if len(digits) <= _MOST_DIGITS else -1
 
 
 class State(IntEnum):
@@ -103,6 +110,10 @@ class Parser:
         self._eos: int | None = None
         self._text_start = 0  # first token after the last tag
         self._guideline_start = 0
+        self._boxed: BoxedReader | None = (
+            None  # of the text after the last tag, read up to token `_boxed_end`
+        )
+        self._boxed_end = 0
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -113,9 +124,13 @@ class Parser:
         return self.structural or next(iter(self.defects), None)
 
     @property
-    def answer(self) -> str | None:
-        """What the last \\boxed{...} after the last tag holds; None without one."""
-        return last_boxed(self._vocabulary.text(self._ids[self._text_start :]))
+    def has_answer(self) -> bool:
+        """Whether the text after the last tag holds a \\boxed{...} that is not empty; asked again, only what is new is read."""
+        if self._boxed is None:
+            self._boxed, self._boxed_end = BoxedReader(), self._text_start
+        self._boxed.feed(self._vocabulary.text(self._ids[self._boxed_end :]))
+        self._boxed_end = len(self._ids)
+        return bool(self._boxed.answer)
 
     def feed(self, token_id: int) -> None:
         """Takes one token."""
@@ -202,6 +217,7 @@ class Parser:
         if following is State.BEFORE_STEP and self.num_steps == self.num_plans:
             self.state = State.BEFORE_TAKEAWAY
         self._text_start = index + 1
+        self._boxed = None
 
     def _violation(self, token_class: TokenClass) -> Violation:
         specific = _SPECIFIC.get((self.state, token_class))
@@ -248,7 +264,7 @@ class Parser:
         """The span of a plan or step, after checks of its `N:` and of the text behind it."""
         content = self._vocabulary.text(self._ids[text.start : text.end])
         match = NUMBER.match(content)
-        if match is None or int(match[1]) != number:
+        if match is None or _value(match[1]) != number:
             self._note(numbering, text.start)
         if not content[match.end() if match else 0 :].strip():
             self._note(empty, text.end)
@@ -268,30 +284,3 @@ class Parser:
     def _defect(self, violation: Violation, index: int) -> Defect:
         message = f"token {index}: {MESSAGES[violation]}"
         return Defect(violation, index, message, len(self.blocks))
-
-
-def last_boxed(text: str) -> str | None:
-    """What the last \\boxed{...} of a text holds, stripped (braces balance, escaped ones do not count);
-    None without one."""
-    start = text.rfind("\\boxed{")
-    while start >= 0:
-        content = _balanced(text, start + len("\\boxed{"))
-        if content is not None:
-            return content.strip()
-        start = text.rfind("\\boxed{", 0, start)
-    return None
-
-
-def _balanced(text: str, start: int) -> str | None:
-    """The text from `start` up to the brace that closes it; None where none does."""
-    depth, index = 1, start
-    while index < len(text):
-        char = text[index]
-        if char == "\\":
-            index += 2
-            continue
-        depth += (char == "{") - (char == "}")
-        if depth == 0:
-            return text[start:index]
-        index += 1
-    return None

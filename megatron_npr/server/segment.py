@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import groupby
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,13 @@ class Segment:
 
 def joined(segments: Iterable[Segment]) -> list[Segment]:
     """The same text in as few segments as possible, none of them empty."""
-    out: list[Segment] = []
-    for segment in segments:
-        last = out[-1] if out else None
-        if last is not None and (last.branch, last.forced) == (segment.branch, segment.forced):
-            tokens = last.tokens + segment.tokens
-            out[-1] = Segment(last.branch, last.forced, last.text + segment.text, tokens)
-        elif segment.text or segment.tokens:
-            out.append(segment)
-    return out
+    filled = (segment for segment in segments if segment.text or segment.tokens)
+    return [
+        _whole(list(group))
+        for _, group in groupby(filled, key=lambda segment: (segment.branch, segment.forced))
+    ]
+
+
+def _whole(parts: list[Segment]) -> Segment:
+    tokens = tuple(token for part in parts for token in part.tokens)
+    return Segment(parts[0].branch, parts[0].forced, "".join(part.text for part in parts), tokens)

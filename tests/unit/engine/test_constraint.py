@@ -55,7 +55,7 @@ def test_a_tag_is_forbidden_exactly_where_the_grammar_objects(text: str) -> None
         parser.feed(token)
         prefix.append(token)
         if constraint.may_answer(np.array([state], np.int8), np.array([token]))[0]:
-            phase = Phase.CLOSABLE if parser.answer else Phase.BEGUN
+            phase = Phase.CLOSABLE if parser.has_answer else Phase.BEGUN
         phase = Phase(phase)
         if parser.state in (State.PLAN, State.STEP) and PIECES[token] in "\n 1234:":
             phase = Phase.EMPTY

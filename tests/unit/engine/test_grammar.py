@@ -4,8 +4,8 @@ import time
 
 import pytest
 
+from npr_engine.boxed import last_boxed
 from npr_engine.grammar import Defect, Response
-from npr_engine.parser import last_boxed
 from npr_engine.testing import GRAMMAR, VOCABULARY, answer, block, encode
 from npr_ext.violations import Violation
 
