@@ -31,8 +31,9 @@ def read_vocabulary(folder: Path, tokenizer: Any) -> Vocabulary:
     if value is None:
         where, value = folder / "config.json", read_config_json(folder).get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
+    known = set(tokenizer.get_vocab().values())
     for token in ids:
-        if type(token) is not int or token < 0 or tokenizer.convert_ids_to_tokens(token) is None:
+        if type(token) is not int or token not in known:
             raise UserError(
                 f"{where}: eos_token_id {token!r} is no id of the tokenizer: name ids that it has, or leave the key out"
             )

@@ -78,7 +78,9 @@ def transformers_ids(place: Path) -> set[int]:
 
 
 @pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
-@pytest.mark.parametrize("wrong", [340, 999_999, -1, [END, 340], "2", 1.0, True, {"a": 1}, [[END]], [None]])
+@pytest.mark.parametrize(
+    "wrong", [340, 999_999, 1 << 40, -1, [END, 340], "2", 1.0, True, {"a": 1}, [[END]], [None]]
+)
 def test_an_eos_that_the_tokenizer_does_not_know_is_one_line(file: str, wrong: Any, tmp_path: Path) -> None:
     in_generation = file == "generation_config.json"
     place = folder(
