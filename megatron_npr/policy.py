@@ -152,7 +152,8 @@ class PolicyChunk(GPTModel):
             hidden_TBD = tensor_parallel.copy_to_tensor_model_parallel_region(hidden)
         weight = self.head_weight
         log_probs_M, entropy_M = token_log_probs(
-            hidden_TBD[:, 0][predecessors],
+            # Not [predecessors]: siblings share one, and its gradient is summed by atomics, in the order of the threads.
+            hidden_TBD[:, 0].index_select(0, predecessors),
             weight,
             token_ids[0, targets],
             first_row=self.world.tensor_rank * weight.shape[0],
