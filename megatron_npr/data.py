@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_npr.json_lines import file_bytes, json_value, read_json_lines
 from megatron_npr.problem import Problem
 from npr_engine.grammar import last_boxed
 from npr_ext.errors import UserError
@@ -62,25 +63,12 @@ def problem_of(record: Any, default_id: str) -> Problem:
 
 def _records(path: Path) -> Iterator[tuple[str, Any]]:
     """(place, record) of every record; a place is what an error names."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start})") from None
-    if text.lstrip().startswith("[") and path.suffix != ".jsonl":
-        try:
-            items = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
-        for index, item in enumerate(items):
+    content = file_bytes(path)
+    if content.lstrip().startswith(b"[") and path.suffix != ".jsonl":
+        for index, item in enumerate(json_value(content, path)):
             yield f"{path}: item {index + 1}", item
         return
-    for number, line in enumerate(text.removesuffix("\n").split("\n"), start=1):
-        if not line.strip():
-            raise UserError(f"{path}:{number}: empty line: remove it")
-        try:
-            yield f"{path}:{number}", json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{number}: not JSON: {error.msg} at column {error.colno}") from None
+    yield from read_json_lines(path)
 
 
 def _question(record: dict[str, Any]) -> str:

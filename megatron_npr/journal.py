@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from megatron_npr.json_lines import whole_lines
 from megatron_npr.parallel import World, on_first_rank
 
 Entry = dict[str, Any]
@@ -34,13 +35,6 @@ class Journal:
 
 
 def _open(path: Path, *, continued: bool) -> list[Entry]:
-    whole = _whole_lines(path) if continued else b""
     with path.open("ab") as file:
-        file.truncate(len(whole))
-    return [json.loads(line) for line in whole.splitlines()]
-
-
-def _whole_lines(path: Path) -> bytes:
-    """The bytes up to the end of the last line that is complete; none where there is no file."""
-    content = path.read_bytes() if path.is_file() else b""
-    return content[: content.rfind(b"\n") + 1]
+        file.truncate(path.read_bytes().rfind(b"\n") + 1 if continued else 0)
+    return whole_lines(path)

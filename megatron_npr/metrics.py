@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Protocol, Self
 
+from megatron_npr.json_lines import whole_lines
 from megatron_npr.whole_file import write_whole
 
 Number = int | float
@@ -80,8 +81,7 @@ class MetricsLog:
 
 def read_metrics(path: Path) -> list[Record]:
     """The records of a metrics.jsonl in file order; a last line cut off by a crash is left out."""
-    lines = path.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    return whole_lines(path)
 
 
 def _keep_steps_before(first_step: int, path: Path) -> None:

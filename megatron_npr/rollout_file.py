@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from megatron_npr.format_version import CURRENT, FORMAT_VERSION, Kind, check_format
+from megatron_npr.json_lines import read_json_lines
 from npr_engine.rollout import Rollout
 from npr_engine.vocabulary import Vocabulary
 from npr_ext.errors import UserError
@@ -75,12 +76,10 @@ def read_with_pieces(path: Path) -> list[tuple[Rollout, tuple[str, ...]]]:
     if not path.is_file():
         raise UserError(f"{path}: no such file; `npr eval` and `npr demo` write rollouts")
     rollouts = []
-    with path.open() as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                record = json.loads(line)
-                check_format(KIND, f"{path}:{number}", record.get(FORMAT_VERSION))
-                rollouts.append((from_record(record), tuple(record["pieces"])))
-            except (AttributeError, KeyError, TypeError, ValueError) as error:
-                raise UserError(f"{path}:{number}: not a rollout: {type(error).__name__} {error}") from None
+    for place, record in read_json_lines(path):
+        try:
+            check_format(KIND, place, record.get(FORMAT_VERSION))
+            rollouts.append((from_record(record), tuple(record["pieces"])))
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+            raise UserError(f"{place}: not a rollout: {type(error).__name__} {error}") from None
     return rollouts

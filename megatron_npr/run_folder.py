@@ -296,7 +296,7 @@ def _last_step(path: Path) -> int | None:
     try:
         records = read_metrics(path)
         return int(records[-1]["step"]) if records else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (UserError, ValueError, KeyError, TypeError):
         return None
 
 

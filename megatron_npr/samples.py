@@ -9,12 +9,15 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from megatron_npr.format_version import CURRENT, FORMAT_VERSION, Kind, check_format
+from megatron_npr.json_lines import read_json_lines
 from megatron_npr.packing import TrainSample
 from megatron_npr.whole_file import write_whole
+from npr_engine.vocabulary import Vocabulary
 from npr_ext.errors import UserError
 
 KIND: Kind = "samples file"
@@ -46,30 +49,31 @@ def write_samples(path: Path, samples: Iterable[SftSample]) -> None:
     write_whole(path, "".join(lines))
 
 
-def read_samples(path: Path) -> list[SftSample]:
-    """Read the file; UserError names file and line of a malformed one."""
+def read_samples(path: Path, vocabulary: Vocabulary) -> list[SftSample]:
+    """Read the file; UserError names file and line of a sample that is malformed or of another vocabulary."""
     if not path.is_file():
         raise UserError(f"no samples file {path}: run `npr sample` first or set sft.data")
-    samples = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
-        samples.append(_sample_of(line, f"{path}:{number}"))
+    samples = [_sample_of(record, place, vocabulary) for place, record in read_json_lines(path)]
     if not samples:
         raise UserError(f"{path} holds no samples: run `npr sample` with more trials or a better model")
     return samples
 
 
-def _sample_of(line: str, place: str) -> SftSample:
+def _sample_of(record: Any, place: str, vocabulary: Vocabulary) -> SftSample:
     try:
-        record = json.loads(line)
         if isinstance(record, dict):
             check_format(KIND, place, record.pop(FORMAT_VERSION, None))
         sample = SftSample(**record)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{place}: not JSON: {error.msg} at column {error.colno}") from None
     except TypeError:
         raise UserError(f"{place}: expected the fields problem_id, prompt_ids, response_ids, text") from None
     for name in ("prompt_ids", "response_ids"):
         ids = getattr(sample, name)
-        if not isinstance(ids, list) or not ids or not all(isinstance(token, int) for token in ids):
+        if not isinstance(ids, list) or not ids or not all(type(token) is int for token in ids):
             raise UserError(f"{place}: {name} has to be a non-empty list of token ids")
+        strange = next((token for token in ids if not vocabulary.has(token)), None)
+        if strange is not None:
+            raise UserError(
+                f"{place}: {name} holds {strange}, no token id of this model's tokenizer ({vocabulary.size} ids): the samples "
+                "are of another tokenizer, run `npr sample` with a model of this one"
+            )
     return sample

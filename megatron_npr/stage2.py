@@ -25,7 +25,7 @@ from megatron_npr.session import open_session
 def run(config: Stage2Config) -> None:
     """Train, checkpoint, and leave the model in run.dir/model."""
     session = open_session(config, config.run, config.model, config.parallel)
-    read = on_first_rank(session.world, lambda: read_samples(config.sft.data))
+    read = on_first_rank(session.world, lambda: read_samples(config.sft.data, session.vocabulary))
     samples = [sample.train_sample() for sample in read]
     total = num_updates(samples, config)
     check_sample_room(session, samples, config.sft.data, config.batch)

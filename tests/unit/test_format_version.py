@@ -55,7 +55,7 @@ def edited(path: Path, version: object) -> None:
 def samples(folder: Path, version: object) -> object:
     write_samples(folder / "samples.jsonl", [SAMPLE, SAMPLE])
     edited(folder / "samples.jsonl", version)
-    assert read_samples(folder / "samples.jsonl") == [SAMPLE, SAMPLE]
+    assert read_samples(folder / "samples.jsonl", vocabulary()) == [SAMPLE, SAMPLE]
     return 3
 
 
