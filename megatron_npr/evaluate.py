@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from megatron_npr.config import EvalConfig, EvalMode, RolloutSettings
 from megatron_npr.journal import Journal
+from megatron_npr.jumps import Share
 from megatron_npr.monitor import monitored
 from megatron_npr.problems import evaluation_prompts
 from megatron_npr.prompts import EncodedProblem
@@ -30,7 +31,7 @@ from megatron_npr.rollouts import collect
 from megatron_npr.room import check_rollout_room
 from megatron_npr.rounds import Turn
 from megatron_npr.run_folder import JOURNAL
-from megatron_npr.scoring import score
+from megatron_npr.scoring import outcomes, score
 from megatron_npr.session import Session, folder_engine, open_session
 from megatron_npr.statistics import mean_pass_at_k, mean_with_interval
 from megatron_npr.verifier import Verifier
@@ -42,7 +43,7 @@ from npr_engine.trace import ran_in_parallel
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Outcomes of one model in one mode, [P, S] each; `seconds` of generation alone."""
+    """What one model did in one mode, [P, S] each; `seconds` of generation alone, `outcomes`: see `scoring.outcomes`."""
 
     correct: NDArray[np.bool_]
     valid: NDArray[np.bool_]
@@ -50,6 +51,7 @@ class Evaluation:
     num_tokens: NDArray[np.int64]
     critical_path: NDArray[np.int64]
     reasons: dict[str, int]
+    outcomes: dict[str, Share]
     seconds: float
 
     @property
@@ -81,6 +83,7 @@ def evaluate(
         num_tokens=np.array([item.rollout.num_tokens for item in scored]).reshape(shape),
         critical_path=np.array([item.rollout.critical_path for item in scored]).reshape(shape),
         reasons=dict(Counter(item.rollout.finish_reason for item in scored).most_common()),
+        outcomes=outcomes(scored),
         seconds=seconds,
     )
     return outcome, groups
@@ -107,6 +110,7 @@ def figures(outcome: Evaluation) -> dict[str, Any]:
         "mean_critical_path": float(outcome.critical_path.mean()),
         "tokens_per_second": outcome.tokens_per_second,
         "finish_reasons": outcome.reasons,
+        "outcomes": {name: share.count for name, share in outcome.outcomes.items()},
     }
 
 
@@ -137,6 +141,7 @@ def run(config: EvalConfig) -> None:
                 step,
                 tokens=int(outcome.num_tokens.sum()),
                 shown=("accuracy", "format_valid"),
+                shares=outcome.outcomes,
                 accuracy=float(outcome.correct.mean()),
                 format_valid=float(outcome.valid.mean()),
             )

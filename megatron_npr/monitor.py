@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from megatron_npr.config import LogSettings, RunSettings
+from megatron_npr.jumps import Jumps, Share
 from megatron_npr.metrics import MetricsLog
 from megatron_npr.parallel import World
 from megatron_npr.progress import Progress
+
+FAULTS = frozenset({"verifier_timeouts", "verifier_deaths"})
 
 
 @dataclass(frozen=True)
@@ -18,10 +22,23 @@ class Monitor:
 
     metrics: MetricsLog
     progress: Progress
+    is_main: bool
+    jumps: Jumps = field(default_factory=lambda: Jumps(FAULTS))
 
-    def step(self, step: int, *, tokens: int, shown: Sequence[str], **values: float) -> None:
-        """Log all values of a step and show the named ones."""
-        self.metrics.log(step, tokens=tokens, **values)
+    def step(
+        self,
+        step: int,
+        *,
+        tokens: int,
+        shown: Sequence[str],
+        shares: Mapping[str, Share] = MappingProxyType({}),
+        **values: float,
+    ) -> None:
+        """Log all values of a step, and of the shares the counts; show the named ones, and a line for a share that jumps."""
+        counts = {name: share.count for name, share in shares.items()}
+        self.metrics.log(step, tokens=tokens, **values, **counts)
+        for line in self.jumps.take(shares) if self.is_main else ():
+            self.progress.warn(f"step {step}: {line}")
         self.progress.advance(1, tokens=tokens, **{name: values[name] for name in shown})
 
 
@@ -41,7 +58,7 @@ def monitored(
         MetricsLog(run.dir, log.backend, world.is_main, first) as metrics,
         Progress(name, total, unit, first=first, shown=world.is_main and log.progress) as progress,
     ):
-        yield Monitor(metrics, progress)
+        yield Monitor(metrics, progress, world.is_main)
 
 
 def mean(values: Iterable[float]) -> float:

@@ -92,6 +92,13 @@ class Progress:
                 f"{duration(left)} left  {self._numbers}"
             )
 
+    def warn(self, line: str) -> None:
+        """Say that something is not as usual; also where no progress is shown."""
+        if self._bar is not None:
+            self._bar.console.print(f"npr: warning: {line}", markup=False, highlight=False)
+        else:
+            self._print(f"npr: warning: {line}")
+
     def _is_due(self, before: int, now: float) -> bool:
         return (
             self.done >= self.total

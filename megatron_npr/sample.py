@@ -14,6 +14,7 @@ from pathlib import Path
 from megatron_npr.config import SampleConfig
 from megatron_npr.interrupt import stop_requests
 from megatron_npr.journal import Entry, Journal
+from megatron_npr.jumps import Share
 from megatron_npr.monitor import Monitor, monitored
 from megatron_npr.problems import training_prompts
 from megatron_npr.prompts import EncodedProblem
@@ -22,13 +23,14 @@ from megatron_npr.room import check_rollout_room
 from megatron_npr.rounds import Turn
 from megatron_npr.run_folder import JOURNAL
 from megatron_npr.samples import SftSample, write_samples
-from megatron_npr.scoring import Scored, agree_on_round, score
+from megatron_npr.scoring import Scored, agree_on_round, outcomes, score
 from megatron_npr.session import Session, folder_engine, open_session
 from megatron_npr.sft import canonical_ids
 from megatron_npr.verifier import Verifier
 from npr_engine.backend import Backend
 
-COUNTED = ("tokens", "tried", "valid", "correct")
+OUTCOMES = tuple(outcomes([]))
+COUNTED = ("tokens", "tried", "valid", "correct", *OUTCOMES)
 
 
 class Search:
@@ -69,6 +71,7 @@ class Search:
             self.trial,
             tokens=self.counts["tokens"],
             shown=("kept",),
+            shares={name: Share(self.counts[name], tried) for name in OUTCOMES},
             kept=len(self.kept),
             tried=tried,
             format_valid=self.counts["valid"] / tried,
@@ -129,6 +132,7 @@ def sample_round(
         "tried": len(scored),
         "valid": sum(item.valid for item in scored),
         "correct": sum(item.correct for item in scored),
+        **{name: share.count for name, share in outcomes(scored).items()},
         "kept": [[prompt.row, asdict(accepted(session, prompt, item))] for prompt, item in kept],
     }
 

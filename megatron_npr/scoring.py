@@ -7,6 +7,7 @@ A verdict may depend on how busy a machine is. Each response is judged once, by 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from megatron_npr.agreement import agree
 from megatron_npr.config import RolloutSettings
 from megatron_npr.engine_grid import EngineShare
+from megatron_npr.jumps import Share
 from megatron_npr.parallel import World
 from megatron_npr.rewards import accuracy_reward, reward_of_reading
 from megatron_npr.rounds import Turn
@@ -28,6 +30,14 @@ from npr_ext.violations import Violation
 
 JUDGED = np.dtype([("defect", "i2"), ("format", "f8"), ("verdict", "i1")])
 """What travels of a response that was judged: the first defect (a Violation), the format reward, the Verdict."""
+
+REASONS = tuple(
+    violation.name
+    for violation in Violation
+    if violation is not Violation.OK
+    and not violation.name.startswith("BAD_")  # mistakes of a layout's caller
+)
+"""Why a response can be malformed."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +58,11 @@ class Scored:
     def valid(self) -> bool:
         """Strictly well-formed, and ended by itself."""
         return self.rollout.finish_reason == "eos" and self.defect is Violation.OK
+
+    @property
+    def cut(self) -> bool:
+        """Ended by a limit, of tokens or of branches."""
+        return self.rollout.finish_reason in ("length", "budget")
 
     @property
     def correct(self) -> bool:
@@ -84,6 +99,20 @@ def score(
         for group, rollouts in enumerate(groups)
         for rollout, (defect, form, verdict) in zip(rollouts, judged[group].tolist(), strict=True)
     ]
+
+
+def outcomes(scored: Sequence[Scored]) -> dict[str, Share]:
+    """How many responses were cut, were malformed (by reason), or have an answer that was not decided; always all names."""
+    defects = Counter(item.defect.name for item in scored if not item.cut)
+    verdicts = Counter(item.verdict for item in scored)
+    counts = {
+        "cut": sum(item.cut for item in scored),
+        "verifier_timeouts": verdicts[Verdict.TIMED_OUT],
+        "verifier_deaths": verdicts[Verdict.DIED],
+        "malformed": defects.total() - defects[Violation.OK.name],
+    }
+    counts |= {f"malformed/{reason}": defects[reason] for reason in REASONS}
+    return {name: Share(count, len(scored)) for name, count in counts.items()}
 
 
 def agree_on_round(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron_npr.advantage import flat_groups, grpo_advantages
 from megatron_npr.config import DapoSettings, Stage1Config
+from megatron_npr.jumps import Share
 from megatron_npr.learner import Learner
 from megatron_npr.losses import LossSum, dapo_loss
 from megatron_npr.memory_policy import peak_memory
@@ -25,7 +26,7 @@ from megatron_npr.problems import training_prompts
 from megatron_npr.rollouts import collect, train_sample
 from megatron_npr.room import check_rollout_room
 from megatron_npr.rounds import round_turns
-from megatron_npr.scoring import Scored, agree_on_round, score
+from megatron_npr.scoring import Scored, agree_on_round, outcomes, score
 from megatron_npr.session import open_session
 from megatron_npr.verifier import Verifier
 
@@ -66,6 +67,7 @@ def run(config: Stage1Config) -> None:
                     step,
                     tokens=sum(item.rollout.num_tokens for item in scored),
                     shown=("format_valid", "accuracy"),
+                    shares=outcomes(scored) | {"flat_groups": share_of_flat(rewards, scored)},
                     reward=float(rewards.mean()),
                     format_reward=mean(item.format for item in scored),
                     format_valid=mean(item.valid for item in scored),
@@ -123,6 +125,12 @@ def split_updates(
         part = parts[group * len(parts) // (int(groups.max()) + 1)]
         part += [train_sample(scored[index].rollout, float(advantages[index])) for index in members]
     return [part for part in parts if part]
+
+
+def share_of_flat(rewards: np.ndarray, scored: Sequence[Scored]) -> Share:
+    """Groups that teach nothing."""
+    groups = np.array([item.group for item in scored])
+    return Share(len(np.unique(groups[flat_groups(rewards, groups)])), len(np.unique(groups)))
 
 
 def advantages_of(update: Sequence[TrainSample]) -> np.ndarray:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_npr.advantage import Advantages, papo_advantages
 from megatron_npr.config import Stage3Config
+from megatron_npr.jumps import Share
 from megatron_npr.learner import Learner
 from megatron_npr.losses import LossSum, papo_loss
 from megatron_npr.memory_policy import peak_memory
@@ -23,7 +24,7 @@ from megatron_npr.problems import training_prompts
 from megatron_npr.rollouts import collect, train_sample
 from megatron_npr.room import check_rollout_room
 from megatron_npr.rounds import round_turns
-from megatron_npr.scoring import Scored, agree_on_round, score
+from megatron_npr.scoring import Scored, agree_on_round, outcomes, score
 from megatron_npr.session import open_session
 from megatron_npr.trainer import StepReport
 from megatron_npr.verifier import Verifier
@@ -74,11 +75,9 @@ def run(config: Stage3Config) -> None:
                     step,
                     tokens=sum(item.rollout.num_tokens for item in scored),
                     shown=("accuracy", "format_valid"),
+                    shares=outcomes(scored) | unused(scored, kept, advantages),
                     accuracy=mean(item.correct for item in scored),
                     format_valid=mean(item.valid for item in scored),
-                    dropped=len(scored) - len(kept),
-                    flat_groups=advantages.num_flat_groups,
-                    single_groups=advantages.num_single_groups,
                     skipped=float(advantages.skip),
                     response_tokens=mean(item.rollout.num_tokens for item in scored),
                     critical_path=mean(item.rollout.critical_path for item in scored),
@@ -93,6 +92,15 @@ def run(config: Stage3Config) -> None:
                     train_memory_gb=train_peak.gb,
                 )
         learner.export(config.run.dir / "model")
+
+
+def unused(scored: list[Scored], kept: list[Scored], advantages: Advantages) -> dict[str, Share]:
+    """Responses that the filter dropped, and groups that teach nothing."""
+    return {
+        "dropped": Share(len(scored) - len(kept), len(scored)),
+        "flat_groups": Share(advantages.num_flat_groups, advantages.num_groups),
+        "single_groups": Share(advantages.num_single_groups, advantages.num_groups),
+    }
 
 
 def survivors(scored: list[Scored], config: Stage3Config) -> list[Scored]:

@@ -68,7 +68,7 @@ def save(path: Path, outcomes: dict[str, Evaluation]) -> None:
         f"{way}/{field.name}": np.asarray(getattr(outcome, field.name))
         for way, outcome in outcomes.items()
         for field in fields(Evaluation)
-        if field.name != "reasons"
+        if field.name not in ("reasons", "outcomes")
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     np.savez(path, **arrays)  # type: ignore[arg-type]

@@ -122,7 +122,7 @@ def main(arguments: Sequence[str]) -> None:
         os.chdir(folder)
         stage3.Verifier = partial(Verifier, timeout_seconds=0.0)  # type: ignore[misc, assignment]
     relative = os.path.relpath(data, here)
-    more = ("--rollout.max_tokens", "96", "--rollout.samples_per_prompt", "4")
+    more = ("--rollout.max_tokens", "140", "--rollout.samples_per_prompt", "4")
     report["slow"] = said(partial(run, "stage3", folder / "slow", relative, *more))
     os.chdir(here)
     stage3.Verifier = original

@@ -59,6 +59,7 @@ def test_a_verifier_that_is_too_slow_on_one_rank_changes_no_ranks_samples(
 ) -> None:
     assert said["slow"] == [None, None]
     lines = read_metrics(folder / "slow" / "metrics.jsonl")
+    assert lines[0]["verifier_timeouts"] > 0  # the second rank's
     assert len(lines) == 1 and lines[0]["accuracy"] > 0 and lines[0]["grad_norm"] > 0
     assert (folder / "slow" / "model" / "model.safetensors").is_file()
 

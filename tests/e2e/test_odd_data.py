@@ -51,6 +51,10 @@ def test_a_round_may_span_passes(stage: str, count: int, per_step: int, steps: i
     run(stage, tmp_path / "run", problems_file(tmp_path, count), overrides)
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(steps))
+    for line in lines:  # every response is counted once, and a group for each turn
+        assert line["cut"] + line["malformed"] == per_step * 2
+        assert line["verifier_timeouts"] == line["verifier_deaths"] == 0
+        assert line["flat_groups"] <= per_step if stage == "stage1" else line["dropped"] == per_step * 2
 
 
 def test_rejection_sampling_tries_a_problem_of_any_name_again(tmp_path: Path) -> None:
