@@ -376,6 +376,7 @@ BENCHES = {
     "engine": "decoding, branches and KV memory of the engine",
     "reshard": "planning a weight update of 512 ranks",
     "plan": "the memory model against training runs",
+    "text": "reading a megabyte of hostile text",
 }
 TOOLS = {
     "demo": Tool("all stages on the small model, with a report", _run_demo, _demo_arguments),
@@ -384,7 +385,7 @@ TOOLS = {
         "build report.html and report.json of a finished demo again", _run_report, _report_arguments
     ),
     "bench": Tool(
-        "measure layouts, attention, engine, resharding; prints JSON", _run_bench, _bench_arguments
+        "measure layouts, attention, engine, resharding, text; prints JSON", _run_bench, _bench_arguments
     ),
     "plan": Tool("a layout, memory and time for a model on a cluster", _run_plan, _plan_arguments),
     "draw": Tool("draw a small response's layout: mask, tiles, timeline", _run_draw, _draw_arguments),
