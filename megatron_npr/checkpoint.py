@@ -46,7 +46,7 @@ from megatron_npr.optimizer_state import (
     regrouped_state,
     repaired_optimizer_state,
 )
-from megatron_npr.parallel import World, megatron_context
+from megatron_npr.parallel import World, megatron_context, on_first_rank
 from megatron_npr.pickled_files import check_pickled_files, plain_objects
 from megatron_npr.policy import Policy, PolicyChunk
 from megatron_npr.trainer import Trainer
@@ -125,7 +125,7 @@ class Checkpoints:
         interrupted = sorted(self._folder.glob("step_*.writing"))
         damaged: list[str] = []
         restored = None
-        for path in candidates(self._folder):
+        for path in on_first_rank(self._world, lambda: candidates(self._folder)):
             try:
                 restored = self.load(path, trainer)
                 break
@@ -168,7 +168,7 @@ class Checkpoints:
 
     def verified(self, path: Path) -> Manifest:
         """The manifest of a checkpoint whose files are all as written; each rank reads its share of them."""
-        manifest = read_manifest(path)
+        manifest = on_first_rank(self._world, lambda: read_manifest(path))
         mine = sorted(manifest.files)[self._world.rank :: self._world.size]
         found: list[str | None] = [None] * self._world.size
         dist.all_gather_object(found, find_damage(path, manifest, mine))

@@ -159,12 +159,12 @@ def on_first_rank(world: World, decide: Callable[[], T]) -> T:
         try:
             outcome[0] = decide()
         except UserError as error:
-            outcome[1] = str(error)
+            outcome[1] = error
     if world.size > 1:
         dist.broadcast_object_list(outcome)
     answer, refusal = outcome
     if refusal is not None:
-        raise UserError(refusal)
+        raise refusal
     return cast(T, answer)
 
 
