@@ -70,7 +70,7 @@ gpu:
 	$(PYTHON) setup.py --quiet build_ext --inplace
 	PYTHONPATH=.:engine:cuda_ext $(PYTHON) -m pytest -q -c /dev/null --rootdir . --import-mode=importlib -m gpu tests/kernels
 	PYTHONPATH=.:engine:cuda_ext $(PYTHON) -m pytest -q -c /dev/null --rootdir . --import-mode=importlib tests/kernels/test_triton_kernels.py
-	PYTHONPATH=.:engine:cuda_ext $(PYTHON) -m megatron_npr.bench.gpu $(PARTS)
+	PYTHONPATH=.:engine:cuda_ext $(PYTHON) -m megatron_npr.bench.gpu.run $(PARTS)
 
 # Runs on any machine with nvcc, GPU or not.
 cuda-check: | $(VENV)/bin/python

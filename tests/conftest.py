@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
-    from megatron_npr.parallel import World
+    from megatron_npr.runtime.process_world import World
 
 # As `make test` sets it: small tensors gain nothing from a second thread, threads that wait for a busy core lose much,
 # and the model that the engine's tests train has the same weights everywhere. Tests of threads set their number.
@@ -47,7 +47,7 @@ def shared_folder() -> Path:
 @pytest.fixture(scope="module")
 def world() -> World:
     """Of this process alone. Left open: Megatron's groups are made once a process."""
-    from megatron_npr.parallel import init_world
+    from megatron_npr.runtime.process_world import init_world
 
     return init_world()
 
@@ -55,7 +55,7 @@ def world() -> World:
 @pytest.fixture(scope="session")
 def smollm2_gguf() -> Path:
     """SmolLM2-135M-Instruct as the GGUF file of its package; skips where the packages of the extra smollm2 are missing."""
-    from megatron_npr.gguf_file import find_gguf
+    from megatron_npr.hf.gguf.file import find_gguf
     from npr_ext.errors import UserError
 
     pytest.importorskip("gguf", reason="gguf is not installed (extra smollm2)")
@@ -68,7 +68,7 @@ def smollm2_gguf() -> Path:
 @pytest.fixture(scope="session")
 def smollm2(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same as a Hugging Face folder with the tags."""
-    from megatron_npr.convert import convert_gguf
+    from megatron_npr.hf.convert import convert_gguf
 
     folder = tmp_path_factory.mktemp("smollm2") / "model"
     convert_gguf(str(smollm2_gguf), folder)

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from npr_engine.model import InferenceModel, KVCache, Step
+from npr_engine.model.transformer import InferenceModel, KVCache, Step
 
 
 def step(token_ids: Tensor, start: int, length: int) -> Step:

@@ -6,11 +6,11 @@ import numpy as np
 import torch
 
 from megatron_npr.config import Fp8Settings, ParallelSettings
-from megatron_npr.fp8_linears import Fp8ColumnParallelLinear, Fp8RowParallelLinear, LinearConfig
-from megatron_npr.fp8_matmul import Fp8Format
-from megatron_npr.parallel import World, megatron_context
-from megatron_npr.policy import transformer_config
-from npr_engine.model import ModelConfig
+from megatron_npr.model.fp8_linears import Fp8ColumnParallelLinear, Fp8RowParallelLinear, LinearConfig
+from megatron_npr.model.fp8_matmul import Fp8Format
+from megatron_npr.model.policy import transformer_config
+from megatron_npr.runtime.process_world import World, megatron_context
+from npr_engine.model.transformer import ModelConfig
 from tests.fp8_truth import E4M3, E5M2, Array, quantised
 
 MODEL = ModelConfig(4, 64, 4, 2, 16, 96, 97)

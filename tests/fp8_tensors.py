@@ -2,7 +2,7 @@
 
 import torch
 
-from megatron_npr.fp8_matmul import Scaled, largest_magnitude, rounded, scale_of
+from megatron_npr.model.fp8_matmul import Scaled, largest_magnitude, rounded, scale_of
 
 
 def scaled(x_RC: torch.Tensor, dtype: torch.dtype) -> Scaled:

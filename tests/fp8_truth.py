@@ -1,4 +1,4 @@
-"""FP8 products in float64 by the definition of the formats: what `megatron_npr.fp8_matmul` is held against.
+"""FP8 products in float64 by the definition of the formats: what `megatron_npr.model.fp8_matmul` is held against.
 
 Numbers are rounded by looking for the nearest in the list of all that a format has, not by a cast of PyTorch's.
 """

@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from megatron_npr.architecture import Architecture
 from megatron_npr.config import Fp8Settings, Recompute
-from megatron_npr.linears import LinearModules
-from megatron_npr.parallel import World, megatron_context
-from megatron_npr.policy import Policy, build_policy
-from npr_engine.model import ModelConfig
+from megatron_npr.model.linears import LinearModules
+from megatron_npr.model.policy import Policy, build_policy
+from megatron_npr.runtime.process_world import World, megatron_context
+from megatron_npr.sharding.architecture import Architecture
+from npr_engine.model.transformer import ModelConfig
 from npr_ext import branch_layout
 from tests.training import TAGS
 

@@ -15,14 +15,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_npr.config import Stage3Config, load_config
+from megatron_npr.data.rounds import Turn
 from megatron_npr.demo.base import FOLDER
-from megatron_npr.learner import Learner
-from megatron_npr.losses import papo_loss
-from megatron_npr.problems import training_prompts
-from megatron_npr.rollouts import collect, train_sample
-from megatron_npr.rounds import Turn
-from megatron_npr.session import open_session
-from npr_engine.grammar import Grammar
+from megatron_npr.rl.losses import papo_loss
+from megatron_npr.rollout.collect import collect, train_sample
+from megatron_npr.stages.prompt_sets import training_prompts
+from megatron_npr.training.learner import Learner
+from megatron_npr.training.session import open_session
+from npr_engine.language.grammar import Grammar
 from npr_engine.rollout import Rollout
 
 DEMO = Path(__file__).parents[1] / "configs" / "demo" / "stage3.toml"

@@ -7,8 +7,8 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_npr.architecture import Architecture
-from megatron_npr.resharding import EngineLayout, TrainerLayout
+from megatron_npr.sharding.architecture import Architecture
+from megatron_npr.sharding.layouts import EngineLayout, TrainerLayout
 
 Labels = NDArray[np.int64]
 PADDING = -1

@@ -8,13 +8,13 @@ import numpy as np
 import torch
 
 from megatron_npr.config import BatchSettings, Fp8Settings, OptimizerSettings, ParallelSettings, Recompute
-from megatron_npr.huggingface import read_model_config
-from megatron_npr.linears import LinearModules
-from megatron_npr.losses import sft_loss
-from megatron_npr.packing import TrainSample
-from megatron_npr.parallel import World
-from megatron_npr.policy import NO_AXES, build_policy, load_policy_weights
-from megatron_npr.trainer import Trainer
+from megatron_npr.data.packing import TrainSample
+from megatron_npr.hf.huggingface import read_model_config
+from megatron_npr.model.linears import LinearModules
+from megatron_npr.model.policy import NO_AXES, build_policy, load_policy_weights
+from megatron_npr.rl.losses import sft_loss
+from megatron_npr.runtime.process_world import World
+from megatron_npr.training.trainer import Trainer
 from npr_ext import TagIds
 
 TAGS = TagIds(*range(2, 10))

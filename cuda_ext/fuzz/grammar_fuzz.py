@@ -15,7 +15,7 @@ from itertools import islice
 
 import torch
 
-from npr_engine.grammar import Grammar
+from npr_engine.language.grammar import Grammar
 from npr_engine.testing import EOS, PIECES, VOCABULARY
 from npr_ext import Violation, branch_layout
 

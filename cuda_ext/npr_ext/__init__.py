@@ -1,6 +1,6 @@
 """Branch layouts and the attention operators that read them: one definition, in C++, for CPU and CUDA.
 
-Names are imported on first use: `npr_ext.errors` and `npr_ext.violations` come without torch, which takes a
+Names are imported on first use: `npr_ext.errors` and `npr_ext.layout.violations` come without torch, which takes a
 second to load and which the command line's help and error messages do without.
 """
 
@@ -8,8 +8,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from npr_ext.attention import branch_attention
-    from npr_ext.decoder import (
+    from npr_ext.errors import UserError
+    from npr_ext.layout.branch_layout import BranchLayout, LayoutViolation, branch_layout
+    from npr_ext.layout.tags import TagIds
+    from npr_ext.layout.violations import MESSAGES, Violation
+    from npr_ext.library import cpu_isa
+    from npr_ext.ops.attention import branch_attention
+    from npr_ext.ops.decoder import (
         add_rms_norm,
         categorical,
         linear,
@@ -18,31 +23,26 @@ if TYPE_CHECKING:
         silu_mul,
         split_heads,
     )
-    from npr_ext.errors import UserError
-    from npr_ext.layout import BranchLayout, LayoutViolation, branch_layout
-    from npr_ext.library import cpu_isa
-    from npr_ext.paged import paged_attention
-    from npr_ext.tags import TagIds
-    from npr_ext.violations import MESSAGES, Violation
+    from npr_ext.ops.paged import paged_attention
 
 _HOMES = {
-    "MESSAGES": "violations",
-    "BranchLayout": "layout",
-    "LayoutViolation": "layout",
-    "TagIds": "tags",
+    "MESSAGES": "layout.violations",
+    "BranchLayout": "layout.branch_layout",
+    "LayoutViolation": "layout.branch_layout",
+    "TagIds": "layout.tags",
     "UserError": "errors",
-    "Violation": "violations",
-    "add_rms_norm": "decoder",
-    "branch_attention": "attention",
-    "branch_layout": "layout",
-    "categorical": "decoder",
+    "Violation": "layout.violations",
+    "add_rms_norm": "ops.decoder",
+    "branch_attention": "ops.attention",
+    "branch_layout": "layout.branch_layout",
+    "categorical": "ops.decoder",
     "cpu_isa": "library",
-    "linear": "decoder",
-    "num_threads": "decoder",
-    "paged_attention": "paged",
-    "rms_norm": "decoder",
-    "silu_mul": "decoder",
-    "split_heads": "decoder",
+    "linear": "ops.decoder",
+    "num_threads": "ops.decoder",
+    "paged_attention": "ops.paged",
+    "rms_norm": "ops.decoder",
+    "silu_mul": "ops.decoder",
+    "split_heads": "ops.decoder",
 }
 
 __all__ = [

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from npr_ext.errors import UserError
-from npr_ext.layout import BranchLayout, branch_layout
+from npr_ext.layout.branch_layout import BranchLayout, branch_layout
+from npr_ext.layout.tags import TagIds
 from npr_ext.library import cpu_isa
-from npr_ext.tags import TagIds
 
 TAGS = TagIds(2, 3, 4, 5, 6, 7, 8, 9)
 GAP_TOKEN = 10

@@ -21,13 +21,13 @@ from typing import TypeAlias, TypeVar
 
 import torch
 
-from npr_engine.branching import error
 from npr_engine.engine import Engine, StepOutput, old_objects_left_alone
-from npr_engine.response_state import Request
+from npr_engine.language.token_ids import TokenIds
 from npr_engine.rollout import Rollout
 from npr_engine.sampling import SamplingParams
-from npr_engine.streaming import TokenEvent
-from npr_engine.token_ids import TokenIds
+from npr_engine.scheduler.branching import error
+from npr_engine.scheduler.response_state import Request
+from npr_engine.scheduler.streaming import TokenEvent
 from npr_ext.errors import UserError
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
-from npr_engine.linear import Weight
+from npr_engine.language.token_ids import TokenIds
+from npr_engine.model.linear import Weight
 from npr_engine.rollout import Rollout
 from npr_engine.sampling import SamplingParams
-from npr_engine.token_ids import TokenIds
 
 
 class Backend(Protocol):

@@ -18,16 +18,16 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from npr_engine.grammar import Grammar
-from npr_engine.linear import Weight
-from npr_engine.model import InferenceModel
-from npr_engine.response_state import Request
+from npr_engine.executor.runner import Runner
+from npr_engine.language.grammar import Grammar
+from npr_engine.language.token_ids import TokenIds
+from npr_engine.model.linear import Weight
+from npr_engine.model.transformer import InferenceModel
 from npr_engine.rollout import Rollout
-from npr_engine.runner import Runner
 from npr_engine.sampling import SamplingParams
-from npr_engine.scheduler import Finished, Limits, Scheduler
-from npr_engine.streaming import TokenEvent
-from npr_engine.token_ids import TokenIds
+from npr_engine.scheduler.response_state import Request
+from npr_engine.scheduler.scheduler import Finished, Limits, Scheduler
+from npr_engine.scheduler.streaming import TokenEvent
 from npr_ext.errors import UserError
 
 

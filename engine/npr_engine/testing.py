@@ -1,7 +1,7 @@
 """A character-level vocabulary and a writer of canonical responses: what tests of the language speak."""
 
-from npr_engine.grammar import Grammar
-from npr_engine.vocabulary import TAG_TEXTS, Vocabulary
+from npr_engine.language.grammar import Grammar
+from npr_engine.language.vocabulary import TAG_TEXTS, Vocabulary
 from npr_ext import TagIds
 
 CHARACTERS = "\n abcdefgh0123456789:+*=;,.?{}\\oxed"

@@ -11,11 +11,11 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_npr.data.prompts import ASSETS, PromptEncoder, instruction_text
+from megatron_npr.data.seeds import derive_seed
+from megatron_npr.data.synthetic_tasks import draw_task
+from megatron_npr.data.synthetic_tokenizer import END, demo_tokenizer
 from megatron_npr.demo.corpus import parallel_answer, sequential_answer
-from megatron_npr.demo.tasks import draw_task
-from megatron_npr.demo.tokenizer import END, demo_tokenizer
-from megatron_npr.prompts import ASSETS, PromptEncoder, instruction_text
-from megatron_npr.seeds import derive_seed
 
 FOLDER = ASSETS / "demo_base"
 PARALLEL_SHARE = 0.5

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
-from megatron_npr.demo.tasks import Part, Task
+from megatron_npr.data.synthetic_tasks import Part, Task
 
 VALID_SHARE = 0.4
 """Share of parallel answers without a blemish."""

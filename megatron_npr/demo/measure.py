@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 
 from megatron_npr.config import EvalConfig, EvalMode, RolloutSettings
-from megatron_npr.evaluate import Evaluation, evaluate, mode_settings
-from megatron_npr.problems import evaluation_prompts
-from megatron_npr.progress import Progress
+from megatron_npr.monitoring.progress import Progress
+from megatron_npr.monitoring.statistics import mean_with_interval
 from megatron_npr.report import StageFigures
-from megatron_npr.rollout_file import write_rollouts
-from megatron_npr.session import folder_engine, open_session
-from megatron_npr.statistics import mean_with_interval
-from megatron_npr.verifier import Verifier
+from megatron_npr.rl.verifier import Verifier
+from megatron_npr.rollout.rollout_file import write_rollouts
+from megatron_npr.stages.evaluate import Evaluation, evaluate, mode_settings
+from megatron_npr.stages.prompt_sets import evaluation_prompts
+from megatron_npr.training.session import folder_engine, open_session
 
 WAYS: dict[str, dict[str, Any]] = {
     "sampled": {"temperature": 1.0, "top_p": 1.0},

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from megatron_npr.progress import duration
+from megatron_npr.monitoring.progress import duration
 
 MEASURING = "measure"
 """Phases whose names begin so count as evaluation."""

@@ -16,7 +16,6 @@ from typing import TypeVar
 
 import numpy as np
 
-from megatron_npr import sample, stage1, stage2, stage3
 from megatron_npr.config import (
     CONFIGS,
     EvalConfig,
@@ -28,24 +27,26 @@ from megatron_npr.config import (
     Stage3Config,
     load_config,
 )
+from megatron_npr.data.synthetic_tasks import demo_problems
 from megatron_npr.demo import base, speed
 from megatron_npr.demo.beside import Beside
 from megatron_npr.demo.measure import Measured, measure
 from megatron_npr.demo.phases import Phases, covered, outlook
-from megatron_npr.demo.tasks import demo_problems
-from megatron_npr.evaluate import mode_settings
-from megatron_npr.format_version import CURRENT, FORMAT_VERSION, check_format
-from megatron_npr.generation_config import read_vocabulary
-from megatron_npr.huggingface import load_tokenizer
-from megatron_npr.problems import HELDOUT_SEED, evaluation_prompts
+from megatron_npr.hf.generation_config import read_vocabulary
+from megatron_npr.hf.huggingface import load_tokenizer
+from megatron_npr.monitoring.statistics import paired_difference
 from megatron_npr.report import DemoResult, Speedup, Timeline, write_report
-from megatron_npr.rollout_file import pieces, read_rollouts
-from megatron_npr.scoring import answer_of
-from megatron_npr.session import folder_engine, open_session
-from megatron_npr.statistics import paired_difference
-from megatron_npr.verifier import Verifier
-from megatron_npr.whole_file import write_whole
-from npr_engine.grammar import Grammar, Response
+from megatron_npr.rl.verifier import Verifier
+from megatron_npr.rollout.rollout_file import pieces, read_rollouts
+from megatron_npr.rollout.scoring import answer_of
+from megatron_npr.runtime.format_version import CURRENT, FORMAT_VERSION, check_format
+from megatron_npr.runtime.whole_file import write_whole
+from megatron_npr.stages import rejection_sampling as sample
+from megatron_npr.stages import stage1, stage2, stage3
+from megatron_npr.stages.evaluate import mode_settings
+from megatron_npr.stages.prompt_sets import HELDOUT_SEED, evaluation_prompts
+from megatron_npr.training.session import folder_engine, open_session
+from npr_engine.language.grammar import Grammar, Response
 from npr_ext.errors import UserError
 
 Config = TypeVar("Config", bound=Section)

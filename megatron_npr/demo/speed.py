@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_npr.config import RolloutSettings
-from megatron_npr.prompts import EncodedProblem
-from megatron_npr.rollouts import sampling_params
-from megatron_npr.seeds import derive_seed
+from megatron_npr.data.prompts import EncodedProblem
+from megatron_npr.data.seeds import derive_seed
+from megatron_npr.rollout.collect import sampling_params
 from npr_engine.backend import Backend
 from npr_engine.rollout import Rollout
 from npr_engine.sampling import SamplingParams

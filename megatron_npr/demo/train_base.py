@@ -16,18 +16,18 @@ from numpy.typing import NDArray
 from transformers import Qwen3Config
 
 from megatron_npr.config import BatchSettings, LogSettings, OptimizerSettings, RunSettings
+from megatron_npr.data.packing import TrainSample
+from megatron_npr.data.synthetic_tokenizer import demo_tokenizer, save_demo_tokenizer
 from megatron_npr.demo import base
-from megatron_npr.demo.tokenizer import demo_tokenizer, save_demo_tokenizer
-from megatron_npr.huggingface import export_model, read_model_config
-from megatron_npr.losses import sft_loss
-from megatron_npr.model_folder import check_target
-from megatron_npr.monitor import Monitor, monitored
-from megatron_npr.packing import TrainSample
-from megatron_npr.parallel import init_world
-from megatron_npr.policy import build_policy
-from megatron_npr.reshard import full_weights
-from megatron_npr.trainer import Trainer
-from npr_engine.vocabulary import Vocabulary
+from megatron_npr.hf.huggingface import export_model, read_model_config
+from megatron_npr.hf.model_folder import check_target
+from megatron_npr.model.policy import build_policy
+from megatron_npr.monitoring.monitor import Monitor, monitored
+from megatron_npr.rl.losses import sft_loss
+from megatron_npr.runtime.process_world import init_world
+from megatron_npr.training.engine_weights import full_weights
+from megatron_npr.training.trainer import Trainer
+from npr_engine.language.vocabulary import Vocabulary
 from npr_ext.errors import UserError
 
 OPTIMIZER = OptimizerSettings(

@@ -7,7 +7,6 @@ import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from megatron_npr.architecture import Architecture, find_architecture
 from megatron_npr.config import (
     RolloutSettings,
     Stage1Config,
@@ -15,11 +14,12 @@ from megatron_npr.config import (
     Stage3Config,
     load_config,
 )
+from megatron_npr.hf.tensor_files import TensorFiles, check_tensors, has_weights
+from megatron_npr.hf.tensor_names import tensor_shapes
 from megatron_npr.planning.cluster import CLUSTER_GPUS, Cluster, find_gpu
 from megatron_npr.planning.job import Layout, Workload
 from megatron_npr.planning.search import JobPlan, best, evaluate
-from megatron_npr.tensor_files import TensorFiles, check_tensors, has_weights
-from megatron_npr.tensor_names import tensor_shapes
+from megatron_npr.sharding.architecture import Architecture, find_architecture
 from npr_ext.errors import UserError
 
 StageConfig = Stage1Config | Stage2Config | Stage3Config

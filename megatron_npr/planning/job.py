@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_npr.architecture import Architecture
-from megatron_npr.resharding import EngineLayout, TrainerLayout, split_layers
+from megatron_npr.sharding.architecture import Architecture
+from megatron_npr.sharding.layouts import EngineLayout, TrainerLayout, split_layers
 from npr_ext.errors import UserError
 
 Recompute = Literal["none", "selective", "full"]

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from megatron_npr.architecture import Architecture
 from megatron_npr.planning.job import Layout, Modules, Workload
-from megatron_npr.resharding.catalog import Kind, Place, engine_cut, kinds
-from megatron_npr.resharding.cuts import local_size
+from megatron_npr.sharding.architecture import Architecture
+from megatron_npr.sharding.catalog import Kind, Place, engine_cut, kinds
+from megatron_npr.sharding.cuts import local_size
 
 GRADIENT_BYTES = 4  # Megatron's buffers accumulate in fp32
-LOSS_CHUNK = 4096  # rows of logits at a time; megatron_npr.logprobs
+LOSS_CHUNK = 4096  # rows of logits at a time; megatron_npr.model.log_probs
 RUNTIME_BYTES = 2.0e9  # CUDA context, NCCL's buffers, library workspaces
 USABLE = 0.94  # of a GPU's memory: the allocator's fragments take the rest
 SWIGLU: dict[Modules, tuple[int, int]] = {"cpu": (3, 3), "torch": (4, 4), "transformer engine": (5, 4)}
@@ -214,7 +214,7 @@ def _engine_copy(architecture: Architecture, layout: Layout, work: Workload) -> 
 
 
 def _loss_workspace(architecture: Architecture, layout: Layout, work: Workload, stage: int) -> float:
-    """The last stage's: gathered hidden states with their gradient, and the wider pass over the logits (megatron_npr.logprobs).
+    """The last stage's: gathered hidden states with their gradient, and the wider pass over the logits (model/log_probs.py).
     Other stages: the rows that travel.
 
     Forward holds a chunk of logits in fp32 and their exponentials. Backward turns the logits into their gradient in place and

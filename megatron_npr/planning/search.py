@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from megatron_npr.architecture import Architecture
 from megatron_npr.planning.cluster import Cluster
 from megatron_npr.planning.job import Layout, Recompute, Workload, check_job
 from megatron_npr.planning.memory import USABLE, Memory, memory_of
 from megatron_npr.planning.times import Times, rollout_seconds, times_of, train_seconds
-from megatron_npr.resharding.layouts import check_layouts
+from megatron_npr.sharding.architecture import Architecture
+from megatron_npr.sharding.layouts import check_layouts
 from npr_ext.errors import UserError
 
 REMEDIES = {

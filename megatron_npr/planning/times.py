@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_npr.architecture import Architecture
 from megatron_npr.planning.cluster import Cluster
 from megatron_npr.planning.job import Layout, Workload
 from megatron_npr.planning.memory import (
@@ -16,7 +15,8 @@ from megatron_npr.planning.memory import (
     kv_bytes_per_token,
     parameters_of,
 )
-from megatron_npr.resharding import for_replica, plan
+from megatron_npr.sharding.architecture import Architecture
+from megatron_npr.weight_sync.plan import for_replica, plan
 
 MFU = 0.40  # model FLOPs over peak in training, tensor parallelism within a node
 DECODE_SHARE = 0.65  # of memory bandwidth

@@ -11,7 +11,7 @@ from pathlib import Path
 from megatron_npr.report.floors import Floor, check, floors
 from megatron_npr.report.page import page
 from megatron_npr.report.records import DemoResult, Speedup, StageFigures, Timeline
-from megatron_npr.whole_file import write_whole
+from megatron_npr.runtime.whole_file import write_whole
 from npr_ext.errors import UserError
 
 __all__ = [

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from megatron_npr.metrics import Record
+from megatron_npr.monitoring.metrics import Record
 
 SHARES = ("accuracy", "format_valid", "clipped")
 SHOWN = (

@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from megatron_npr.metrics import read_metrics
+from megatron_npr.monitoring.metrics import read_metrics
 from megatron_npr.report import charts
 from megatron_npr.report.floors import check
 from megatron_npr.report.records import STAGES, TITLES, DemoResult, StageFigures, Timeline

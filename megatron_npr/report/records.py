@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_npr.format_version import CURRENT, FORMAT_VERSION, check_format
-from megatron_npr.rollout_file import from_record, to_record
-from megatron_npr.statistics import PairedDifference
-from megatron_npr.whole_file import write_whole
+from megatron_npr.monitoring.statistics import PairedDifference
+from megatron_npr.rollout.rollout_file import from_record, to_record
+from megatron_npr.runtime.format_version import CURRENT, FORMAT_VERSION, check_format
+from megatron_npr.runtime.whole_file import write_whole
 from npr_engine.rollout import Rollout
 
 TOP_P_KEY = "accuracy_top_p_0.7"

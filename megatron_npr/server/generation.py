@@ -13,17 +13,17 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TypeVar
 
-from megatron_npr.server.errors import ApiError, from_user_error
+from megatron_npr.server.http.errors import ApiError, from_user_error
 from megatron_npr.server.metrics import Metrics, Stopwatch
 from megatron_npr.server.schema import GenerationRequest
-from megatron_npr.server.segment import Segment
 from megatron_npr.server.served_model import ServedModel
-from megatron_npr.server.transcript import Counts, Transcript
+from megatron_npr.server.text.segment import Segment
+from megatron_npr.server.text.transcript import Counts, Transcript
 from npr_engine.async_engine import AsyncEngine
-from npr_engine.branching import is_error
 from npr_engine.rollout import Rollout
 from npr_engine.sampling import SamplingParams
-from npr_engine.streaming import TokenEvent
+from npr_engine.scheduler.branching import is_error
+from npr_engine.scheduler.streaming import TokenEvent
 from npr_ext.errors import UserError
 
 GREEDY_BELOW = 1e-3  # a smaller temperature overflows the logits that it divides

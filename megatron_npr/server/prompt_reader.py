@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from jinja2 import TemplateError
 
-from megatron_npr.server.errors import ApiError
+from megatron_npr.server.http.errors import ApiError
 from megatron_npr.server.schema import CompletionRequest, Message
 
 Result = TypeVar("Result")

@@ -8,8 +8,8 @@ from typing import Literal, Protocol
 from pydantic import BaseModel, ConfigDict, Field
 
 from megatron_npr.server.generation import Ending
-from megatron_npr.server.segment import Segment
-from npr_engine.vocabulary import Vocabulary
+from megatron_npr.server.text.segment import Segment
+from npr_engine.language.vocabulary import Vocabulary
 
 
 class _Reply(BaseModel):

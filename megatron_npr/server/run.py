@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 import uvicorn
 
-from megatron_npr.server.app import Settings, build_app
+from megatron_npr.server.http.app import Settings, build_app
 from megatron_npr.server.metrics import Metrics
 from megatron_npr.server.served_model import load_model
 from npr_engine.async_engine import AsyncEngine
 from npr_engine.engine import EngineConfig
-from npr_engine.kv_pool import slots_needed
+from npr_engine.kvcache.block_pool import slots_needed
 from npr_ext.errors import UserError
 
 LOOPBACK = ("127.", "::1", "localhost")

@@ -8,17 +8,17 @@ from typing import Any
 
 import torch
 
-from megatron_npr.generation_config import read_vocabulary
-from megatron_npr.huggingface import (
+from megatron_npr.hf.generation_config import read_vocabulary
+from megatron_npr.hf.huggingface import (
     load_tokenizer,
     read_context_length,
     read_engine_weights,
     read_model_config,
 )
 from npr_engine.engine import Engine, EngineConfig
-from npr_engine.grammar import Grammar
-from npr_engine.model import InferenceModel
-from npr_engine.vocabulary import Vocabulary
+from npr_engine.language.grammar import Grammar
+from npr_engine.language.vocabulary import Vocabulary
+from npr_engine.model.transformer import InferenceModel
 
 
 @dataclass(frozen=True)

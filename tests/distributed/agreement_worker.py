@@ -14,12 +14,13 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_npr import stage1, stage3, trainer
 from megatron_npr.config import Stage1Config, Stage3Config, load_config
+from megatron_npr.data.prompts import ASSETS
 from megatron_npr.demo.base import FOLDER
-from megatron_npr.prompts import ASSETS
-from megatron_npr.scoring import Scored
-from megatron_npr.verifier import Verdict, Verifier
+from megatron_npr.rl.verifier import Verdict, Verifier
+from megatron_npr.rollout.scoring import Scored
+from megatron_npr.stages import stage1, stage3
+from megatron_npr.training import trainer
 from npr_ext.errors import UserError
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "demo"

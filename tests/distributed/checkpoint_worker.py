@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_npr.checkpoint import Checkpoints
 from megatron_npr.config import OptimizerSettings, ParallelSettings
-from megatron_npr.parallel import World, world_of
+from megatron_npr.runtime.process_world import World, world_of
+from megatron_npr.training.checkpoint import Checkpoints
 from tests.training import axes, new_trainer, step
 
 OPTIMIZER = OptimizerSettings(lr=1e-2, schedule="cosine", warmup_steps=2)

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_npr.huggingface import read_model_config
-from megatron_npr.parallel import world_of
-from megatron_npr.policy import build_policy, load_policy_weights
+from megatron_npr.hf.huggingface import read_model_config
+from megatron_npr.model.policy import build_policy, load_policy_weights
+from megatron_npr.runtime.process_world import world_of
 from npr_ext.errors import UserError
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from npr_engine.engine import Engine, EngineConfig
-from npr_engine.model import InferenceModel, ModelConfig
+from npr_engine.model.transformer import InferenceModel, ModelConfig
 from npr_engine.sampling import SamplingParams
 from npr_engine.testing import GRAMMAR
 

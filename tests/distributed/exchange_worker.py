@@ -21,10 +21,11 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron_npr.architecture import Architecture
-from megatron_npr.resharding import EngineLayout, TrainerLayout, plan
-from megatron_npr.resharding.exchange import WeightExchange, WeightUpdateError
-from npr_engine.fp8 import Fp8Weight
+from megatron_npr.sharding.architecture import Architecture
+from megatron_npr.sharding.layouts import EngineLayout, TrainerLayout
+from megatron_npr.weight_sync.exchange import WeightExchange, WeightUpdateError
+from megatron_npr.weight_sync.plan import plan
+from npr_engine.model.fp8 import Fp8Weight
 from tests.resharding_model import DENSE, MOE, PADDING, Model, engine_shards, trainer_shards
 
 CASES: dict[str, tuple[Architecture, TrainerLayout, EngineLayout]] = {

@@ -14,12 +14,12 @@ import torch
 import torch.distributed as dist
 
 from megatron_npr.config import ParallelSettings, RolloutSettings
-from megatron_npr.engine_grid import engine_groups, engine_layout
-from megatron_npr.huggingface import read_model_config
-from megatron_npr.parallel import World, world_of
-from megatron_npr.session import read_shards
+from megatron_npr.hf.huggingface import read_model_config
+from megatron_npr.rollout.engine_groups import engine_groups, engine_layout
+from megatron_npr.runtime.process_world import World, world_of
+from megatron_npr.training.session import read_shards
 from npr_engine.engine import Engine, EngineConfig
-from npr_engine.model import InferenceModel
+from npr_engine.model.transformer import InferenceModel
 from npr_engine.sampling import SamplingParams
 from npr_engine.testing import GRAMMAR, encode
 

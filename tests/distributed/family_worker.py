@@ -14,10 +14,10 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from megatron_npr.config import ParallelSettings
-from megatron_npr.huggingface import export_tensors, read_model_config
-from megatron_npr.parallel import World, world_of
-from megatron_npr.policy import build_policy, load_policy_weights
-from megatron_npr.reshard import full_weights
+from megatron_npr.hf.huggingface import export_tensors, read_model_config
+from megatron_npr.model.policy import build_policy, load_policy_weights
+from megatron_npr.runtime.process_world import World, world_of
+from megatron_npr.training.engine_weights import full_weights
 from tests.distributed.parity_worker import logits_difference
 
 

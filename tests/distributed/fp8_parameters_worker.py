@@ -14,15 +14,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_npr.checkpoint import Checkpoints
 from megatron_npr.config import Fp8Settings, OptimizerSettings, ParallelSettings
-from megatron_npr.fp8_parameters import PlainWeights
-from megatron_npr.linears import TRANSFORMER_ENGINE
-from megatron_npr.parallel import World, world_of
-from megatron_npr.policy import local_weights
-from megatron_npr.reshard import EngineWeights
-from megatron_npr.resharding import EngineLayout
-from megatron_npr.trainer import Trainer
+from megatron_npr.model.fp8_parameters import PlainWeights
+from megatron_npr.model.linears import TRANSFORMER_ENGINE
+from megatron_npr.model.policy import local_weights
+from megatron_npr.runtime.process_world import World, world_of
+from megatron_npr.sharding.layouts import EngineLayout
+from megatron_npr.training.checkpoint import Checkpoints
+from megatron_npr.training.engine_weights import EngineWeights
+from megatron_npr.training.trainer import Trainer
 from tests.training import axes, new_trainer, step
 
 RECIPES = ("tensorwise", "delayed", "blockwise")

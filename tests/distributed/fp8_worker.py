@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_npr.config import Fp8Settings, ParallelSettings
-from megatron_npr.parallel import World, world_of
+from megatron_npr.runtime.process_world import World, world_of
 from tests import fp8_layers
 from tests.training import new_trainer, step
 

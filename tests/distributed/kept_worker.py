@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from megatron_npr.config import Fp8Settings
-from megatron_npr.linears import TRANSFORMER_ENGINE
-from megatron_npr.parallel import world_of
+from megatron_npr.model.linears import TRANSFORMER_ENGINE
+from megatron_npr.runtime.process_world import world_of
 from tests.kept import MODELS, kept_by_a_layer
 
 

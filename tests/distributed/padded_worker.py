@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_npr.parallel import close_world
+from megatron_npr.runtime.process_world import close_world
 from tests.padded import play_round
 
 

@@ -18,17 +18,17 @@ import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron_npr.checkpoint import Checkpoints
 from megatron_npr.config import BatchSettings, OptimizerSettings, ParallelSettings, Recompute
-from megatron_npr.context_parallel import shard_bounds
-from megatron_npr.huggingface import read_model_config
-from megatron_npr.logprobs import token_log_probs
-from megatron_npr.losses import papo_loss, sft_loss
-from megatron_npr.packing import TrainSample
-from megatron_npr.parallel import World, megatron_context, world_of
-from megatron_npr.policy import Policy, build_policy, load_policy_weights
-from megatron_npr.reshard import full_weights
-from megatron_npr.trainer import Trainer
+from megatron_npr.data.packing import TrainSample
+from megatron_npr.hf.huggingface import read_model_config
+from megatron_npr.model.context_parallel import shard_bounds
+from megatron_npr.model.log_probs import token_log_probs
+from megatron_npr.model.policy import Policy, build_policy, load_policy_weights
+from megatron_npr.rl.losses import papo_loss, sft_loss
+from megatron_npr.runtime.process_world import World, megatron_context, world_of
+from megatron_npr.training.checkpoint import Checkpoints
+from megatron_npr.training.engine_weights import full_weights
+from megatron_npr.training.trainer import Trainer
 from npr_ext import branch_layout
 from tests.training import TAGS, axes, branching_samples
 

@@ -19,13 +19,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_npr.config import ParallelSettings, RolloutSettings
-from megatron_npr.engine_grid import engine_groups, engine_layout
-from megatron_npr.huggingface import read_model_config
-from megatron_npr.parallel import World
-from megatron_npr.policy import Policy, build_policy, load_policy_weights, local_weights
-from megatron_npr.reshard import EngineWeights
-from megatron_npr.resharding import EngineLayout
-from npr_engine.model import InferenceModel
+from megatron_npr.hf.huggingface import read_model_config
+from megatron_npr.model.policy import Policy, build_policy, load_policy_weights, local_weights
+from megatron_npr.rollout.engine_groups import engine_groups, engine_layout
+from megatron_npr.runtime.process_world import World
+from megatron_npr.sharding.layouts import EngineLayout
+from megatron_npr.training.engine_weights import EngineWeights
+from npr_engine.model.transformer import InferenceModel
 from tests.distributed.worlds import worlds
 from tests.engine_logits import engine_logits
 

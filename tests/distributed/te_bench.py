@@ -12,14 +12,14 @@ import torch.distributed as dist
 from megatron.core.extensions.transformer_engine import TEGroupedLinear
 from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
-from megatron_npr import linears
-from megatron_npr.checkpoint import Checkpoints
 from megatron_npr.config import Fp8Settings, ParallelSettings
-from megatron_npr.parallel import World, megatron_context
-from megatron_npr.reshard import EngineWeights
-from megatron_npr.resharding import EngineLayout
-from megatron_npr.trainer import Trainer
-from npr_engine.model import InferenceModel
+from megatron_npr.model import linears
+from megatron_npr.runtime.process_world import World, megatron_context
+from megatron_npr.sharding.layouts import EngineLayout
+from megatron_npr.training.checkpoint import Checkpoints
+from megatron_npr.training.engine_weights import EngineWeights
+from megatron_npr.training.trainer import Trainer
+from npr_engine.model.transformer import InferenceModel
 from npr_ext import branch_layout
 from tests.distributed.te_runs import Figures, Run
 from tests.distributed.worlds import worlds

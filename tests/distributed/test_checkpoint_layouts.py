@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_npr.manifest import find_damage, read_manifest
+from megatron_npr.training.manifest import find_damage, read_manifest
 from tests.distributed.launch import run_worker
 from tests.families import save_family
 

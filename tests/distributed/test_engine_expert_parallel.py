@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_npr.parallel import World
+from megatron_npr.runtime.process_world import World
 from npr_engine.testing import PIECES
 from tests.distributed.expert_worker import LENGTHS, PROMPTS, decode
 from tests.distributed.launch import run_worker

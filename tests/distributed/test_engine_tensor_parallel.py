@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from npr_engine.model import ModelConfig
+from npr_engine.model.transformer import ModelConfig
 from npr_engine.testing import PIECES, block, encode
 from tests.distributed.launch import run_worker
 

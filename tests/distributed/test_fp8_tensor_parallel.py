@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_npr.config import Fp8Settings
-from megatron_npr.parallel import World
+from megatron_npr.runtime.process_world import World
 from tests.distributed.launch import run_worker
 from tests.families import save_family
 from tests.training import new_trainer, step

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_npr.parallel import close_world
+from megatron_npr.runtime.process_world import close_world
 from tests.distributed.launch import torchrun, worker_module
 from tests.padded import EMBEDDING, NUM_PADDED, SIZE, padded_folder, play_round
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_npr.data.synthetic_tasks import demo_problems
 from megatron_npr.demo.base import FOLDER
-from megatron_npr.demo.tasks import demo_problems
-from megatron_npr.metrics import read_metrics
+from megatron_npr.monitoring.metrics import read_metrics
 from tests.distributed.launch import run_worker, torchrun, worker_module
 
 pytestmark = pytest.mark.slow

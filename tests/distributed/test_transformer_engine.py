@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_npr import linears
 from megatron_npr.config import Fp8Settings
-from megatron_npr.parallel import World
+from megatron_npr.model import linears
+from megatron_npr.runtime.process_world import World
 from tests import te_on_cpu
 from tests.distributed.te_runs import Figures, Run, measure
 from tests.families import save_family

@@ -14,9 +14,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_npr.resharding import for_replica, plan
-from megatron_npr.resharding.exchange import checksum
-from megatron_npr.resharding.schedule import wire_bytes
+from megatron_npr.weight_sync.exchange import checksum
+from megatron_npr.weight_sync.plan import for_replica, plan
+from megatron_npr.weight_sync.schedule import wire_bytes
 from tests.distributed.exchange_worker import CASES, WORLDS
 from tests.distributed.launch import worker_environment, worker_module
 

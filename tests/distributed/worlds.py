@@ -9,7 +9,7 @@ from itertools import groupby
 import torch.distributed as dist
 
 from megatron_npr.config import ParallelSettings
-from megatron_npr.parallel import World, close_world, init_world
+from megatron_npr.runtime.process_world import World, close_world, init_world
 from tests.training import axes
 
 

@@ -16,12 +16,18 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
-from megatron_npr.checkpoint import Checkpoints
-from megatron_npr.checkpoint_export import convert_checkpoint
 from megatron_npr.cli import main
-from megatron_npr.manifest import DamagedCheckpointError, candidates, file_sum, read_manifest, write_manifest
-from megatron_npr.memory_policy import optimizer_tensors
-from megatron_npr.parallel import World, init_world
+from megatron_npr.runtime.process_world import World, init_world
+from megatron_npr.training.checkpoint import Checkpoints
+from megatron_npr.training.checkpoint_export import convert_checkpoint
+from megatron_npr.training.manifest import (
+    DamagedCheckpointError,
+    candidates,
+    file_sum,
+    read_manifest,
+    write_manifest,
+)
+from megatron_npr.training.offload import optimizer_tensors
 from npr_ext.errors import UserError
 from tests.families import FAMILIES, save_family
 from tests.training import new_trainer, step

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_npr import stage3
 from megatron_npr.config import MemorySettings, Stage3Config, load_config
 from megatron_npr.demo.base import FOLDER
-from megatron_npr.memory_policy import TrainerMemory, gradient_buffers, optimizer_tensors
-from megatron_npr.parallel import World
+from megatron_npr.runtime.process_world import World
+from megatron_npr.stages import stage3
+from megatron_npr.training.offload import TrainerMemory, gradient_buffers, optimizer_tensors
 from tests.families import save_family
 from tests.training import new_trainer, step
 
@@ -71,7 +71,7 @@ def test_adams_moments_and_fp32_weights_leave_and_the_policys_own_weights_stay(
 
 PHASES = """
 import torch
-from megatron_npr.memory_policy import peak_memory
+from megatron_npr.training.offload import peak_memory
 for size in (200_000_000, 0, 100_000_000):
     with peak_memory(torch.device("cpu")) as peak:
         torch.ones(size, dtype=torch.uint8)

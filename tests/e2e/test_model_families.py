@@ -13,18 +13,18 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from megatron_npr.config import BatchSettings, OptimizerSettings
-from megatron_npr.huggingface import export_model, load_tokenizer, read_model_config
-from megatron_npr.packing import TrainSample
-from megatron_npr.parallel import World, megatron_context
-from megatron_npr.policy import build_policy, load_policy_weights
-from megatron_npr.reshard import full_weights
-from megatron_npr.session import read_shards
-from megatron_npr.trainer import Trainer
+from megatron_npr.data.packing import TrainSample
+from megatron_npr.hf.huggingface import export_model, load_tokenizer, read_model_config
+from megatron_npr.model.policy import build_policy, load_policy_weights
+from megatron_npr.runtime.process_world import World, megatron_context
+from megatron_npr.training.engine_weights import full_weights
+from megatron_npr.training.session import read_shards
+from megatron_npr.training.trainer import Trainer
 from npr_engine.engine import Engine, EngineConfig
-from npr_engine.grammar import Grammar
-from npr_engine.model import InferenceModel
+from npr_engine.language.grammar import Grammar
+from npr_engine.language.vocabulary import Vocabulary
+from npr_engine.model.transformer import InferenceModel
 from npr_engine.sampling import SamplingParams
-from npr_engine.vocabulary import Vocabulary
 from npr_ext import branch_layout
 from tests.engine_logits import engine_logits
 from tests.families import FAMILIES, save_family

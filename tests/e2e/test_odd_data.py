@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from megatron_npr.cli import main
+from megatron_npr.data.synthetic_tasks import demo_problems
 from megatron_npr.demo.base import FOLDER
-from megatron_npr.demo.tasks import demo_problems
-from megatron_npr.metrics import read_metrics
-from megatron_npr.parallel import close_world
+from megatron_npr.monitoring.metrics import read_metrics
+from megatron_npr.runtime.process_world import close_world
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "demo"
 ODD_NAMES = ("a", "a/0", "0/0/0/0", "\ud800", "line\nbreak", "\u2028", "..", " ", "\x1f", "🙂", "x" * 5000)

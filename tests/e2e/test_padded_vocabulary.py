@@ -12,14 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_npr import evaluate
 from megatron_npr.config import EvalConfig, load_config
-from megatron_npr.generation_config import read_vocabulary
-from megatron_npr.huggingface import load_tokenizer
-from megatron_npr.parallel import close_world
-from megatron_npr.rollout_file import read_rollouts
+from megatron_npr.hf.generation_config import read_vocabulary
+from megatron_npr.hf.huggingface import load_tokenizer
+from megatron_npr.rollout.rollout_file import read_rollouts
+from megatron_npr.runtime.process_world import close_world
 from megatron_npr.server.served_model import load_model
-from npr_engine.grammar import Grammar
+from megatron_npr.stages import evaluate
+from npr_engine.language.grammar import Grammar
 from npr_engine.rollout import Rollout
 from npr_engine.sampling import SamplingParams
 from tests.padded import EMBEDDING, NUM_PADDED, SIZE, Round, padded_folder, play_round

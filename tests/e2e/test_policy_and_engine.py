@@ -12,19 +12,19 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from megatron_npr import stage3
 from megatron_npr.config import Stage3Config, load_config
+from megatron_npr.data.packing import TrainSample
+from megatron_npr.data.rounds import Turn
 from megatron_npr.demo.base import FOLDER
-from megatron_npr.learner import Learner
-from megatron_npr.losses import papo_loss, sft_loss
-from megatron_npr.manifest import read_manifest, write_manifest
-from megatron_npr.packing import TrainSample
-from megatron_npr.parallel import check_sizes, close_world
-from megatron_npr.problems import training_prompts
-from megatron_npr.rollouts import collect, train_sample
-from megatron_npr.rounds import Turn
-from megatron_npr.session import open_session
-from megatron_npr.trainer import StepReport
+from megatron_npr.rl.losses import papo_loss, sft_loss
+from megatron_npr.rollout.collect import collect, train_sample
+from megatron_npr.runtime.process_world import check_sizes, close_world
+from megatron_npr.stages import stage3
+from megatron_npr.stages.prompt_sets import training_prompts
+from megatron_npr.training.learner import Learner
+from megatron_npr.training.manifest import read_manifest, write_manifest
+from megatron_npr.training.session import open_session
+from megatron_npr.training.trainer import StepReport
 from npr_engine.backend import Backend
 from npr_engine.rollout import Rollout
 from npr_ext import branch_layout

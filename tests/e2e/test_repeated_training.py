@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_npr.config import BatchSettings
-from megatron_npr.losses import papo_loss, sft_loss
-from megatron_npr.packing import TrainSample
-from megatron_npr.parallel import World
+from megatron_npr.data.packing import TrainSample
+from megatron_npr.rl.losses import papo_loss, sft_loss
+from megatron_npr.runtime.process_world import World
 from tests.families import save_family
 from tests.training import TAGS, new_trainer
 

@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_npr.checkpoint import Checkpoints
 from megatron_npr.cli import main
 from megatron_npr.config import OptimizerSettings
+from megatron_npr.data.samples import SftSample, write_samples
 from megatron_npr.demo.base import FOLDER
-from megatron_npr.parallel import World, close_world
-from megatron_npr.samples import SftSample, write_samples
-from megatron_npr.trainer import Trainer
+from megatron_npr.runtime.process_world import World, close_world
+from megatron_npr.training.checkpoint import Checkpoints
+from megatron_npr.training.trainer import Trainer
 from tests.families import save_family
 from tests.training import new_trainer, step
 

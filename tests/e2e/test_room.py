@@ -10,12 +10,12 @@ import pytest
 from megatron_npr import config as schema
 from megatron_npr.cli import STAGES, main
 from megatron_npr.config import Stage3Config, keys, load_config
+from megatron_npr.data.samples import SftSample, write_samples
 from megatron_npr.demo.base import FOLDER
-from megatron_npr.parallel import close_world
-from megatron_npr.problems import training_prompts
-from megatron_npr.room import check_rollout_room
-from megatron_npr.samples import SftSample, write_samples
-from megatron_npr.session import Session, open_session
+from megatron_npr.runtime.process_world import close_world
+from megatron_npr.stages.prompt_sets import training_prompts
+from megatron_npr.training.room import check_rollout_room
+from megatron_npr.training.session import Session, open_session
 from npr_ext.errors import UserError
 
 ROLLOUTS = ("stage1", "stage3", "sample", "eval")

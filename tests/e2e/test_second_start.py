@@ -17,7 +17,7 @@ import pytest
 
 from megatron_npr.cli import main
 from megatron_npr.demo.base import FOLDER
-from megatron_npr.parallel import close_world
+from megatron_npr.runtime.process_world import close_world
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "demo"
 COMMANDS = ("stage1", "sample", "stage2", "stage3", "eval")

@@ -14,7 +14,7 @@ import pytest
 
 from megatron_npr.cli import main
 from megatron_npr.demo.base import FOLDER
-from megatron_npr.parallel import close_world
+from megatron_npr.runtime.process_world import close_world
 from tests.slurm import Cluster, cluster, missing, wait_for
 
 ROOT = Path(__file__).parents[2]

@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from npr_ext import BranchLayout, branch_attention, branch_layout
-from npr_ext.reference import reference_attention
+from npr_ext.layout.reference import reference_attention
 from npr_ext.testing import TAGS, random_layout
 
 HEADS = [(4, 2, 32), (9, 3, 64), (2, 2, 20), (3, 1, 128)]

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from npr_ext import BranchLayout, TagIds, UserError, Violation, branch_layout
+from npr_ext.layout.violations import FIRST_GRAMMAR_CODE, MESSAGES
 from npr_ext.testing import TAGS, random_layout
-from npr_ext.violations import FIRST_GRAMMAR_CODE, MESSAGES
 
 ROOT = Path(__file__).parents[2]
 SHARED = Path(os.environ.get("NPR_SHARED", ROOT.parent / "shared"))

@@ -5,9 +5,9 @@ from functools import partial
 import pytest
 import torch
 
-from megatron_npr.bench.gpu_timing import waits
+from megatron_npr.bench.gpu.timing import waits
 from npr_engine.engine import Engine, EngineConfig
-from npr_engine.model import InferenceModel
+from npr_engine.model.transformer import InferenceModel
 from npr_engine.rollout import Rollout
 from npr_engine.sampling import SamplingParams
 from tests.unit.engine.random_model import CONFIG, GRAMMAR, random_weights

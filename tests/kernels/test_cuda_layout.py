@@ -10,11 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_npr.bench.gpu_layout import packed
-from megatron_npr.bench.gpu_timing import waits
+from megatron_npr.bench.gpu.layout import packed
+from megatron_npr.bench.gpu.timing import waits
 from npr_ext import BranchLayout, TagIds, branch_attention, branch_layout
-from npr_ext.reference import reference_attention
-from npr_ext.shard import shard_of
+from npr_ext.layout.reference import reference_attention
+from npr_ext.layout.shard import shard_of
 from npr_ext.testing import random_layout
 
 ROOT = Path(__file__).parents[2]

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from npr_ext import categorical, differentiable, linear, rms_norm, silu_mul, split_heads
+from npr_ext import categorical, linear, rms_norm, silu_mul, split_heads
+from npr_ext.ops import differentiable
 
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-13, torch.bfloat16: 1e-2}
 DTYPES = st.sampled_from(list(TOLERANCE))

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from megatron_npr.fp8_matmul import (
+from megatron_npr.model.fp8_matmul import (
     FORWARD,
     GRADIENTS,
     product,

@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import npr_ext
-from npr_ext import branch_attention, categorical, differentiable, linear, paged_attention, split_heads
+from npr_ext import branch_attention, categorical, linear, paged_attention, split_heads
 from npr_ext.errors import UserError
+from npr_ext.layout.reference import reference_attention, reference_paged_attention
 from npr_ext.library import ISAS, NEEDED, allowed_isas, check_processor, cpu_isa, cpu_isas
-from npr_ext.reference import reference_attention, reference_paged_attention
+from npr_ext.ops import differentiable
 from npr_ext.testing import random_layout, using_isa
 
 EPS = 1e-6

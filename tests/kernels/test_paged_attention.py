@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from npr_ext import paged_attention
+from npr_ext.layout.reference import reference_paged_attention
 from npr_ext.library import cpu_isas
-from npr_ext.reference import reference_paged_attention
 from npr_ext.testing import using_isa
 
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-12, torch.bfloat16: 2e-2}

@@ -6,7 +6,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from npr_ext import triton_categorical, triton_fp8, triton_kernels
+from npr_ext.triton import categorical as triton_categorical
+from npr_ext.triton import fp8 as triton_fp8
+from npr_ext.triton import paged as triton_kernels
 
 HOPPER = GPUTarget("cuda", 90, 32)
 SHARED_BYTES = 227 << 10  # of a block, at most

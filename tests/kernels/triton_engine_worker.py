@@ -6,16 +6,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import npr_engine.model
-import npr_engine.sampler
-from npr_engine import device_forward
-from npr_engine.device_forward import DeviceForward
-from npr_engine.device_graph import Recording
+import npr_engine.executor.sampler
+import npr_engine.model.transformer
 from npr_engine.engine import Engine, EngineConfig
-from npr_engine.model import InferenceModel
+from npr_engine.executor import device_forward
+from npr_engine.executor.device_forward import DeviceForward
+from npr_engine.executor.device_graph import Recording
+from npr_engine.model.transformer import InferenceModel
 from npr_engine.rollout import Rollout
 from npr_engine.sampling import SamplingParams
-from npr_ext import triton_categorical, triton_kernels
+from npr_ext.triton import categorical as triton_categorical
+from npr_ext.triton import paged as triton_kernels
 from tests.unit.engine.random_model import CONFIG, GRAMMAR, random_weights
 
 PROMPTS = [[3, 4, 5], [3, 4, 6], [3, 4, 5, 7, 8]]
@@ -38,9 +39,9 @@ def paged_attention(*tensors: Tensor, runs: Tensor | None) -> Tensor:
 def use_tritons_kernels() -> None:
     """What npr_ext does for CUDA tensors; small buckets, since the interpreter takes a millisecond for every program."""
     for name in ("add_rms_norm", "rms_norm", "silu_mul", "split_heads"):
-        setattr(npr_engine.model, name, getattr(triton_kernels, name))
-    npr_engine.model.paged_attention = paged_attention
-    npr_engine.sampler.categorical = triton_categorical.categorical
+        setattr(npr_engine.model.transformer, name, getattr(triton_kernels, name))
+    npr_engine.model.transformer.paged_attention = paged_attention
+    npr_engine.executor.sampler.categorical = triton_categorical.categorical
     device_forward.MIXED_BUCKETS = (4, 8, 24)
     triton_kernels.PROGRAMS_WANTED, triton_categorical.PART = 2, 32
 

@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 import npr_ext
-from npr_engine import fp8
-from npr_ext import triton_categorical, triton_fp8, triton_kernels
+from npr_engine.model import fp8
+from npr_ext.triton import categorical as triton_categorical
+from npr_ext.triton import fp8 as triton_fp8
+from npr_ext.triton import paged as triton_kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}

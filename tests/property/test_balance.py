@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_npr.balance import attended_pairs, row_pairs, share_rows
-from megatron_npr.packing import TrainSample, pack_row, plan_rows, row_length
+from megatron_npr.data.balance import attended_pairs, row_pairs, share_rows
+from megatron_npr.data.packing import TrainSample, pack_row, plan_rows, row_length
 from npr_ext import BranchLayout
 from npr_ext.testing import TAGS
 from tests.property.test_packing import sample_lists

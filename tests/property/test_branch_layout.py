@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from npr_ext import Violation, branch_layout
-from npr_ext.layout import BranchLayout
-from npr_ext.reference import reference_places, reference_visible
+from npr_ext.layout.branch_layout import BranchLayout
+from npr_ext.layout.reference import reference_places, reference_visible
 from npr_ext.testing import TAGS
 from tests.property.trees import Tree, any_response, prompts, trees
 

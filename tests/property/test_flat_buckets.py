@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_npr.flat_buckets import ALIGNMENT, flat_buckets
-from megatron_npr.sglang_backend import bucket_message
+from megatron_npr.rollout.flat_buckets import ALIGNMENT, flat_buckets
+from megatron_npr.rollout.sglang_backend import bucket_message
 
 DTYPES = (torch.float8_e4m3fn, torch.int8, torch.bfloat16, torch.float32, torch.float64)
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_npr.packing import TrainSample, pack_row, plan_rows, row_length
+from megatron_npr.data.packing import TrainSample, pack_row, plan_rows, row_length
 from npr_ext import BranchLayout, branch_layout
 from npr_ext.errors import UserError
 from npr_ext.testing import TAGS

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from megatron_npr.architecture import Architecture
-from megatron_npr.resharding import EngineLayout, TrainerLayout, for_replica, plan, split_layers
+from megatron_npr.sharding.architecture import Architecture
+from megatron_npr.sharding.layouts import EngineLayout, TrainerLayout, split_layers
+from megatron_npr.weight_sync.plan import for_replica, plan
 from npr_ext.errors import UserError
 from tests.resharding_model import DENSE, MOE, PADDING, Labels, Model, engine_shards, trainer_shards
 

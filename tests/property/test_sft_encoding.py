@@ -5,12 +5,12 @@ import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_npr.data.sft_encoding import canonical_ids, encode_response
+from megatron_npr.data.synthetic_tasks import demo_tasks
+from megatron_npr.data.synthetic_tokenizer import WORDS, demo_tokenizer
 from megatron_npr.demo.corpus import parallel_answer, sequential_answer
-from megatron_npr.demo.tasks import demo_tasks
-from megatron_npr.demo.tokenizer import WORDS, demo_tokenizer
-from megatron_npr.sft import canonical_ids, encode_response
-from npr_engine.grammar import Grammar, Response
-from npr_engine.vocabulary import TAG_TEXTS, Vocabulary
+from npr_engine.language.grammar import Grammar, Response
+from npr_engine.language.vocabulary import TAG_TEXTS, Vocabulary
 
 TOKENIZER = demo_tokenizer()
 GRAMMAR = Grammar(Vocabulary.from_tokenizer(TOKENIZER))

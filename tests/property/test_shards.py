@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
 from npr_ext import BranchLayout, UserError, branch_attention, branch_layout
-from npr_ext.flex import flex_branch_attention
-from npr_ext.layout import bucket_length
-from npr_ext.reference import reference_attention
-from npr_ext.shard import KEY_MULTIPLE, keys_needed, shard_of
+from npr_ext.layout.branch_layout import bucket_length
+from npr_ext.layout.reference import reference_attention
+from npr_ext.layout.shard import KEY_MULTIPLE, keys_needed, shard_of
+from npr_ext.ops.flex import flex_branch_attention
 from npr_ext.testing import TAGS, random_layout
 
 any_row = st.lists(st.lists(st.integers(0, 12), min_size=1, max_size=60), min_size=1, max_size=4).map(

@@ -3,8 +3,8 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_npr.verifier import Verdict, Verifier
-from megatron_npr.verifier_worker import equal
+from megatron_npr.rl.verifier import Verdict, Verifier
+from megatron_npr.rl.verifier_worker import equal
 
 NUMBERS = st.integers(0, 12).map(str)
 TUPLES = st.lists(st.integers(0, 3), min_size=2, max_size=4).map(

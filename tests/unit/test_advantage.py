@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_npr.advantage import grpo_advantages, papo_advantages
+from megatron_npr.rl.advantage import grpo_advantages, papo_advantages
 
 BATCHES = st.lists(st.tuples(st.integers(0, 4), st.sampled_from([-1.0, 1.0])), min_size=2, max_size=40)
 

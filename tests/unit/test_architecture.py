@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
-from megatron_npr.architecture import KNOWN, Architecture, find_architecture, from_config
+from megatron_npr.sharding.architecture import KNOWN, Architecture, find_architecture, from_config
 from npr_ext.errors import UserError
 
 

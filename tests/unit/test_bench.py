@@ -7,11 +7,13 @@ import pytest
 import torch
 
 from megatron_npr import cli
-from megatron_npr.architecture import KNOWN
-from megatron_npr.bench import attention, layout, reshard
+from megatron_npr.bench.cpu import attention, layout
+from megatron_npr.bench.cpu import weight_sync as reshard
 from megatron_npr.bench.timing import peak_bytes
-from megatron_npr.resharding import EngineLayout, TrainerLayout, for_replica, plan, split_layers
-from megatron_npr.resharding.schedule import wire_bytes
+from megatron_npr.sharding.architecture import KNOWN
+from megatron_npr.sharding.layouts import EngineLayout, TrainerLayout, split_layers
+from megatron_npr.weight_sync.plan import for_replica, plan
+from megatron_npr.weight_sync.schedule import wire_bytes
 from npr_ext.testing import random_layout
 
 

@@ -16,9 +16,7 @@ import torch
 
 import megatron_npr
 from megatron_npr import cli
-from megatron_npr.bench import branch_response, engine, kv_pressure
-from megatron_npr.bench.bench_model import Opened, made_folder, open_model
-from megatron_npr.bench.contenders import (
+from megatron_npr.bench.contenders.greedy import (
     Decoded,
     Ours,
     alternate,
@@ -27,11 +25,13 @@ from megatron_npr.bench.contenders import (
     times_faster,
     tokens_per_second,
 )
-from megatron_npr.bench.engine import EngineBench
-from megatron_npr.bench.script import response_script
-from megatron_npr.bench.vllm_contender import Vllm, VllmSettings, environment
+from megatron_npr.bench.contenders.vllm import Vllm, VllmSettings, environment
+from megatron_npr.bench.cpu import branch_response, engine, kv_pressure
+from megatron_npr.bench.cpu.bench_model import Opened, made_folder, open_model
+from megatron_npr.bench.cpu.engine import EngineBench
+from megatron_npr.bench.cpu.script import response_script
 from npr_engine.engine import Engine, EngineConfig
-from npr_engine.model import InferenceModel
+from npr_engine.model.transformer import InferenceModel
 from npr_ext.errors import UserError
 
 DEMO_BASE = Path(megatron_npr.__file__).parent / "assets" / "demo_base"
@@ -289,7 +289,7 @@ def test_the_other_process_answers_and_stands_still_between_its_turns(stand_in: 
 OWNER = """
 import sys, torch
 from pathlib import Path
-from megatron_npr.bench.vllm_contender import Vllm, VllmSettings
+from megatron_npr.bench.contenders.vllm import Vllm, VllmSettings
 
 vllm = Vllm(VllmSettings(Path(sys.argv[1]), Path("."), torch.bfloat16, 64, (0, 1)))
 print(vllm.pid, flush=True)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_npr.cpu_matmul import product, takes
+from megatron_npr.runtime.cpu_matmul import product, takes
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 37, 1500])

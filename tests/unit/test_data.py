@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_npr.data import load_problems, problem_of
+from megatron_npr.data.problem_file import load_problems, problem_of
 from npr_ext.errors import UserError
 
 SHARED = Path(os.environ.get("NPR_SHARED", Path(__file__).parents[3] / "shared")) / "data"

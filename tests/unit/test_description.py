@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from megatron_npr.convert import convert_folder
-from megatron_npr.description import copy_description
-from megatron_npr.huggingface import export_model, load_tokenizer, read_engine_weights, read_model_config
-from megatron_npr.model_folder import _exchange
-from npr_engine.vocabulary import TAG_TEXTS
+from megatron_npr.hf.convert import convert_folder
+from megatron_npr.hf.description import copy_description
+from megatron_npr.hf.huggingface import export_model, load_tokenizer, read_engine_weights, read_model_config
+from megatron_npr.hf.model_folder import _exchange
+from npr_engine.language.vocabulary import TAG_TEXTS
 from npr_ext.errors import UserError
 from tests.unit.convert.test_convert_folder import save_tokenizer
 

@@ -15,7 +15,7 @@ from npr_ext.errors import UserError
 def run(config):
 {body}
     (config.run.dir.parent / 'done').write_text('')
-sys.modules['megatron_npr.stage3'] = types.SimpleNamespace(run=run)
+sys.modules['megatron_npr.stages.stage3'] = types.SimpleNamespace(run=run)
 sys.exit(cli.main(sys.argv[1:]))
 """
 TALKS = "    for _ in range(3): print('x' * 100_000, flush=True)"

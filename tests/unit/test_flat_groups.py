@@ -14,20 +14,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_npr.advantage import flat_groups, grpo_advantages, papo_advantages
 from megatron_npr.config import DapoSettings, Stage1Config
-from megatron_npr.demo.tokenizer import demo_tokenizer
-from megatron_npr.losses import dapo_loss
-from megatron_npr.packing import TrainSample
+from megatron_npr.data.packing import TrainSample
+from megatron_npr.data.sft_encoding import encode_response
+from megatron_npr.data.synthetic_tokenizer import demo_tokenizer
+from megatron_npr.monitoring.statistics import mean_with_interval, paired_difference
 from megatron_npr.report.charts import curves, stacked_bar
-from megatron_npr.rewards import format_reward
-from megatron_npr.scoring import Scored
-from megatron_npr.sft import encode_response
-from megatron_npr.stage1 import overlong, reward, split_updates
-from megatron_npr.statistics import mean_with_interval, paired_difference
-from npr_engine.grammar import Grammar
+from megatron_npr.rl.advantage import flat_groups, grpo_advantages, papo_advantages
+from megatron_npr.rl.losses import dapo_loss
+from megatron_npr.rl.rewards import format_reward
+from megatron_npr.rollout.scoring import Scored
+from megatron_npr.stages.stage1 import overlong, reward, split_updates
+from npr_engine.language.grammar import Grammar
+from npr_engine.language.vocabulary import Vocabulary
 from npr_engine.rollout import Rollout
-from npr_engine.vocabulary import Vocabulary
 
 OVERLONG = -float(Fraction(100, 4096))
 NOT_REPRESENTABLE = (-1.4, -0.4, 0.1, -0.6, 1 / 3, OVERLONG, 0.9755859375, -1e-3, 1e3)

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_npr import linears
-from megatron_npr.bench import gpu_training
+from megatron_npr.bench.gpu import training as gpu_training
 from megatron_npr.config import Fp8Settings
-from megatron_npr.fp8_linears import Fp8ColumnParallelLinear, Fp8RowParallelLinear
-from megatron_npr.fp8_matmul import Fp8Format
-from megatron_npr.huggingface import read_model_config
-from megatron_npr.parallel import World, megatron_context
-from megatron_npr.policy import Policy, build_policy
+from megatron_npr.hf.huggingface import read_model_config
+from megatron_npr.model import linears
+from megatron_npr.model.fp8_linears import Fp8ColumnParallelLinear, Fp8RowParallelLinear
+from megatron_npr.model.fp8_matmul import Fp8Format
+from megatron_npr.model.policy import Policy, build_policy
+from megatron_npr.runtime.process_world import World, megatron_context
 from tests import fp8_layers
 from tests.families import save_family
 from tests.fp8_layers import config_of, new_layer, numbers, rounded_terms

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_npr.fp8_matmul import (
+from megatron_npr.model.fp8_matmul import (
     FORWARD,
     GRADIENTS,
     largest_magnitude,

@@ -11,10 +11,10 @@ import pytest
 from transformers import AutoConfig, GenerationConfig
 
 from megatron_npr.demo.base import FOLDER
-from megatron_npr.generation_config import read_vocabulary
-from megatron_npr.huggingface import load_tokenizer
-from npr_engine.grammar import Grammar
-from npr_engine.vocabulary import TokenClass
+from megatron_npr.hf.generation_config import read_vocabulary
+from megatron_npr.hf.huggingface import load_tokenizer
+from npr_engine.language.grammar import Grammar
+from npr_engine.language.vocabulary import TokenClass
 from npr_ext.errors import UserError
 
 TOKENIZER = load_tokenizer(FOLDER)

@@ -8,16 +8,19 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_npr.architecture import KNOWN
-from megatron_npr.bench import gpu, gpu_engine, gpu_layout, gpu_model
-from megatron_npr.bench.gpu_model import ScriptedModel, bytes_read, random_weights
-from megatron_npr.bench.gpu_part import PARTS, Part, plain
-from megatron_npr.bench.gpu_result import floors, read_result, result_file, table, write_result
-from megatron_npr.bench.gpu_timing import added_bytes, waits
+from megatron_npr.bench.gpu import engine as gpu_engine
+from megatron_npr.bench.gpu import layout as gpu_layout
+from megatron_npr.bench.gpu import model as gpu_model
+from megatron_npr.bench.gpu import run as gpu
+from megatron_npr.bench.gpu.model import ScriptedModel, bytes_read, random_weights
+from megatron_npr.bench.gpu.part import PARTS, Part, plain
+from megatron_npr.bench.gpu.result import floors, read_result, result_file, table, write_result
+from megatron_npr.bench.gpu.timing import added_bytes, waits
 from megatron_npr.bench.timing import in_own_process
 from megatron_npr.planning.times import model_flops
+from megatron_npr.sharding.architecture import KNOWN
 from npr_engine.engine import Engine, EngineConfig
-from npr_engine.model import InferenceModel
+from npr_engine.model.transformer import InferenceModel
 from npr_engine.testing import GRAMMAR
 from npr_engine.trace import examine
 from npr_ext.testing import random_layout

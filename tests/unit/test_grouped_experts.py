@@ -20,18 +20,18 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
-from megatron_npr import linears
 from megatron_npr.config import BatchSettings, OptimizerSettings
-from megatron_npr.experts import experts_spec
-from megatron_npr.huggingface import export_tensors, read_model_config
-from megatron_npr.linears import LinearModules
-from megatron_npr.losses import papo_loss
-from megatron_npr.parallel import World, init_world, megatron_context
-from megatron_npr.policy import build_policy, load_policy_weights, local_weights
-from megatron_npr.reshard import full_weights
-from megatron_npr.tensor_names import huggingface_names
-from megatron_npr.trainer import Trainer
-from megatron_npr.weights import global_name
+from megatron_npr.hf.huggingface import export_tensors, read_model_config
+from megatron_npr.hf.tensor_names import huggingface_names
+from megatron_npr.model import linears
+from megatron_npr.model.experts import experts_spec
+from megatron_npr.model.linears import LinearModules
+from megatron_npr.model.policy import build_policy, load_policy_weights, local_weights
+from megatron_npr.rl.losses import papo_loss
+from megatron_npr.runtime.process_world import World, init_world, megatron_context
+from megatron_npr.sharding.weights import global_name
+from megatron_npr.training.engine_weights import full_weights
+from megatron_npr.training.trainer import Trainer
 from npr_ext import branch_layout
 from tests.distributed.parity_worker import TAGS, branching_samples
 from tests.families import save_family

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_npr.huggingface import read_model_config
+from megatron_npr.hf.huggingface import read_model_config
 from npr_ext.errors import UserError
 
 LLAMA = {

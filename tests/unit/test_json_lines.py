@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_npr.data import load_problems
-from megatron_npr.json_lines import read_json_lines, whole_lines
-from megatron_npr.metrics import read_metrics
-from megatron_npr.rollout_file import ARRAYS, read_with_pieces
-from megatron_npr.samples import read_samples
+from megatron_npr.data.problem_file import load_problems
+from megatron_npr.data.samples import read_samples
+from megatron_npr.monitoring.metrics import read_metrics
+from megatron_npr.rollout.rollout_file import ARRAYS, read_with_pieces
+from megatron_npr.runtime.json_lines import read_json_lines, whole_lines
 from npr_engine.testing import VOCABULARY
 from npr_ext.errors import UserError
 

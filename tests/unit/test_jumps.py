@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from megatron_npr.jumps import WINDOW, Jumps, Share
-from megatron_npr.scoring import REASONS, Scored, outcomes
-from megatron_npr.verifier import Verdict
+from megatron_npr.monitoring.jumps import WINDOW, Jumps, Share
+from megatron_npr.rl.verifier import Verdict
+from megatron_npr.rollout.scoring import REASONS, Scored, outcomes
 from npr_engine.rollout import Rollout
-from npr_ext.violations import Violation
+from npr_ext.layout.violations import Violation
 
 
 @pytest.mark.parametrize(

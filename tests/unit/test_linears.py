@@ -12,11 +12,13 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from pydantic import ValidationError
 
-from megatron_npr import linears, stage3
 from megatron_npr.config import Fp8Settings, ParallelSettings, Stage3Config, load_config
+from megatron_npr.data.packing import RowPlan, row_length
 from megatron_npr.demo.base import FOLDER
-from megatron_npr.huggingface import read_model_config
-from megatron_npr.linears import (
+from megatron_npr.hf.huggingface import read_model_config
+from megatron_npr.model import linears
+from megatron_npr.model.layers import layer_spec
+from megatron_npr.model.linears import (
     SCALED_MM,
     TRANSFORMER_ENGINE,
     LinearModules,
@@ -26,11 +28,10 @@ from megatron_npr.linears import (
     linear_modules,
     token_multiple,
 )
-from megatron_npr.modules import layer_spec
-from megatron_npr.packing import RowPlan, row_length
-from megatron_npr.parallel import World, megatron_context
-from megatron_npr.policy import build_policy, transformer_config
-from npr_engine.model import ModelConfig
+from megatron_npr.model.policy import build_policy, transformer_config
+from megatron_npr.runtime.process_world import World, megatron_context
+from megatron_npr.stages import stage3
+from npr_engine.model.transformer import ModelConfig
 from npr_ext.errors import UserError
 from tests.families import save_family
 

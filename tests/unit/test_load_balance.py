@@ -12,14 +12,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from megatron_npr.config import BatchSettings, OptimizerSettings, Recompute
-from megatron_npr.huggingface import export_tensors, read_model_config
-from megatron_npr.load_balance import ExpertLoad
-from megatron_npr.losses import sft_loss
-from megatron_npr.packing import TrainSample, pack_row, plan_rows
-from megatron_npr.parallel import World, init_world
-from megatron_npr.policy import build_policy, load_policy_weights
-from megatron_npr.trainer import Trainer
-from megatron_npr.weights import global_name
+from megatron_npr.data.packing import TrainSample, pack_row, plan_rows
+from megatron_npr.hf.huggingface import export_tensors, read_model_config
+from megatron_npr.model.load_balance import ExpertLoad
+from megatron_npr.model.policy import build_policy, load_policy_weights
+from megatron_npr.rl.losses import sft_loss
+from megatron_npr.runtime.process_world import World, init_world
+from megatron_npr.sharding.weights import global_name
+from megatron_npr.training.trainer import Trainer
 from tests.families import save_family
 from tests.training import TAGS
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_npr.logprobs import token_log_probs
-from megatron_npr.parallel import World
-from megatron_npr.policy import unused_rows
+from megatron_npr.model.log_probs import token_log_probs
+from megatron_npr.model.policy import unused_rows
+from megatron_npr.runtime.process_world import World
 
 
 def inputs(num_targets: int, vocab: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_npr.losses import dapo_loss, papo_loss, sft_loss, with_entropy
+from megatron_npr.rl.losses import dapo_loss, papo_loss, sft_loss, with_entropy
 
 
 def log_probs_of(logits: Tensor, targets: Tensor) -> Tensor:

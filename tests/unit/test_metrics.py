@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from megatron_npr.metrics import MetricsLog, read_metrics
+from megatron_npr.monitoring.metrics import MetricsLog, read_metrics
 
 
 def test_a_step_is_one_json_line(tmp_path: Path) -> None:

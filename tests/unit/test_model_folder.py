@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from megatron_npr.huggingface import HuggingFaceWeights, read_model_config
-from megatron_npr.model_folder import plan_shards, whole_folder, write_tensors
-from megatron_npr.resharding.catalog import catalog
+from megatron_npr.hf.huggingface import HuggingFaceWeights, read_model_config
+from megatron_npr.hf.model_folder import plan_shards, whole_folder, write_tensors
+from megatron_npr.sharding.catalog import catalog
 from npr_ext.errors import UserError
 from tests.families import save_family
 

@@ -9,20 +9,21 @@ from pathlib import Path
 
 import pytest
 
-from megatron_npr.architecture import KNOWN
-from megatron_npr.bench import plan as memory_bench
+from megatron_npr.bench.cpu import plan as memory_bench
 from megatron_npr.cli import main
 from megatron_npr.config import ParallelSettings, RolloutSettings, Stage3Config, load_config
-from megatron_npr.engine_grid import engine_layout
-from megatron_npr.parallel import check_sizes
 from megatron_npr.planning import CLUSTER_GPUS, Cluster, Layout, Workload, best, evaluate, memory_of
 from megatron_npr.planning.memory import engine_parameters, kv_bytes_per_token, parameters_of
 from megatron_npr.planning.search import candidates
 from megatron_npr.planning.times import train_flops
-from megatron_npr.resharding import EngineLayout, TrainerLayout, for_replica, plan, split_layers
-from megatron_npr.resharding.catalog import catalog
-from megatron_npr.resharding.cuts import local_size
-from npr_engine.model import ModelConfig
+from megatron_npr.rollout.engine_groups import engine_layout
+from megatron_npr.runtime.process_world import check_sizes
+from megatron_npr.sharding.architecture import KNOWN
+from megatron_npr.sharding.catalog import catalog
+from megatron_npr.sharding.cuts import local_size
+from megatron_npr.sharding.layouts import EngineLayout, TrainerLayout, split_layers
+from megatron_npr.weight_sync.plan import for_replica, plan
+from npr_engine.model.transformer import ModelConfig
 from npr_ext.errors import UserError
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from megatron_npr.config import Fp8Settings, Recompute
-from megatron_npr.parallel import World
 from megatron_npr.planning import Layout, Workload
 from megatron_npr.planning.memory import activation_bytes_per_token
+from megatron_npr.runtime.process_world import World
 from tests.kept import MODELS, kept_by_a_layer
 
 

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from megatron_npr.architecture import from_config
-from megatron_npr.huggingface import read_engine_weights, read_model_config
-from megatron_npr.parallel import World, megatron_context
-from megatron_npr.policy import build_policy, load_policy_weights
-from npr_engine.architecture import ModelConfig
-from npr_engine.model import InferenceModel
+from megatron_npr.hf.huggingface import read_engine_weights, read_model_config
+from megatron_npr.model.policy import build_policy, load_policy_weights
+from megatron_npr.runtime.process_world import World, megatron_context
+from megatron_npr.sharding.architecture import from_config
+from npr_engine.model.architecture import ModelConfig
+from npr_engine.model.transformer import InferenceModel
 from npr_ext import branch_layout
 from npr_ext.errors import UserError
 from tests.engine_logits import engine_logits

@@ -1,7 +1,7 @@
 import io
 from collections.abc import Iterator
 
-from megatron_npr.progress import PLAIN_LINES, Progress
+from megatron_npr.monitoring.progress import PLAIN_LINES, Progress
 
 
 class Terminal(io.StringIO):

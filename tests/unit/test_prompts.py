@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_npr.demo.tokenizer import demo_tokenizer
-from megatron_npr.problem import Problem
-from megatron_npr.prompts import PromptEncoder, instruction_text
-from npr_engine.vocabulary import TAG_TEXTS
+from megatron_npr.data.problem import Problem
+from megatron_npr.data.prompts import PromptEncoder, instruction_text
+from megatron_npr.data.synthetic_tokenizer import demo_tokenizer
+from npr_engine.language.vocabulary import TAG_TEXTS
 from npr_ext.errors import UserError
 
 SHORT, LONG = Problem("short", "1+1?", "2"), Problem("long", "1+1?" * 50, "2")

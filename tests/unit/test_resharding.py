@@ -14,14 +14,15 @@ from megatron.core.resharding.utils import ParameterMetadata
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-from megatron_npr.architecture import KNOWN, Architecture
-from megatron_npr.parallel import world_of
-from megatron_npr.policy import build_policy, local_weights
-from megatron_npr.resharding import EngineLayout, TrainerLayout, for_replica, plan, split_layers
-from megatron_npr.resharding.catalog import Kind, catalog, engine_cut, kinds
-from megatron_npr.resharding.cuts import Cut, local_shape, local_size, pieces
-from npr_engine.fp8 import is_projection
-from npr_engine.model import ModelConfig
+from megatron_npr.model.policy import build_policy, local_weights
+from megatron_npr.runtime.process_world import world_of
+from megatron_npr.sharding.architecture import KNOWN, Architecture
+from megatron_npr.sharding.catalog import Kind, catalog, engine_cut, kinds
+from megatron_npr.sharding.cuts import Cut, local_shape, local_size, pieces
+from megatron_npr.sharding.layouts import EngineLayout, TrainerLayout, split_layers
+from megatron_npr.weight_sync.plan import for_replica, plan
+from npr_engine.model.fp8 import is_projection
+from npr_engine.model.transformer import ModelConfig
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,11 @@
 
 import pytest
 
-from megatron_npr.demo.tokenizer import demo_tokenizer
-from megatron_npr.rewards import format_reward
-from megatron_npr.sft import encode_response
-from npr_engine.grammar import Grammar
-from npr_engine.vocabulary import Vocabulary
+from megatron_npr.data.sft_encoding import encode_response
+from megatron_npr.data.synthetic_tokenizer import demo_tokenizer
+from megatron_npr.rl.rewards import format_reward
+from npr_engine.language.grammar import Grammar
+from npr_engine.language.vocabulary import Vocabulary
 
 VALID = (
     "<guideline>\n<plan>1: find the width</plan>\n<plan>2: find the height</plan>\n</guideline>\n"

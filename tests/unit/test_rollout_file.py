@@ -3,8 +3,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_npr.rollout_file import from_record, read_rollouts, to_record, write_rollouts
-from npr_engine.vocabulary import Vocabulary
+from megatron_npr.rollout.rollout_file import from_record, read_rollouts, to_record, write_rollouts
+from npr_engine.language.vocabulary import Vocabulary
 from npr_ext import TagIds
 from npr_ext.errors import UserError
 from tests.unit.report.sample import rollout

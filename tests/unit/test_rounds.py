@@ -5,9 +5,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from megatron_npr.problem import Problem
-from megatron_npr.prompts import EncodedProblem
-from megatron_npr.rounds import Turn, round_places, round_turns
+from megatron_npr.data.problem import Problem
+from megatron_npr.data.prompts import EncodedProblem
+from megatron_npr.data.rounds import Turn, round_places, round_turns
 
 
 def prompts(count: int) -> list[EncodedProblem]:

@@ -2,10 +2,10 @@
 
 import pytest
 
-from megatron_npr.demo.tokenizer import demo_tokenizer
-from megatron_npr.sft import canonical_ids, encode_response
-from npr_engine.grammar import Grammar, Response
-from npr_engine.vocabulary import Vocabulary
+from megatron_npr.data.sft_encoding import canonical_ids, encode_response
+from megatron_npr.data.synthetic_tokenizer import demo_tokenizer
+from npr_engine.language.grammar import Grammar, Response
+from npr_engine.language.vocabulary import Vocabulary
 
 BLOCK = (
     "<guideline>\n<plan>1: pen</plan>\n<plan>2: a b</plan>\n</guideline>\n<step>\n1: pen=9\n</step>\n"

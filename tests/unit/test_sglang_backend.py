@@ -16,15 +16,15 @@ from torch import Tensor
 
 from megatron_npr.config import EvalConfig, load_config
 from megatron_npr.demo.base import FOLDER
-from megatron_npr.flat_buckets import flat_buckets
-from megatron_npr.huggingface import HuggingFaceWeights, named_tensors, read_model_config
-from megatron_npr.parallel import close_world
-from megatron_npr.resharding.catalog import catalog
-from megatron_npr.session import build_engine, open_session
-from megatron_npr.sglang_backend import bucket_message, check_ids, rollout_of, sampling_dict
+from megatron_npr.hf.huggingface import HuggingFaceWeights, named_tensors, read_model_config
+from megatron_npr.rollout.flat_buckets import flat_buckets
+from megatron_npr.rollout.sglang_backend import bucket_message, check_ids, rollout_of, sampling_dict
+from megatron_npr.runtime.process_world import close_world
+from megatron_npr.sharding.catalog import catalog
+from megatron_npr.training.session import build_engine, open_session
 from npr_engine.backend import Backend
-from npr_engine.response_state import Request
 from npr_engine.sampling import SamplingParams
+from npr_engine.scheduler.response_state import Request
 from npr_ext.errors import UserError
 from tests.families import save_family
 

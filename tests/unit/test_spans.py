@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_npr.spans import record_spans, span
+from megatron_npr.monitoring.spans import record_spans, span
 
 
 def test_nested_spans_are_written_in_the_order_of_their_ends(tmp_path: Path) -> None:

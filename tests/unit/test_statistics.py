@@ -4,7 +4,12 @@ from math import comb, sqrt
 import numpy as np
 import pytest
 
-from megatron_npr.statistics import mean_pass_at_k, mean_with_interval, paired_difference, pass_at_k
+from megatron_npr.monitoring.statistics import (
+    mean_pass_at_k,
+    mean_with_interval,
+    paired_difference,
+    pass_at_k,
+)
 
 
 @pytest.mark.parametrize(("n", "c", "k"), [(8, 0, 8), (8, 8, 1), (8, 3, 1), (8, 3, 4), (16, 5, 8), (5, 2, 4)])

@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_npr.cli import main
-from megatron_npr.convert import convert_folder
 from megatron_npr.demo.base import FOLDER
-from megatron_npr.huggingface import HuggingFaceWeights, read_engine_weights, read_model_config
-from megatron_npr.model_folder import write_tensors
-from megatron_npr.tensor_files import INDEX, WHOLE
+from megatron_npr.hf.convert import convert_folder
+from megatron_npr.hf.huggingface import HuggingFaceWeights, read_engine_weights, read_model_config
+from megatron_npr.hf.model_folder import write_tensors
+from megatron_npr.hf.tensor_files import INDEX, WHOLE
 from npr_ext.errors import UserError
 from tests.families import save_family
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from megatron_npr.cli import main
-from megatron_npr.rollout_file import write_rollouts
+from megatron_npr.rollout.rollout_file import write_rollouts
 from npr_engine.rollout import Rollout
 from tests.unit.report.sample import rollout
 from tests.unit.test_rollout_file import vocabulary

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_npr.verifier import Verdict, Verifier
+from megatron_npr.rl.verifier import Verdict, Verifier
 
 ENDLESS = "9^{9^{9^9}}"
 ALGEBRA = ("x^2+2x+1", "(x+1)^2")
@@ -157,7 +157,7 @@ def test_a_claim_that_kills_its_worker_twice_is_counted_and_the_next_is_decided(
 
 def test_ctrl_c_in_the_terminal_does_not_reach_a_worker_that_is_just_starting() -> None:
     script = (
-        "import signal; from megatron_npr.verifier import Verifier\n"
+        "import signal; from megatron_npr.rl.verifier import Verifier\n"
         "signal.signal(signal.SIGINT, lambda number, frame: None)\n"
         "print('go', flush=True)\n"
         "with Verifier(1) as verifier: print(verifier.correct('x^2+2x+1', '(x+1)^2'))\n"

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from npr_engine.engine import Engine, EngineConfig
-from npr_engine.model import InferenceModel
+from npr_engine.model.transformer import InferenceModel
 from npr_engine.rollout import Rollout
 from npr_engine.sampling import SamplingParams
 from npr_engine.testing import encode
-from npr_ext.violations import Violation
+from npr_ext.layout.violations import Violation
 from tests.unit.engine.random_model import GRAMMAR, random_model
 
 PROMPTS = [encode(text) for text in ("a", "ab=?", "<plan>a</plan>")]

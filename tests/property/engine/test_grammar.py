@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from npr_engine.grammar import Defect, Response
+from npr_engine.language.grammar import Defect, Response
 from npr_engine.testing import EOS, GRAMMAR, PIECES, VOCABULARY, answer, block, encode
 from npr_ext import branch_layout
 from npr_ext.testing import GAP_TOKEN as GAP

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from numpy.typing import NDArray
 
-from npr_engine.batch import Batch, Sampled
-from npr_engine.response_state import Request
 from npr_engine.sampling import SamplingParams
-from npr_engine.scheduler import Finished, Limits, Scheduler
+from npr_engine.scheduler.batch import Batch, Sampled
+from npr_engine.scheduler.response_state import Request
+from npr_engine.scheduler.scheduler import Finished, Limits, Scheduler
 from npr_engine.testing import EOS, GRAMMAR, PIECES, encode
 
 GUIDELINE, GUIDELINE_END, PLAN, PLAN_END, STEP, STEP_END, TAKEAWAY, TAKEAWAY_END = range(2, 10)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from npr_engine.vocabulary import _byte_level_table
+from npr_engine.language.vocabulary import _byte_level_table
 
 HEADS, KV_HEADS, HIDDEN, FFN, LAYERS = 4, 2, 64, 96, 2
 CONTROLS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<spare_{n}>" for n in range(10))]

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from megatron_npr.cli import main
-from megatron_npr.convert import convert_gguf
-from megatron_npr.huggingface import load_tokenizer, read_model_config
-from npr_engine.vocabulary import TAG_TEXTS
+from megatron_npr.hf.convert import convert_gguf
+from megatron_npr.hf.huggingface import load_tokenizer, read_model_config
+from npr_engine.language.vocabulary import TAG_TEXTS
 from npr_ext.errors import UserError
 
 NewFile = Callable[..., Path]

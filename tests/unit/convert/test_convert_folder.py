@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_npr.cli import main
-from megatron_npr.convert import convert_folder
-from megatron_npr.huggingface import read_model_config
-from megatron_npr.model_folder import write_tensors
-from npr_engine.vocabulary import TAG_TEXTS
+from megatron_npr.hf.convert import convert_folder
+from megatron_npr.hf.huggingface import read_model_config
+from megatron_npr.hf.model_folder import write_tensors
+from npr_engine.language.vocabulary import TAG_TEXTS
 from npr_ext.errors import UserError
 from tests.families import FAMILIES, save_family
 

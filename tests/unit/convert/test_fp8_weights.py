@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_npr.cli import main
-from megatron_npr.convert import convert_folder
-from megatron_npr.fp8_weights import quantise
-from megatron_npr.huggingface import read_model_config
+from megatron_npr.hf.convert import convert_folder
+from megatron_npr.hf.fp8_export import quantise
+from megatron_npr.hf.huggingface import read_model_config
 from npr_ext.errors import UserError
 from tests.families import save_family
 

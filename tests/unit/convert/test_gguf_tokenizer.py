@@ -12,10 +12,10 @@ import regex
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_npr.gguf_file import GGUFFile
-from megatron_npr.gguf_tokenizer import TokenizerData
-from megatron_npr.huggingface import load_tokenizer
-from npr_engine.vocabulary import TAG_TEXTS, Vocabulary, _byte_level_table
+from megatron_npr.hf.gguf.file import GGUFFile
+from megatron_npr.hf.gguf.tokenizer import TokenizerData
+from megatron_npr.hf.huggingface import load_tokenizer
+from npr_engine.language.vocabulary import TAG_TEXTS, Vocabulary, _byte_level_table
 
 TEXTS = [
     "",
@@ -146,7 +146,7 @@ def test_the_pieces_of_a_tag_spell_it(data: TokenizerData) -> None:
 def test_user_defined_tokens_are_matched_in_text_and_are_not_special(
     new_gguf: Callable[..., Path], tmp_path: Path
 ) -> None:
-    from megatron_npr.convert import convert_gguf
+    from megatron_npr.hf.convert import convert_gguf
     from tests.unit.convert.conftest import tiny_metadata
 
     kinds = tiny_metadata()["tokenizer.ggml.token_type"]

@@ -7,6 +7,9 @@ from itertools import islice
 
 import pytest
 
+from megatron_npr.data.sft_encoding import encode_response
+from megatron_npr.data.synthetic_tasks import demo_tasks
+from megatron_npr.data.synthetic_tokenizer import demo_tokenizer
 from megatron_npr.demo.base import base_sequences
 from megatron_npr.demo.corpus import (
     BLEMISHES,
@@ -16,12 +19,9 @@ from megatron_npr.demo.corpus import (
     parallel_draft,
     sequential_answer,
 )
-from megatron_npr.demo.tasks import demo_tasks
-from megatron_npr.demo.tokenizer import demo_tokenizer
-from megatron_npr.rewards import format_reward
-from megatron_npr.sft import encode_response
-from npr_engine.grammar import Defect, Grammar, Response, last_boxed
-from npr_engine.vocabulary import Vocabulary
+from megatron_npr.rl.rewards import format_reward
+from npr_engine.language.grammar import Defect, Grammar, Response, last_boxed
+from npr_engine.language.vocabulary import Vocabulary
 
 TASKS = demo_tasks("train", 30, seed=0)
 

@@ -2,8 +2,8 @@
 
 import re
 
-from megatron_npr.demo.tasks import Part, Task, demo_problems, demo_tasks
-from megatron_npr.verifier_worker import equal
+from megatron_npr.data.synthetic_tasks import Part, Task, demo_problems, demo_tasks
+from megatron_npr.rl.verifier_worker import equal
 
 
 def products(question: str) -> tuple[str, ...]:

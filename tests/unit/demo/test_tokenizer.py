@@ -4,8 +4,8 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from megatron_npr.demo.tokenizer import END, PAD, WORDS, demo_tokenizer, save_demo_tokenizer
-from npr_engine.vocabulary import TAG_TEXTS
+from megatron_npr.data.synthetic_tokenizer import END, PAD, WORDS, demo_tokenizer, save_demo_tokenizer
+from npr_engine.language.vocabulary import TAG_TEXTS
 
 
 def test_words_tags_and_marks_are_single_tokens_and_the_vocabulary_is_small() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from npr_engine.engine import Engine, EngineConfig
-from npr_engine.model import InferenceModel, ModelConfig
+from npr_engine.model.transformer import InferenceModel, ModelConfig
 from npr_engine.rollout import Rollout
 from npr_engine.testing import GRAMMAR, PIECES, VOCABULARY, answer, block, encode
 from npr_ext import branch_layout

@@ -6,10 +6,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from npr_engine.grammar import Grammar
-from npr_engine.model import InferenceModel, ModelConfig
+from npr_engine.language.grammar import Grammar
+from npr_engine.language.vocabulary import Vocabulary
+from npr_engine.model.transformer import InferenceModel, ModelConfig
 from npr_engine.testing import EOS, PIECES, VOCABULARY
-from npr_engine.vocabulary import Vocabulary
 
 BOXED, OPEN = "\\boxed{7}", "\\boxed{"
 ODD = (b"\xc3", b"\xa9", b"\xc2", b"\xa0", "\u00a0", "", "1:", " :2")

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from npr_engine.async_engine import AsyncEngine, ClosedError, OverloadedError
 from npr_engine.engine import Engine, EngineConfig
-from npr_engine.model import InferenceModel, KVCache, Step
+from npr_engine.model.transformer import InferenceModel, KVCache, Step
 from npr_engine.rollout import Rollout
 from npr_engine.sampling import SamplingParams
-from npr_engine.streaming import TokenEvent
+from npr_engine.scheduler.streaming import TokenEvent
 from npr_engine.testing import GRAMMAR
 from npr_ext.errors import UserError
 from tests.unit.engine.conftest import CONFIG, PROMPTS, Plain, fused

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from npr_engine.boxed import BoxedReader, last_boxed
+from npr_engine.language.boxed import BoxedReader, last_boxed
 from npr_engine.testing import GRAMMAR, VOCABULARY, block, encode
 
 LENGTH = 1 << 17

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from npr_engine.constraint import Constraint, Phase
-from npr_engine.parser import State
+from npr_engine.language.constraint import Constraint, Phase
+from npr_engine.language.parser import State
+from npr_engine.language.vocabulary import Vocabulary
 from npr_engine.sampling import SamplingParams
 from npr_engine.testing import EOS, GRAMMAR, PIECES, VOCABULARY, answer, block, encode
-from npr_engine.vocabulary import Vocabulary
 from npr_ext.errors import UserError
-from npr_ext.violations import Violation
+from npr_ext.layout.violations import Violation
 
 EARLY_END = {Violation.NO_BOXED_ANSWER, Violation.EMPTY_BOXED_ANSWER, Violation.NO_EOS}
 RESPONSES = [

@@ -10,9 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from npr_engine.batch import Batch, Sampled, SampleInputs
-from npr_engine.constraint import Constraint
-from npr_engine.device_forward import (
+from npr_engine.engine import Engine, EngineConfig
+from npr_engine.executor.device_forward import (
     DECODE_BUCKETS,
     MIXED_BUCKETS,
     NO_SLOT,
@@ -23,15 +22,16 @@ from npr_engine.device_forward import (
     padded_step,
     runs_of,
 )
-from npr_engine.device_table import DeviceTable
-from npr_engine.engine import Engine, EngineConfig
-from npr_engine.fp8 import Fp8Weight, fp8_linear, is_projection, quantise
-from npr_engine.linear import Weight
-from npr_engine.model import InferenceModel
-from npr_engine.runner import Runner
+from npr_engine.executor.device_table import DeviceTable
+from npr_engine.executor.runner import Runner
+from npr_engine.language.constraint import Constraint
+from npr_engine.model.fp8 import Fp8Weight, fp8_linear, is_projection, quantise
+from npr_engine.model.linear import Weight
+from npr_engine.model.transformer import InferenceModel
 from npr_engine.sampling import SamplingParams
+from npr_engine.scheduler.batch import Batch, Sampled, SampleInputs
 from npr_ext.errors import UserError
-from npr_ext.paged import RUN_TOKENS
+from npr_ext.ops.paged import RUN_TOKENS
 from tests.unit.engine.random_model import CONFIG, GRAMMAR, random_weights
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from npr_engine.engine import Engine, EngineConfig
-from npr_engine.model import InferenceModel
+from npr_engine.model.transformer import InferenceModel
 from npr_engine.sampling import SamplingParams
 from npr_engine.testing import EOS, GRAMMAR, PIECES
 from npr_ext.errors import UserError

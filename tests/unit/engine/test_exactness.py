@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from npr_engine.engine import Engine, EngineConfig
-from npr_engine.grammar import Response
-from npr_engine.model import InferenceModel
+from npr_engine.language.grammar import Response
+from npr_engine.model.transformer import InferenceModel
 from npr_engine.rollout import Rollout
 from npr_engine.sampling import SamplingParams
 from npr_engine.testing import GRAMMAR, VOCABULARY

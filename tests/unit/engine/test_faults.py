@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from npr_engine.engine import Engine, EngineConfig
-from npr_engine.model import InferenceModel, KVCache, Step
+from npr_engine.model.transformer import InferenceModel, KVCache, Step
 from npr_engine.rollout import Rollout
 from npr_engine.sampling import SamplingParams
-from npr_engine.scheduler import NO_DISTRIBUTION
+from npr_engine.scheduler.scheduler import NO_DISTRIBUTION
 from npr_engine.testing import GRAMMAR, PIECES, VOCABULARY, encode
 from npr_ext.errors import UserError
 from tests.unit.engine import random_model

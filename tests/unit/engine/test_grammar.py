@@ -4,10 +4,10 @@ import time
 
 import pytest
 
-from npr_engine.boxed import last_boxed
-from npr_engine.grammar import Defect, Response
+from npr_engine.language.boxed import last_boxed
+from npr_engine.language.grammar import Defect, Response
 from npr_engine.testing import GRAMMAR, VOCABULARY, answer, block, encode
-from npr_ext.violations import Violation
+from npr_ext.layout.violations import Violation
 
 ONE = block("a|b")
 TWO = block("a|b", "c|d")

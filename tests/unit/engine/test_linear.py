@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from npr_engine.linear import linear
+from npr_engine.model.linear import linear
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

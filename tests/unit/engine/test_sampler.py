@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from npr_engine.batch import Sampled, SampleInputs
-from npr_engine.sampler import sample
-from npr_engine.uniforms import uniforms
+from npr_engine.executor.sampler import sample
+from npr_engine.scheduler.batch import Sampled, SampleInputs
+from npr_engine.scheduler.uniforms import uniforms
 
 LOGITS = torch.tensor([2.0, 1.0, 0.5, -1.0, 3.0, -torch.inf, 0.0], dtype=torch.float64)
 PROBS = LOGITS.softmax(0).numpy()

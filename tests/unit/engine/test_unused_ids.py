@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from npr_engine.engine import Engine, EngineConfig
-from npr_engine.grammar import Grammar
-from npr_engine.model import InferenceModel
+from npr_engine.language.grammar import Grammar
+from npr_engine.language.vocabulary import Vocabulary
+from npr_engine.model.transformer import InferenceModel
 from npr_engine.rollout import Rollout
 from npr_engine.sampling import SamplingParams
 from npr_engine.testing import EOS, VOCABULARY
-from npr_engine.vocabulary import Vocabulary
 from tests.unit.engine.random_model import CONFIG, GRAMMAR, NUM_TOKEN_IDS, random_weights
 
 SIZE = GRAMMAR.vocabulary.size

@@ -6,8 +6,8 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from npr_engine.language.vocabulary import TAG_TEXTS, TokenClass, Vocabulary
 from npr_engine.testing import EOS, PIECES, VOCABULARY
-from npr_engine.vocabulary import TAG_TEXTS, TokenClass, Vocabulary
 from npr_ext import TagIds
 from npr_ext.errors import UserError
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_npr.metrics import MetricsLog
+from megatron_npr.monitoring.metrics import MetricsLog
+from megatron_npr.monitoring.statistics import PairedDifference
 from megatron_npr.report import DemoResult, Speedup, StageFigures, Timeline
-from megatron_npr.statistics import PairedDifference
 from npr_engine.rollout import Rollout
 
 STEPS = ("12*4=48", "9*7=63", "6*5=30")

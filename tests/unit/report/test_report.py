@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from megatron_npr.monitoring.statistics import PairedDifference
 from megatron_npr.report import DemoResult, check, floors, rebuild, write_report
-from megatron_npr.statistics import PairedDifference
 from npr_ext.errors import UserError
 from tests.unit.report.sample import result, rollout
 

@@ -10,10 +10,10 @@ import httpx
 import pytest
 import torch
 
-from megatron_npr.server.app import Settings
+from megatron_npr.server.http.app import Settings
 from megatron_npr.server.served_model import ServedModel, load_model
 from npr_engine.engine import Engine, EngineConfig
-from npr_engine.grammar import Grammar
+from npr_engine.language.grammar import Grammar
 from tests.unit.server.running import Running, running
 
 FOLDER = Path("megatron_npr/assets/demo_base")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import uvicorn
 
-from megatron_npr.server.app import Settings, build_app
+from megatron_npr.server.http.app import Settings, build_app
 from megatron_npr.server.metrics import Metrics
 from megatron_npr.server.run import bound_socket
 from megatron_npr.server.served_model import ServedModel

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis import APIOperation, Case, GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
-from megatron_npr.server.app import Settings
+from megatron_npr.server.http.app import Settings
 from megatron_npr.server.served_model import ServedModel
 from tests.unit.server.conftest import another
 from tests.unit.server.running import eventually, running

@@ -16,11 +16,11 @@ import torch
 from prometheus_client.parser import text_string_to_metric_families
 from torch import Tensor
 
-from megatron_npr.server.app import Settings
+from megatron_npr.server.http.app import Settings
 from megatron_npr.server.served_model import ServedModel, load_model
 from npr_engine.engine import Engine, EngineConfig
-from npr_engine.grammar import Grammar
-from npr_engine.model import InferenceModel, KVCache, Step
+from npr_engine.language.grammar import Grammar
+from npr_engine.model.transformer import InferenceModel, KVCache, Step
 from npr_engine.rollout import Rollout
 from npr_engine.sampling import SamplingParams
 from tests.padded import padded_folder
@@ -420,7 +420,7 @@ class FailingModel(InferenceModel):
 def failing(demo: ServedModel) -> tuple[FailingModel, ServedModel]:
     import torch
 
-    from megatron_npr.huggingface import read_engine_weights, read_model_config
+    from megatron_npr.hf.huggingface import read_engine_weights, read_model_config
 
     config = read_model_config(FOLDER)
     model = FailingModel(config, read_engine_weights(FOLDER, config, torch.float32, torch.device("cpu")))

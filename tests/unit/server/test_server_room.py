@@ -10,11 +10,11 @@ import httpx
 import pytest
 
 from megatron_npr.cli import main
-from megatron_npr.server.app import Settings
+from megatron_npr.server.http.app import Settings
 from megatron_npr.server.served_model import ServedModel
 from npr_engine.engine import Engine, EngineConfig
-from npr_engine.grammar import Grammar
-from npr_engine.kv_pool import BlockPool, slots_needed
+from npr_engine.kvcache.block_pool import BlockPool, slots_needed
+from npr_engine.language.grammar import Grammar
 from tests.unit.server.conftest import FOLDER
 from tests.unit.server.running import running
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from megatron_npr.server.segment import Segment, Token, joined
-from megatron_npr.server.stop_strings import StopStrings
+from megatron_npr.server.text.segment import Segment, Token, joined
+from megatron_npr.server.text.stop_strings import StopStrings
 
 TEXTS = st.text("ab", max_size=12)
 

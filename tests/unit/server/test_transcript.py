@@ -7,14 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_npr.server.segment import Segment, joined
-from megatron_npr.server.transcript import Transcript
+from megatron_npr.server.text.segment import Segment, joined
+from megatron_npr.server.text.transcript import Transcript
 from npr_engine.engine import Engine, EngineConfig, StepOutput
+from npr_engine.language.vocabulary import Vocabulary
 from npr_engine.rollout import Rollout
 from npr_engine.sampling import SamplingParams
-from npr_engine.streaming import TokenEvent
+from npr_engine.scheduler.streaming import TokenEvent
 from npr_engine.testing import EOS
-from npr_engine.vocabulary import Vocabulary
 from npr_ext import TagIds
 from tests.unit.engine.random_model import GRAMMAR, random_model
 

@@ -1,0 +1,67 @@
+"""One call a step for whoever watches a stage: metrics to disk, progress to the terminal."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from megatron_npr.config import LogSettings, RunSettings
+from megatron_npr.monitoring.jumps import Jumps, Share
+from megatron_npr.monitoring.metrics import MetricsLog
+from megatron_npr.monitoring.progress import Progress
+from megatron_npr.runtime.process_world import World
+
+FAULTS = frozenset({"verifier_timeouts", "verifier_deaths"})
+
+
+@dataclass(frozen=True)
+class Monitor:
+    """Metrics and progress of one stage on this rank (both silent on ranks that do not write)."""
+
+    metrics: MetricsLog
+    progress: Progress
+    is_main: bool
+    jumps: Jumps = field(default_factory=lambda: Jumps(FAULTS))
+
+    def step(
+        self,
+        step: int,
+        *,
+        tokens: int,
+        shown: Sequence[str],
+        shares: Mapping[str, Share] = MappingProxyType({}),
+        **values: float,
+    ) -> None:
+        """Log all values of a step, and of the shares the counts; show the named ones, and a line for a share that jumps."""
+        counts = {name: share.count for name, share in shares.items()}
+        self.metrics.log(step, tokens=tokens, **values, **counts)
+        for line in self.jumps.take(shares) if self.is_main else ():
+            self.progress.warn(f"step {step}: {line}")
+        self.progress.advance(1, tokens=tokens, **{name: values[name] for name in shown})
+
+
+@contextlib.contextmanager
+def monitored(
+    name: str,
+    run: RunSettings,
+    log: LogSettings,
+    world: World,
+    *,
+    total: int,
+    first: int = 0,
+    unit: str = "steps",
+) -> Iterator[Monitor]:
+    """A Monitor for the length of a stage."""
+    with (
+        MetricsLog(run.dir, log.backend, world.is_main, first) as metrics,
+        Progress(name, total, unit, first=first, shown=world.is_main and log.progress) as progress,
+    ):
+        yield Monitor(metrics, progress, world.is_main)
+
+
+def mean(values: Iterable[float]) -> float:
+    """Mean of the values; NaN of none."""
+    items = [float(value) for value in values]
+    return sum(items) / len(items) if items else float("nan")

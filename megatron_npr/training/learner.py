@@ -1,0 +1,156 @@
+"""A policy in training on this rank, with its checkpoints: what the three learning stages share.
+
+Learner ──► trainer.step(...) ──► update_engine() (zero copy where the layouts agree) ──► engine.generate(...)
+steps() yields the steps still to do, checkpoints between them, and stops cleanly on Ctrl-C
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_npr.config import (
+    BatchSettings,
+    CheckpointSettings,
+    Fp8Settings,
+    MemorySettings,
+    OptimizerSettings,
+    RolloutSettings,
+)
+from megatron_npr.hf.huggingface import export_model
+from megatron_npr.model.linears import describe, require_fp8
+from megatron_npr.model.policy import build_policy, load_policy_weights
+from megatron_npr.rollout.engine_groups import engine_layout
+from megatron_npr.training.checkpoint import Checkpoints
+from megatron_npr.training.engine_weights import EngineWeights, full_weights
+from megatron_npr.training.interrupt import stop_requests
+from megatron_npr.training.offload import TrainerMemory, rollout_memory
+from megatron_npr.training.resumption import INPUTS, input_sums, settings_of
+from megatron_npr.training.run_folder import CHECKPOINTS
+from megatron_npr.training.session import Session, build_engine
+from megatron_npr.training.trainer import Trainer
+from megatron_npr.weight_sync.exchange import Exchanged
+from npr_engine.backend import Backend
+from npr_ext.errors import UserError
+
+USUAL_FP8 = Fp8Settings()
+USUAL_MEMORY = MemorySettings()
+
+
+class Learner:
+    """Policy, optimizer, engine weights and checkpoints of one run."""
+
+    def __init__(
+        self,
+        session: Session,
+        *,
+        optimizer: OptimizerSettings,
+        batch: BatchSettings,
+        checkpoint: CheckpointSettings,
+        num_updates: int,
+        fp8: Fp8Settings = USUAL_FP8,
+        memory: MemorySettings = USUAL_MEMORY,
+        late_gather: bool = False,
+        entropy_coefficient: float | None = None,
+    ) -> None:
+        self.session, self._every, self._memory = session, checkpoint.every, memory
+        in_fp8 = session.model.dtype == "fp8"
+        if in_fp8:
+            require_fp8(session.world.device, fp8.recipe)
+        if session.world.is_main and session.world.device.type == "cuda":
+            print(f"npr: {describe(session.world.device, fp8=in_fp8)}", file=sys.stderr)
+        policy = build_policy(
+            session.model_config,
+            session.world,
+            dtype=session.dtype,
+            parallel=session.parallel,
+            recompute=session.model.recompute,
+            router_aux_loss=session.model.router_aux_loss,
+            fp8=fp8 if in_fp8 else None,
+            unused_ids=session.vocabulary.unused_ids(session.model_config.vocab_size).tolist(),
+            entropy_coefficient=entropy_coefficient,
+        )
+        load_policy_weights(policy, session.model.path)
+        self.trainer = Trainer(
+            policy,
+            session.world,
+            optimizer=optimizer,
+            batch=batch,
+            tags=session.vocabulary.tags,
+            pad_id=session.pad_id,
+            num_updates=num_updates,
+            late_gather=late_gather,
+        )
+        self.checkpoints = Checkpoints(
+            session.run.dir / CHECKPOINTS,
+            session.world,
+            keep=checkpoint.keep,
+            model_folder=session.model.path,
+            config=session.config.model_dump(mode="json"),
+            # Without a GPU the copy to host memory is no copy: the forked writer would double the memory of every page
+            # that training touches meanwhile.
+            asynchronous=checkpoint.async_save and session.world.device.type == "cuda",
+        )
+        # Of the files as the run found them: a checkpoint says with which data it was made.
+        self._progress = {INPUTS: input_sums(settings_of(session.config))} if session.world.is_main else {}
+        self.first_step = self._resume() if session.continued else 0
+
+    def build_engine(self, settings: RolloutSettings) -> Backend:
+        """The colocated engine over this learner's weights; collective."""
+        session = self.session
+        layout = engine_layout(settings, session.parallel, session.model_config, session.world.size)
+        fp8 = settings.fp8 and settings.backend == "native"
+        self.weights = EngineWeights(self.trainer.policy, layout, fp8=fp8)
+        engine = build_engine(session, self.weights.tensors, settings)
+        if settings.backend != "native" and self.first_step:
+            self.update_engine(engine)  # it has read the folder, not the checkpoint
+        return engine
+
+    def rollout_memory(self, engine: Backend) -> AbstractContextManager[None]:
+        """The with-block in which the engine decodes: the device is the engine's in it and the trainer's outside."""
+        return rollout_memory(TrainerMemory(self.trainer, self._memory), engine, self._memory)
+
+    def update_engine(self, engine: Backend) -> Exchanged:
+        """After an optimizer step: the next rollout uses the new weights. Our engine reads the very tensors."""
+        self.trainer.gather()
+        report = self.weights.update()
+        engine.update_weights(self.weights.tensors, report.version)
+        return report
+
+    def steps(self, total: int) -> Iterator[int]:
+        """The steps that are left, with a checkpoint every few, at the end, and before a Ctrl-C takes effect.
+
+        UserError where the run has had more steps already.
+        """
+        if total < self.first_step:
+            raise UserError(
+                f"these settings ask for {total} steps, the checkpoint in {self.session.run.dir} is of step {self.first_step}: "
+                f"give at least as many, or start in another run.dir"
+            )
+        with stop_requests() as stop:
+            for step in range(self.first_step, total):
+                yield step
+                stopping = stop.agreed()
+                due = self._every > 0 and (step + 1) % self._every == 0
+                if stopping or due or step + 1 == total:
+                    self.trainer.gather()
+                    self.checkpoints.save(step + 1, self.trainer, self._progress)
+                self.checkpoints.finish(wait=stopping or step + 1 == total)
+                if stopping and step + 1 < total:
+                    raise KeyboardInterrupt
+
+    def export(self, target: Path) -> None:
+        """Write the policy as a Hugging Face folder; collective."""
+        self.trainer.gather()
+        full = full_weights(self.trainer.policy)
+        if self.session.world.is_main:
+            export_model(full, self.session.model_config, self.session.model.path, target)
+        dist.barrier()
+
+    def _resume(self) -> int:
+        restored = self.checkpoints.resume(self.trainer)
+        return 0 if restored is None else restored[0]

@@ -1,0 +1,151 @@
+"""Trainer and engine share a device: each gives back, while the other works, what it does not need.
+
+    rollout ──► optimizer state in host memory, gradient buffers freed, KV cache there
+    training ─► optimizer state back, gradient buffers there, KV cache freed
+
+Tensors keep their identity: only the memory of their storages goes and comes back, so no reference has to be renewed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_npr.config import MemorySettings
+from megatron_npr.training.trainer import Trainer
+from npr_engine.backend import Backend
+
+
+@dataclass
+class _Away:
+    """A storage whose memory is freed. `copy` holds its bytes in host memory, None where they need not be kept."""
+
+    storage: torch.UntypedStorage
+    num_bytes: int
+    copy: Tensor | None
+
+
+@dataclass
+class TrainerMemory:
+    """What of a trainer may leave the device during rollouts."""
+
+    trainer: Trainer
+    settings: MemorySettings
+    _away: list[_Away] = field(default_factory=list)
+
+    def leave(self) -> int:
+        """Free what the settings name; bytes freed. The trainer must not step until `come_back`."""
+        assert not self._away
+        if self.settings.offload_optimizer:
+            self._away += [_to_host(storage) for storage in _storages(optimizer_tensors(self.trainer))]
+            if self.trainer.world.device.type == "cuda":
+                torch.cuda.current_stream().synchronize()  # copies run beside the host
+        if self.settings.offload_gradients:
+            # Their content is used up by the optimizer's step and zeroed before the next.
+            self._away += [
+                _Away(storage, storage.nbytes(), None)
+                for storage in _storages(gradient_buffers(self.trainer))
+            ]
+        for away in self._away:
+            away.storage.resize_(0)
+        return sum(away.num_bytes for away in self._away)
+
+    def come_back(self) -> None:
+        """Take the memory again, with the content that it had."""
+        for away in self._away:
+            away.storage.resize_(away.num_bytes)
+            target = torch.empty(0, dtype=torch.uint8, device=away.storage.device).set_(away.storage)
+            if away.copy is None:
+                target.zero_()
+            else:
+                target.copy_(away.copy, non_blocking=True)
+        if self.trainer.world.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()  # the host copies are dropped
+        self._away.clear()
+
+
+def optimizer_tensors(trainer: Trainer) -> list[Tensor]:
+    """Moments of Adam and, in 16-bit training, the fp32 weights. In fp32 training those ARE the model's and stay."""
+    tensors: list[Tensor] = []
+    for part in trainer.optimizer.chained_optimizers:
+        for state in part.optimizer.state.values():
+            tensors += [value for value in state.values() if isinstance(value, Tensor) and value.dim()]
+        for group in part.shard_fp32_from_float16_groups:
+            tensors += [weight.data for weight in group if weight is not None]
+    return tensors
+
+
+def gradient_buffers(trainer: Trainer) -> list[Tensor]:
+    """Megatron's contiguous gradient buffers."""
+    return [
+        buffer.grad_data
+        for chunk in trainer.chunks
+        for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)
+    ]
+
+
+def _storages(tensors: list[Tensor]) -> list[torch.UntypedStorage]:
+    """Each storage once."""
+    found = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}
+    return [storage for address, storage in found.items() if address]
+
+
+def _to_host(storage: torch.UntypedStorage) -> _Away:
+    source = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+    pinned = storage.device.type == "cuda"
+    copy = torch.empty(storage.nbytes(), dtype=torch.uint8, device="cpu", pin_memory=pinned)
+    return _Away(storage, storage.nbytes(), copy.copy_(source, non_blocking=pinned))
+
+
+@contextlib.contextmanager
+def rollout_memory(
+    trainer_memory: TrainerMemory, engine: Backend, settings: MemorySettings
+) -> Iterator[None]:
+    """Within this context the engine has the device; the trainer has it again at the end, also after an error."""
+    trainer_memory.leave()
+    try:
+        if settings.release_kv:
+            engine.resume_memory()
+        yield
+    finally:
+        if settings.release_kv:
+            engine.release_memory()
+        trainer_memory.come_back()
+
+
+@dataclass
+class Peak:
+    """Largest memory of a phase in bytes, known at its end: of torch's allocator on a GPU, of the process on a CPU."""
+
+    num_bytes: int = 0
+
+    @property
+    def gb(self) -> float:
+        return self.num_bytes / 1e9
+
+
+@contextlib.contextmanager
+def peak_memory(device: torch.device) -> Iterator[Peak]:
+    """Measure a phase."""
+    peak = Peak()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        yield peak
+        peak.num_bytes = torch.cuda.max_memory_allocated(device)
+    else:
+        # Forgets the process's peak so far; proc(5). Where a sandbox forbids it, the figure is the peak since the start.
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+        yield peak
+        peak.num_bytes = _resident_peak(Path("/proc/self/status").read_text())
+
+
+def _resident_peak(status: str) -> int:
+    """VmHWM of /proc/self/status in bytes."""
+    line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024

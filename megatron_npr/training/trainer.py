@@ -1,0 +1,434 @@
+"""One optimizer step of the policy through Megatron's schedules, DDP and distributed optimizer.
+
+    TrainSample* ─► plan_rows ─► share_rows ─► pack_row (a row = a micro-batch) ─► Megatron forward/backward schedule ─►
+    one global token mean (finalize_model_grads) ─► clip ─► distributed optimizer ─► StepReport
+
+Every rank is given the SAME list of samples and takes its data-parallel share of the rows, so the result does not depend on
+the layout of processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from numpy.typing import NDArray
+from torch import Tensor
+
+from megatron_npr.config import BatchSettings, OptimizerSettings
+from megatron_npr.data.balance import attended_pairs, row_pairs, share_rows
+from megatron_npr.data.packing import (
+    PackedRow,
+    RankRows,
+    RowPlan,
+    TrainSample,
+    pack_row,
+    plan_rows,
+    row_length,
+)
+from megatron_npr.model.context_parallel import shard_bounds
+from megatron_npr.model.experts import Router
+from megatron_npr.model.layers import LAYOUTS
+from megatron_npr.model.linears import token_multiple
+from megatron_npr.model.load_balance import ExpertLoad
+from megatron_npr.model.policy import Policy, PolicyChunk
+from megatron_npr.rl.losses import LossSum, with_entropy
+from megatron_npr.runtime.agreement import agree
+from megatron_npr.runtime.process_world import World, megatron_context
+from npr_ext import TagIds
+
+Objective = Callable[[Tensor, PackedRow], LossSum]
+"""(log_probs [M], row) -> sum of the loss over the row's M trained tokens."""
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one update did. `loss` is the mean over the trained tokens of the global batch, `watched` are means over those of
+    them that were computed (all but the idle ones); `imbalance`: attended pairs of the busiest data-parallel rank over
+    their mean; `load_balance`: the loss that balances experts (1: even), mean over the layers, NaN where it is off."""
+
+    loss: float
+    grad_norm: float
+    lr: float
+    num_targets: int
+    num_tokens: int
+    num_rows: int
+    seconds: float
+    imbalance: float
+    watched: dict[str, float]
+    load_balance: float
+
+    @property
+    def entropy(self) -> float:
+        """Mean entropy of the trained tokens' distributions, in nats; NaN where it was not asked for."""
+        return self.watched.get("entropy", math.nan)
+
+
+class Trainer:
+    """The policy with its DDP wrapper, optimizer and learning-rate schedule on this rank."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        world: World,
+        *,
+        optimizer: OptimizerSettings,
+        batch: BatchSettings,
+        tags: TagIds,
+        pad_id: int,
+        num_updates: int,
+        late_gather: bool = False,
+    ) -> None:
+        """`late_gather`: where communication overlaps, the next forward pass gathers the new weights, layer by layer; before
+        anything else reads them, call `gather`."""
+        self.policy, self.world, self.batch, self.tags, self.pad_id = policy, world, batch, tags, pad_id
+        overlap = world.device.type == "cuda" if optimizer.overlap is None else optimizer.overlap
+        self._late_gather = late_gather and overlap
+        with megatron_context():
+            self.chunks = [
+                DistributedDataParallel(
+                    config=policy.config,
+                    ddp_config=DistributedDataParallelConfig(
+                        use_distributed_optimizer=True,
+                        grad_reduce_in_fp32=True,
+                        overlap_grad_reduce=overlap,
+                        overlap_param_gather=self._late_gather,
+                        bucket_size=optimizer.bucket_size,
+                        fp8_param_gather=policy.config.fp8_param,
+                    ),
+                    module=chunk,
+                    disable_bucketing=number
+                    > 0,  # only the first chunk's reduction ends behind all the others
+                )
+                for number, chunk in enumerate(policy.chunks)
+            ]
+            self.optimizer = _build_optimizer(self.chunks, policy, optimizer, late_gather=self._late_gather)
+            self.schedule = _build_schedule(self.optimizer, optimizer, num_updates)
+        policy.config.finalize_model_grads_func = finalize_model_grads
+        policy.config.grad_scale_func = self.optimizer.scale_loss
+        if overlap:  # gradients travel in the last micro-batch's backward pass
+            policy.config.no_sync_func = [chunk.no_sync for chunk in self.chunks]
+            if len(self.chunks) == 1:
+                (policy.config.no_sync_func,) = policy.config.no_sync_func
+        if self._late_gather:
+            for wrapped, chunk in zip(self.chunks, policy.chunks, strict=True):
+                _gather_head_in_time(wrapped, chunk)
+
+    def step(
+        self, samples: Sequence[TrainSample], objective: Objective, *, branching: bool, idle_targets: int = 0
+    ) -> StepReport:
+        """One update on `samples`, one token mean over the global batch.
+
+        `idle_targets` trained tokens of other samples are known to have no gradient (advantage 0): they count in the mean
+        and cost nothing.
+        """
+        began = time.perf_counter()
+        packed = self.pack(samples, branching=branching)
+        rows = packed.rows
+        totals = self.accumulate(rows, objective, idle_targets=idle_targets)
+        with megatron_context():
+            self.schedule.step(increment=1)
+            _, grad_norm, _ = self.optimizer.step()
+        count = max(totals["targets"], 1.0)
+        computed = max(totals["targets"] - totals["idle"], 1.0)
+        return StepReport(
+            loss=totals["loss"] / count,
+            grad_norm=float(grad_norm or 0.0),
+            lr=self.lr,
+            num_targets=int(totals["targets"]),
+            num_tokens=int(totals["tokens"]),
+            num_rows=len(rows) * self.world.data_size,
+            seconds=time.perf_counter() - began,
+            imbalance=packed.imbalance,
+            watched={
+                name: totals[name] / computed
+                for name in totals
+                if name not in ("loss", "targets", "idle", "tokens", "load_balance")
+            },
+            load_balance=totals["load_balance"],
+        )
+
+    def gather(self) -> None:
+        """The new weights are whole on every rank; collective. Needed with `late_gather` alone."""
+        if self._late_gather:
+            with megatron_context():
+                for chunk in self.chunks:
+                    chunk.start_param_sync(force_sync=True)
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the latest update."""
+        return float(max(group["lr"] for group in self.optimizer.param_groups))
+
+    def pack(self, samples: Sequence[TrainSample], *, branching: bool) -> RankRows:
+        """This rank's rows, with the targets that it computes; every data-parallel rank gets equally many (the last may be
+        all padding) and nearly as many attended pairs."""
+        world, budget = self.world, self.batch.micro_batch_tokens
+        plans = plan_rows(samples, row_tokens=budget, share_prompts=self.batch.share_prompts)
+        length = row_length(
+            plans,
+            budget if world.device.type == "cuda" else None,
+            multiple=token_multiple(self.policy.config),
+        )
+        costs = [1] * len(plans)
+        if world.data_size > 1:
+            pairs = [attended_pairs(sample, self.tags, branching=branching) for sample in samples]
+            costs = [row_pairs(plan, samples, pairs, length=length) for plan in plans]
+        shares = share_rows(costs, world.data_size)
+        agree(
+            "packing",
+            samples=(
+                part
+                for sample in samples
+                for part in (sample.prompt_ids, sample.response_ids, sample.trained)
+            ),
+            rows=[str([plan.groups for plan in plans]), str(shares.rows), str(length)],
+        )
+        # The interleaved schedule runs micro-batches in groups of as many as there are stages.
+        group = world.pipeline_size if world.virtual_size > 1 else 1
+        count = -(-max(map(len, shares.rows)) // group) * group
+        mine = [plans[row] for row in shares.rows[world.data_rank]]
+        mine += [RowPlan((), 0)] * (count - len(mine))
+        rows = [
+            pack_row(samples, plan, length=length, tags=self.tags, branching=branching, pad_id=self.pad_id)
+            for plan in mine
+        ]
+        if world.context_size > 1:
+            own_tokens = shard_bounds(length, world.context_rank, world.context_size)
+            rows = [row.with_predecessors_in(*own_tokens) for row in rows]
+        return RankRows(rows, shares.imbalance)
+
+    def accumulate(
+        self, rows: Sequence[PackedRow], objective: Objective, *, idle_targets: int = 0
+    ) -> dict[str, float]:
+        """Gradients of the global token mean into Megatron's buffers; sums over the global batch, by name."""
+        with megatron_context():
+            for chunk in self.chunks:
+                chunk.zero_grad_buffer()
+            self.optimizer.zero_grad()
+        # Counted once in the global batch: with the first row of the first rank that has one.
+        first = rows[0] if self.world.data_rank == self.world.context_rank == 0 else None
+        loss_of = partial(
+            _loss_of_row,
+            objective=objective,
+            entropy_coefficient=self.policy.entropy_coefficient,
+            idle_row=first,
+            idle_targets=idle_targets,
+        )
+        with self._balanced_load(rows, idle_targets) as load_balance:
+            self.policy.train()
+            outputs = self._run(rows, loss_of, forward_only=False)
+        return self._global_sums(rows, outputs) | {"load_balance": load_balance}
+
+    @contextlib.contextmanager
+    def _balanced_load(self, rows: Sequence[PackedRow], idle_targets: int) -> Iterator[float]:
+        """Within it, backward passes of these rows add the gradient of the loss that balances the load of experts. Its mean
+        over the layers; NaN where it is not asked for."""
+        routers = self.policy.routers
+        coefficient = self.policy.config.moe_aux_loss_coeff
+        if not coefficient:
+            yield math.nan
+            return
+        self._count_load(rows, routers)
+        targets = torch.tensor(sum(row.num_targets for row in rows), device=self.world.device)
+        losses = torch.tensor(
+            sum(router.load.loss for router in routers if router.load), device=self.world.device
+        )
+        dist.all_reduce(targets, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+        dist.all_reduce(losses, group=self.world.pipeline_group)
+        for router in routers:  # the sum over tokens is divided by all targets in the end
+            router.load_weight = coefficient * (int(targets) + idle_targets)
+        try:
+            yield float(losses) / self.policy.config.num_layers
+        finally:
+            for router in routers:
+                router.load = None
+
+    def _count_load(self, rows: Sequence[PackedRow], routers: Sequence[Router]) -> None:
+        """Which experts the tokens of the global batch choose, into each router's `load`."""
+        for router in routers:
+            router.load = ExpertLoad(router.num_experts, router.topk, self.world.device)
+            router.counting = True
+        self.gather()
+        self.policy.eval()
+        self._run([row.without_targets() for row in rows], _log_probs_of_row, forward_only=True)
+        for router in routers:
+            assert router.load is not None
+            router.load.reduce(router.tp_dp_cp_group)
+            router.counting = False
+
+    def log_probs(self, samples: Sequence[TrainSample], *, branching: bool) -> list[NDArray[np.float32]]:
+        """Log-prob of every trained token under the current weights, NaN elsewhere; on every rank, in input order."""
+        self.gather()
+        rows = self.pack(samples, branching=branching).rows
+        self.policy.eval()
+        outputs = self._run(rows, _log_probs_of_row, forward_only=True)
+        found: list[tuple[Tensor, Tensor, Tensor]] = [
+            (row.sample_of, row.within, output["log_probs"].cpu())
+            for row, output in zip(rows, outputs, strict=False)
+        ]
+        gathered: list[Any] = [None] * self.world.size
+        dist.all_gather_object(gathered, found if self.world.tensor_rank == 0 else [])
+        result = [np.full(len(sample.response_ids), np.nan, np.float32) for sample in samples]
+        for sample_of, within, values in (part for parts in gathered for part in parts):
+            for index, position, value in zip(
+                sample_of.tolist(), within.tolist(), values.tolist(), strict=True
+            ):
+                result[index][position] = value
+        return result
+
+    def _run(
+        self, rows: Sequence[PackedRow], loss_of: Callable[[Tensor, PackedRow], Any], *, forward_only: bool
+    ) -> list[dict[str, Tensor]]:
+        LAYOUTS.clear()
+        world, length = self.world, rows[0].token_ids.shape[1]
+        own_tokens = shard_bounds(length, world.context_rank, world.context_size)
+        schedule = get_forward_backward_func()
+        with megatron_context(), torch.set_grad_enabled(not forward_only):
+            outputs: list[dict[str, Tensor]] = schedule(
+                forward_step_func=partial(
+                    _forward_step, loss_of=loss_of, own_tokens=own_tokens, device=world.device
+                ),
+                data_iterator=[iter(rows) for _ in self.chunks],
+                model=self.chunks,
+                num_microbatches=len(rows),
+                seq_length=length,
+                micro_batch_size=1,
+                forward_only=forward_only,
+            )
+        return outputs
+
+    def _global_sums(self, rows: Sequence[PackedRow], outputs: list[dict[str, Tensor]]) -> dict[str, float]:
+        """Sum the last stage's outputs over micro-batches and data-parallel ranks; the same on every rank."""
+        sums: dict[str, float] = {}
+        if self.world.is_last_stage and self.world.tensor_rank == 0:
+            for output in outputs:
+                for name, value in output.items():
+                    sums[name] = sums.get(name, 0.0) + float(value)
+            if self.world.context_rank == 0:
+                sums["tokens"] = float(sum(row.num_real_tokens for row in rows))
+        gathered: list[Any] = [None] * self.world.size
+        dist.all_gather_object(gathered, sums)
+        return {
+            name: sum(part.get(name, 0.0) for part in gathered)
+            for name in {n for part in gathered for n in part}
+        }
+
+
+def _forward_step(
+    rows: Iterator[PackedRow],
+    model: torch.nn.Module,
+    *,
+    loss_of: Callable[[Tensor, PackedRow], Any],
+    own_tokens: tuple[int, int],
+    device: torch.device,
+) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    """Megatron's forward step: every stage reads the row, since each needs the layout."""
+    row = next(rows)
+    token_ids, layout = row.token_ids.to(device), row.layout.to(device)
+    own = slice(*own_tokens)
+    output = model(
+        token_ids[:, own],
+        layout[:1, own],
+        layout,
+        labels=token_ids,
+        loss_mask=row.targets.to(device),
+        padding_mask=~row.in_response.to(device)[None, own],
+    )
+    return output, lambda figures: loss_of(figures, row)
+
+
+def _loss_of_row(
+    figures: Tensor,
+    row: PackedRow,
+    objective: Objective,
+    entropy_coefficient: float | None,
+    idle_row: PackedRow | None,
+    idle_targets: int,
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """`figures`: log-probs [1, M], with the entropy [2, M]."""
+    loss = objective(figures[0], row)
+    if entropy_coefficient is not None:
+        loss = with_entropy(loss, figures[1], entropy_coefficient)
+    idle = torch.tensor(idle_targets if row is idle_row else 0, dtype=torch.int, device=figures.device)
+    count = row.num_targets + idle
+    report = {
+        "loss": loss.total.detach(),
+        "targets": count.double(),
+        "idle": idle.double(),
+        **loss.watched,
+    }
+    return loss.total, count, report
+
+
+def _log_probs_of_row(figures: Tensor, row: PackedRow) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    log_probs = figures[0]
+    count = torch.tensor(row.num_targets, dtype=torch.int, device=log_probs.device)
+    return log_probs.sum(), count, {"log_probs": log_probs.detach()}
+
+
+def _gather_head_in_time(wrapped: DistributedDataParallel, chunk: PolicyChunk) -> None:
+    """Log-probs read the head's weight itself, so Megatron's hook on its module does not wait for it."""
+    if chunk.post_process:
+        group = wrapped.param_to_bucket_group[chunk.head_weight]
+        chunk.decoder.final_layernorm.register_forward_pre_hook(lambda *_: group.finish_param_sync())
+
+
+def _build_optimizer(
+    chunks: list[torch.nn.Module], policy: Policy, settings: OptimizerSettings, *, late_gather: bool
+) -> MegatronOptimizer:
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=settings.lr,
+        min_lr=settings.min_lr,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.beta1,
+        adam_beta2=settings.beta2,
+        adam_eps=settings.eps,
+        clip_grad=settings.grad_clip,
+        use_distributed_optimizer=True,
+        overlap_param_gather=late_gather,
+        bf16=policy.config.bf16,
+        params_dtype=policy.config.params_dtype,
+        fp8_recipe=policy.config.fp8_recipe if policy.config.fp8 else None,
+    )
+    return get_megatron_optimizer(config, chunks, use_gloo_process_groups=policy.world.device.type == "cuda")
+
+
+def _build_schedule(
+    optimizer: MegatronOptimizer, settings: OptimizerSettings, num_updates: int
+) -> OptimizerParamScheduler:
+    warmup = min(settings.warmup(num_updates), max(num_updates - 1, 0))
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=settings.lr,
+        min_lr=settings.min_lr,
+        lr_warmup_steps=warmup,
+        lr_decay_steps=max(num_updates, warmup + 1),
+        lr_decay_style=settings.schedule,
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=max(num_updates, 1),
+        wd_incr_style="constant",
+        # A run that resumes counts on from its checkpoint, on the schedule of its own settings.
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+    )
