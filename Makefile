@@ -54,7 +54,7 @@ demo: setup
 	$(BIN)/npr demo $(OPTIONS)
 
 test: setup lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu and not shared"
 
 test-all: setup lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest

@@ -1,4 +1,4 @@
-"""What all tests share: the skip rules of the markers, the folder of the `shared` ones, how hypothesis judges."""
+"""What all tests share: the skip rules of the markers, how hypothesis judges, one world, one real model."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+from tests.support.places import SHARED
 
 if TYPE_CHECKING:
     from megatron_npr.runtime.process_world import World
@@ -20,8 +22,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # clone (nothing is cached, another build may run) and no other.
 settings.register_profile("npr", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("npr")
-
-SHARED = Path(os.environ.get("NPR_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -38,15 +38,9 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-@pytest.fixture(scope="session")
-def shared_folder() -> Path:
-    """The folder that tests marked `shared` read."""
-    return SHARED
-
-
 @pytest.fixture(scope="module")
 def world() -> World:
-    """Of this process alone. Left open: Megatron's groups are made once a process."""
+    """A world of this process alone. Left open: Megatron's groups are made once a process."""
     from megatron_npr.runtime.process_world import init_world
 
     return init_world()
@@ -67,7 +61,7 @@ def smollm2_gguf() -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same as a Hugging Face folder with the tags."""
+    """SmolLM2-135M-Instruct as a Hugging Face folder with the tags."""
     from megatron_npr.hf.convert import convert_gguf
 
     folder = tmp_path_factory.mktemp("smollm2") / "model"

@@ -19,7 +19,7 @@ from npr_engine.engine import Engine, EngineConfig
 from npr_engine.rollout import Rollout
 from npr_engine.sampling import SamplingParams
 from npr_engine.testing import encode
-from tests.unit.engine.random_model import GRAMMAR, random_model, random_weights
+from tests.support.random_model import GRAMMAR, random_model, random_weights
 
 SHARE_OF_DEMAND = 0.3
 IN_FLIGHT = 40

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from megatron_npr.training.manifest import find_damage, read_manifest
-from tests.distributed.launch import run_worker
-from tests.families import save_family
+from tests.support.families import save_family
+from tests.support.launch import run_worker
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Saved:
 def run(layout: Layout, model: Path, checkpoints: Path) -> list[list[float]]:
     """Figures of two steps, from the newest checkpoint; where there is none three steps come first, and one is saved."""
     arguments = (json.dumps(layout.parallel), model, checkpoints)
-    figures: list[list[float]] = json.loads(run_worker("checkpoint_worker", arguments, layout.processes))
+    figures: list[list[float]] = json.loads(run_worker("checkpoint", arguments, layout.processes))
     return figures
 
 

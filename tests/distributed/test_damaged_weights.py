@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.distributed.launch import run_worker
-from tests.families import save_family
+from tests.support.families import save_family
+from tests.support.launch import run_worker
 
 
 def test_a_nan_that_the_last_stage_alone_reads_is_told_by_every_rank(tmp_path: Path) -> None:
@@ -17,7 +17,7 @@ def test_a_nan_that_the_last_stage_alone_reads_is_told_by_every_rank(tmp_path: P
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.3.mlp.down_proj.weight"][0, 0] = torch.nan
     save_file(tensors, folder / "model.safetensors")
-    said = json.loads(run_worker("damaged_worker", [folder], 2))
+    said = json.loads(run_worker("damaged", [folder], 2))
     assert (
         said
         == [f"{folder}: model.layers.3.mlp.down_proj.weight holds NaN: " + said[0].rpartition(": ")[2]] * 2

@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM
 
 from megatron_npr.runtime.process_world import World
 from npr_engine.testing import PIECES
-from tests.distributed.expert_worker import LENGTHS, PROMPTS, decode
-from tests.distributed.launch import run_worker
-from tests.families import save_family
+from tests.distributed.workers.expert import LENGTHS, PROMPTS, decode
+from tests.support.families import save_family
+from tests.support.launch import run_worker
 
 EVERYTHING = list(range(len(PROMPTS)))
 
@@ -27,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def decoded(folder: Path, cases: list[Any], processes: int) -> list[Any]:
     """The responses of each case, in one world; see the worker."""
-    found: list[Any] = json.loads(run_worker("expert_worker", (folder, json.dumps(cases)), processes))
+    found: list[Any] = json.loads(run_worker("expert", (folder, json.dumps(cases)), processes))
     return found
 
 

@@ -12,7 +12,7 @@ import torch
 
 from npr_engine.model.transformer import ModelConfig
 from npr_engine.testing import PIECES, block, encode
-from tests.distributed.launch import run_worker
+from tests.support.launch import run_worker
 
 CONFIG = ModelConfig(
     num_layers=2,
@@ -62,7 +62,7 @@ def random_weights() -> dict[str, torch.Tensor]:
 
 
 def rollouts(processes: int, weights: Path) -> list[Any]:
-    found: list[Any] = json.loads(run_worker("engine_worker", (weights,), processes))
+    found: list[Any] = json.loads(run_worker("engine", (weights,), processes))
     return found
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from tests import te_on_cpu
-from tests.distributed.launch import run_worker
-from tests.families import save_family
+from tests.fakes import te_on_cpu
+from tests.support.families import save_family
+from tests.support.launch import run_worker
 
 CASES = {
     "alone": ("qwen3 tied", 1),
@@ -28,7 +28,7 @@ def test_weights_in_fp8_learn_reach_the_engine_and_resume(name: str, tmp_path: P
     te_on_cpu.skip_where_absent()
     family, size = CASES[name]
     arguments = (name.split(",")[0], save_family(family, tmp_path))
-    found = json.loads(run_worker("fp8_parameters_worker", arguments, size, through=te_on_cpu.__name__))
+    found = json.loads(run_worker("fp8_parameters", arguments, size, through=te_on_cpu.__name__))
     assert set(found) == {"tensorwise", "delayed", "blockwise"}
     for recipe, figures in found.items():
         check(figures, size, "Float8BlockwiseQTensor" if recipe == "blockwise" else "Float8Tensor")

@@ -9,14 +9,14 @@ import pytest
 
 from megatron_npr.config import Fp8Settings
 from megatron_npr.runtime.process_world import World
-from tests.distributed.launch import run_worker
-from tests.families import save_family
-from tests.training import new_trainer, step
+from tests.support.families import save_family
+from tests.support.launch import run_worker
+from tests.support.training import new_trainer, step
 
 
 def test_two_tensor_parallel_ranks_round_as_one_process_does(world: World, tmp_path: Path) -> None:
     folder = save_family("qwen3 tied", tmp_path)
-    figures = json.loads(run_worker("fp8_worker", (folder,), 2))
+    figures = json.loads(run_worker("fp8", (folder,), 2))
     assert len(figures["layers"]) == 4
     for name, errors in figures["layers"].items():
         assert max(errors) <= 1e-6, f"{name}: {errors}"  # of float64, with the scales of whole tensors

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.launch import run_worker
-from tests.families import FAMILIES, save_family
+from tests.support.families import FAMILIES, save_family
+from tests.support.launch import run_worker
 
 
 def measure(folders: dict[str, Path], tensor: int, pipeline: int, expert: int = 1) -> None:
     """Start the world, and hold its figures against what they must be."""
     processes = pipeline * max(tensor, expert)
-    said = run_worker("family_worker", (tensor, pipeline, expert, *folders.values()), processes)
+    said = run_worker("family", (tensor, pipeline, expert, *folders.values()), processes)
     for name, figures in zip(folders, json.loads(said), strict=True):
         assert figures["logits_difference"] <= 1e-4, name
         assert figures["other_tensors"] == 0, f"{name}: {figures['other_tensors']} tensors came back changed"

@@ -10,15 +10,15 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_npr.runtime.process_world import close_world
-from tests.distributed.launch import torchrun, worker_module
-from tests.padded import EMBEDDING, NUM_PADDED, SIZE, padded_folder, play_round
+from tests.support.launch import torchrun, worker_module
+from tests.support.padded import EMBEDDING, NUM_PADDED, SIZE, padded_folder, play_round
 
 
 @pytest.mark.slow
 def test_two_ranks_sample_and_train_the_tokens_alone_as_one_does(tmp_path: Path) -> None:
     assert (SIZE + NUM_PADDED) % 2
     model = padded_folder(tmp_path / "model")
-    torchrun(worker_module("padded_worker"), (model, tmp_path / "two", 2, tmp_path / "out"), 2)
+    torchrun(worker_module("padded"), (model, tmp_path / "two", 2, tmp_path / "out"), 2)
     two = torch.load(tmp_path / "out", weights_only=False)
     try:
         one = play_round(model, tmp_path / "one")

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.distributed.launch import run_worker
-from tests.families import save_family
+from tests.support.families import save_family
+from tests.support.launch import run_worker
 
 Measure = Callable[[str], dict[str, Any]]
 
@@ -115,7 +115,7 @@ def measure(folders: dict[str, Path]) -> Measure:
         case = CASES[name]
         tables = json.dumps({"parallel": case.parallel, "recompute": case.recompute, "overlap": case.overlap})
         figures: dict[str, Any] = json.loads(
-            run_worker("parity_worker", (tables, folders[case.model]), case.processes)
+            run_worker("parity", (tables, folders[case.model]), case.processes)
         )
         return figures
 

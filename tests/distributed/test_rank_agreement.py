@@ -12,7 +12,7 @@ import pytest
 from megatron_npr.data.synthetic_tasks import demo_problems
 from megatron_npr.demo.base import FOLDER
 from megatron_npr.monitoring.metrics import read_metrics
-from tests.distributed.launch import run_worker, torchrun, worker_module
+from tests.support.launch import run_worker, torchrun, worker_module
 
 pytestmark = pytest.mark.slow
 
@@ -43,7 +43,7 @@ def said(folder: Path) -> dict[str, list[str | None]]:
     ]
     data.write_text("".join(json.dumps(problem) + "\n" for problem in problems))
     began = time.monotonic()
-    report: dict[str, list[str | None]] = json.loads(run_worker("agreement_worker", [data, folder], 2))
+    report: dict[str, list[str | None]] = json.loads(run_worker("agreement", [data, folder], 2))
     assert time.monotonic() - began < 240  # gloo waits for 1800 s
     return report
 
@@ -69,4 +69,4 @@ def test_a_mistake_of_one_rank_alone_is_told(tmp_path: Path) -> None:
     model = os.path.relpath(FOLDER)
     words = ["stage3", "--model.path", model, "--data.train", "demo", "--run.dir", tmp_path / "run"]
     with pytest.raises(AssertionError, match=f"npr: error: .*{model}"):
-        torchrun(worker_module("alone_worker"), words, 2)
+        torchrun(worker_module("alone"), words, 2)

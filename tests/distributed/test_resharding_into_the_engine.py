@@ -12,9 +12,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.distributed.launch import run_worker
-from tests.distributed.reshard_worker import GROWTH
-from tests.families import save_family
+from tests.distributed.workers.reshard import GROWTH
+from tests.support.families import save_family
+from tests.support.launch import run_worker
 
 
 def case(engine_tp: int, engine_ep: int = 1, *, fp8: bool = False, **parallel: int | bool) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def expected_logits(folder: Path) -> None:
 def walk(cases: dict[str, dict[str, Any]], processes: int, folder: Path) -> dict[str, dict[str, Any]]:
     """Figures of each case; one world for all."""
     expected_logits(folder)
-    said = run_worker("reshard_worker", (json.dumps(list(cases.values())), folder), processes, timeout=800)
+    said = run_worker("reshard", (json.dumps(list(cases.values())), folder), processes, timeout=800)
     return dict(zip(cases, json.loads(said), strict=True))
 
 

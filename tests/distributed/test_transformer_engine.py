@@ -1,7 +1,7 @@
 """Training with Transformer Engine: its real Python and Megatron's real wrappers, over a stand-in of its GPU kernels.
 
-See `tests.te_on_cpu`. Without FP8 its layers train as ours do; with FP8 they train nearly as fp32, by every recipe; checkpoints
-carry the scales of delayed scaling from layout to layout; the engine reads its weights.
+See `tests.fakes.te_on_cpu`. Without FP8 its layers train as ours do; with FP8 they train nearly as fp32, by every recipe;
+checkpoints carry the scales of delayed scaling from layout to layout; the engine reads its weights.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import pytest
 from megatron_npr.config import Fp8Settings
 from megatron_npr.model import linears
 from megatron_npr.runtime.process_world import World
-from tests import te_on_cpu
-from tests.distributed.te_runs import Figures, Run, measure
-from tests.families import save_family
-from tests.training import new_trainer, step
+from tests.fakes import te_on_cpu
+from tests.support.families import save_family
+from tests.support.training import new_trainer, step
+from tests.support.transformer_engine.runs import Figures, Run, measure
 
 DENSE, BIASED, EXPERTS = "qwen3 tied", "qwen2", "qwen3_moe"
 FAMILIES = (DENSE, BIASED, EXPERTS)

@@ -1,4 +1,4 @@
-"""`npr plan` counts what Transformer Engine's layers keep: its real Python on the CPU (tests.te_on_cpu)."""
+"""`npr plan` counts what Transformer Engine's layers keep: its real Python on the CPU (tests.fakes.te_on_cpu)."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import pytest
 
 from megatron_npr.planning import Layout, Workload
 from megatron_npr.planning.memory import activation_bytes_per_token
-from tests import te_on_cpu
-from tests.distributed.launch import run_worker
-from tests.kept import MODELS
+from tests.fakes import te_on_cpu
+from tests.support.kept import MODELS
+from tests.support.launch import run_worker
 
 RECIPES = (None, "tensorwise", "delayed", "blockwise")
 CASES = list(product(MODELS, RECIPES, ("none", "selective", "full")))
@@ -19,7 +19,7 @@ CASES = list(product(MODELS, RECIPES, ("none", "selective", "full")))
 
 def test_the_plan_counts_what_they_keep_and_their_fp8_copies_of_weights() -> None:
     te_on_cpu.skip_where_absent()
-    found = json.loads(run_worker("kept_worker", (json.dumps(CASES),), 1, through=te_on_cpu.__name__))
+    found = json.loads(run_worker("kept", (json.dumps(CASES),), 1, through=te_on_cpu.__name__))
     for (name, recipe, recompute), kept in zip(CASES, found, strict=True):
         work = Workload(bytes_per_weight=2, fp8=recipe, recompute=recompute)
         planned, _ = activation_bytes_per_token(MODELS[name], Layout(), work)

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from megatron_npr.weight_sync.exchange import checksum
 from megatron_npr.weight_sync.plan import for_replica, plan
 from megatron_npr.weight_sync.schedule import wire_bytes
-from tests.distributed.exchange_worker import CASES, WORLDS
-from tests.distributed.launch import worker_environment, worker_module
+from tests.distributed.workers.exchange import CASES, WORLDS
+from tests.support.launch import worker_environment, worker_module
 
 WORLD = 4
 
@@ -44,7 +44,7 @@ def run_world(size: int, folder: Path) -> Outcome:
     # Not torchrun, which ends the others when one of them dies.
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", worker_module("exchange_worker"), str(rank), str(size), str(folder)],
+            [sys.executable, "-m", worker_module("exchange"), str(rank), str(size), str(folder)],
             env=worker_environment(),
             stderr=subprocess.PIPE,
             text=True,

@@ -29,8 +29,8 @@ from megatron_npr.training.manifest import (
 )
 from megatron_npr.training.offload import optimizer_tensors
 from npr_ext.errors import UserError
-from tests.families import FAMILIES, save_family
-from tests.training import new_trainer, step
+from tests.support.families import FAMILIES, save_family
+from tests.support.training import new_trainer, step
 
 STEPS = (1, 2, 3)
 

@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_npr.demo.base import FOLDER
-from tests.distributed.launch import torchrun
+from tests.support.launch import torchrun
+from tests.support.places import CONFIGS
 
-DEMO = Path(__file__).parents[2] / "configs" / "demo" / "stage3.toml"
+DEMO = CONFIGS / "demo" / "stage3.toml"
 NUM_EXPERTS = 4
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.support.places import ROOT
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 LOAD_ALL = """

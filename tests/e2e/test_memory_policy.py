@@ -15,10 +15,11 @@ from megatron_npr.demo.base import FOLDER
 from megatron_npr.runtime.process_world import World
 from megatron_npr.stages import stage3
 from megatron_npr.training.offload import TrainerMemory, gradient_buffers, optimizer_tensors
-from tests.families import save_family
-from tests.training import new_trainer, step
+from tests.support.families import save_family
+from tests.support.places import CONFIGS
+from tests.support.training import new_trainer, step
 
-DEMO = Path(__file__).parents[2] / "configs" / "demo" / "stage3.toml"
+DEMO = CONFIGS / "demo" / "stage3.toml"
 EVERYTHING = MemorySettings(offload_optimizer=True, offload_gradients=True, release_kv=True)
 
 

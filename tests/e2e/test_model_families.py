@@ -26,9 +26,9 @@ from npr_engine.language.vocabulary import Vocabulary
 from npr_engine.model.transformer import InferenceModel
 from npr_engine.sampling import SamplingParams
 from npr_ext import branch_layout
-from tests.engine_logits import engine_logits
-from tests.families import FAMILIES, save_family
-from tests.training import TAGS
+from tests.support.engine_logits import engine_logits
+from tests.support.families import FAMILIES, save_family
+from tests.support.training import TAGS
 
 PROMPT = "Write 3 numbers below 1024 and café names:\n\n1. "
 

@@ -13,8 +13,9 @@ from megatron_npr.data.synthetic_tasks import demo_problems
 from megatron_npr.demo.base import FOLDER
 from megatron_npr.monitoring.metrics import read_metrics
 from megatron_npr.runtime.process_world import close_world
+from tests.support.places import CONFIGS
 
-CONFIGS = Path(__file__).parents[2] / "configs" / "demo"
+DEMO = CONFIGS / "demo"
 ODD_NAMES = ("a", "a/0", "0/0/0/0", "\ud800", "line\nbreak", "\u2028", "..", " ", "\x1f", "🙂", "x" * 5000)
 
 
@@ -36,7 +37,7 @@ def problems_file(folder: Path, count: int) -> Path:
 
 
 def run(stage: str, folder: Path, data: Path, overrides: Sequence[str]) -> None:
-    words = [stage, str(CONFIGS / f"{stage}.toml"), "--run.dir", str(folder), "--model.path", str(FOLDER)]
+    words = [stage, str(DEMO / f"{stage}.toml"), "--run.dir", str(folder), "--model.path", str(FOLDER)]
     words += ["--data.train", str(data), "--rollout.max_tokens", "12", "--log.progress", "false"]
     assert main([*words, "--run.threads", "1", *overrides]) == 0
 

@@ -22,7 +22,7 @@ from megatron_npr.stages import evaluate
 from npr_engine.language.grammar import Grammar
 from npr_engine.rollout import Rollout
 from npr_engine.sampling import SamplingParams
-from tests.padded import EMBEDDING, NUM_PADDED, SIZE, Round, padded_folder, play_round
+from tests.support.padded import EMBEDDING, NUM_PADDED, SIZE, Round, padded_folder, play_round
 
 
 @pytest.fixture(autouse=True)

@@ -29,8 +29,9 @@ from npr_engine.backend import Backend
 from npr_engine.rollout import Rollout
 from npr_ext import branch_layout
 from npr_ext.errors import UserError
+from tests.support.places import CONFIGS
 
-DEMO = Path(__file__).parents[2] / "configs" / "demo" / "stage3.toml"
+DEMO = CONFIGS / "demo" / "stage3.toml"
 
 
 @pytest.fixture

@@ -19,8 +19,8 @@ from megatron_npr.config import BatchSettings
 from megatron_npr.data.packing import TrainSample
 from megatron_npr.rl.losses import papo_loss, sft_loss
 from megatron_npr.runtime.process_world import World
-from tests.families import save_family
-from tests.training import TAGS, new_trainer
+from tests.support.families import save_family
+from tests.support.training import TAGS, new_trainer
 
 REPEATS = 5
 FAMILIES = ("qwen3 tied", "qwen3_moe")

@@ -19,8 +19,8 @@ from megatron_npr.demo.base import FOLDER
 from megatron_npr.runtime.process_world import World, close_world
 from megatron_npr.training.checkpoint import Checkpoints
 from megatron_npr.training.trainer import Trainer
-from tests.families import save_family
-from tests.training import new_trainer, step
+from tests.support.families import save_family
+from tests.support.training import new_trainer, step
 
 FIRST = OptimizerSettings(lr=1e-2, warmup_steps=0, weight_decay=0.1)
 

@@ -18,8 +18,9 @@ import pytest
 from megatron_npr.cli import main
 from megatron_npr.demo.base import FOLDER
 from megatron_npr.runtime.process_world import close_world
+from tests.support.places import CONFIGS
 
-CONFIGS = Path(__file__).parents[2] / "configs" / "demo"
+DEMO = CONFIGS / "demo"
 COMMANDS = ("stage1", "sample", "stage2", "stage3", "eval")
 OF_A_START = {"config.toml", "run.json", "run.lock"}
 
@@ -71,7 +72,7 @@ def left_world() -> Iterator[None]:
 def words(command: str, folder: Path, samples: Path, *overrides: str) -> list[str]:
     data = ["--sft.data", str(samples)] if command == "stage2" else []
     given = ["--run.dir", str(folder), *SHORT, *OWN[command], *data, *overrides]
-    return [command, str(CONFIGS / f"{command}.toml"), *given]
+    return [command, str(DEMO / f"{command}.toml"), *given]
 
 
 def contents(folder: Path) -> dict[str, bytes]:

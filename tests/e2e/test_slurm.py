@@ -15,9 +15,9 @@ import pytest
 from megatron_npr.cli import main
 from megatron_npr.demo.base import FOLDER
 from megatron_npr.runtime.process_world import close_world
-from tests.slurm import Cluster, cluster, missing, wait_for
+from tests.support.places import ROOT
+from tests.support.slurm import Cluster, cluster, missing, wait_for
 
-ROOT = Path(__file__).parents[2]
 STEPS = 8
 SIZE = ["--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1"]
 

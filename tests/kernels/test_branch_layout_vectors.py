@@ -1,9 +1,7 @@
 """The published builders' own positions and visibility, on gap-free text."""
 
 import json
-import os
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,24 +9,18 @@ import torch
 from npr_ext import BranchLayout, TagIds, UserError, Violation, branch_layout
 from npr_ext.layout.violations import FIRST_GRAMMAR_CODE, MESSAGES
 from npr_ext.testing import TAGS, random_layout
-
-ROOT = Path(__file__).parents[2]
-SHARED = Path(os.environ.get("NPR_SHARED", ROOT.parent / "shared"))
+from tests.support.places import ROOT, VECTORS
 
 
-@pytest.mark.shared
-@pytest.mark.skipif(
-    not (SHARED / "vectors").is_dir(), reason=f"no reference vectors at {SHARED}: set NPR_SHARED"
-)
 def test_all_forty_reference_vectors_are_equal() -> None:
-    names = json.loads((SHARED / "vectors/tag_ids.json").read_text())
+    names = json.loads((VECTORS / "tag_ids.json").read_text())
     tags = TagIds(
         **{
             field: names[f"</{field[:-4]}>" if field.endswith("_end") else f"<{field}>"]
             for field in vars(TAGS)
         }
     )
-    lines = (SHARED / "vectors/branch_layout.jsonl").read_text().splitlines()
+    lines = (VECTORS / "branch_layout.jsonl").read_text().splitlines()
     assert len(lines) == 40
     for line in lines:
         vector = json.loads(line)

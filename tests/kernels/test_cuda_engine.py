@@ -10,7 +10,7 @@ from npr_engine.engine import Engine, EngineConfig
 from npr_engine.model.transformer import InferenceModel
 from npr_engine.rollout import Rollout
 from npr_engine.sampling import SamplingParams
-from tests.unit.engine.random_model import CONFIG, GRAMMAR, random_weights
+from tests.support.random_model import CONFIG, GRAMMAR, random_weights
 
 PROMPTS = [[3, 4, 5 + index % 3] for index in range(24)]
 

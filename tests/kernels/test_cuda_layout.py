@@ -3,7 +3,6 @@
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,8 +15,8 @@ from npr_ext import BranchLayout, TagIds, branch_attention, branch_layout
 from npr_ext.layout.reference import reference_attention
 from npr_ext.layout.shard import shard_of
 from npr_ext.testing import random_layout
+from tests.support.places import ROOT
 
-ROOT = Path(__file__).parents[2]
 TAGS = TagIds(*range(1, 9))
 
 

@@ -13,7 +13,7 @@ from megatron_npr.model.fp8_matmul import (
     rounded_transposed,
     transposed,
 )
-from tests.fp8_tensors import scaled
+from tests.support.fp8.tensors import scaled
 
 pytestmark = pytest.mark.gpu
 E4M3, E5M2 = FORWARD, GRADIENTS["hybrid"]

@@ -13,7 +13,7 @@ from megatron_npr.sharding.architecture import Architecture
 from megatron_npr.sharding.layouts import EngineLayout, TrainerLayout, split_layers
 from megatron_npr.weight_sync.plan import for_replica, plan
 from npr_ext.errors import UserError
-from tests.resharding_model import DENSE, MOE, PADDING, Labels, Model, engine_shards, trainer_shards
+from tests.support.resharding_model import DENSE, MOE, PADDING, Labels, Model, engine_shards, trainer_shards
 
 UNWRITTEN = -2
 

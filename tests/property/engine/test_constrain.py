@@ -14,7 +14,7 @@ from npr_engine.rollout import Rollout
 from npr_engine.sampling import SamplingParams
 from npr_engine.testing import encode
 from npr_ext.layout.violations import Violation
-from tests.unit.engine.random_model import GRAMMAR, random_model
+from tests.support.random_model import GRAMMAR, random_model
 
 PROMPTS = [encode(text) for text in ("a", "ab=?", "<plan>a</plan>")]
 # What a parse says of a response that merely ends too early.

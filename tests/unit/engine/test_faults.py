@@ -16,7 +16,7 @@ from npr_engine.sampling import SamplingParams
 from npr_engine.scheduler.scheduler import NO_DISTRIBUTION
 from npr_engine.testing import GRAMMAR, PIECES, VOCABULARY, encode
 from npr_ext.errors import UserError
-from tests.unit.engine import random_model
+from tests.support import random_model
 from tests.unit.engine.conftest import CONFIG, PROMPTS, Plain, fused
 
 GREEDY = SamplingParams(max_tokens=300, temperature=0.0)

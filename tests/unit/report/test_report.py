@@ -10,7 +10,7 @@ import pytest
 from megatron_npr.monitoring.statistics import PairedDifference
 from megatron_npr.report import DemoResult, check, floors, rebuild, write_report
 from npr_ext.errors import UserError
-from tests.unit.report.sample import result, rollout
+from tests.support.report_sample import result, rollout
 
 FIGURES = {
     "accuracy",

@@ -23,7 +23,7 @@ from npr_engine.language.grammar import Grammar
 from npr_engine.model.transformer import InferenceModel, KVCache, Step
 from npr_engine.rollout import Rollout
 from npr_engine.sampling import SamplingParams
-from tests.padded import padded_folder
+from tests.support.padded import padded_folder
 from tests.unit.server.conftest import FOLDER, KV_SLOTS, another
 from tests.unit.server.running import Running, eventually, running
 

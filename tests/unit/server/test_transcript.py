@@ -16,7 +16,7 @@ from npr_engine.sampling import SamplingParams
 from npr_engine.scheduler.streaming import TokenEvent
 from npr_engine.testing import EOS
 from npr_ext import TagIds
-from tests.unit.engine.random_model import GRAMMAR, random_model
+from tests.support.random_model import GRAMMAR, random_model
 
 BYTES = Vocabulary(
     [*(bytes((byte,)) for byte in range(256)), *(f"<{n}>" for n in range(9))], 256, TagIds(*range(257, 265))
