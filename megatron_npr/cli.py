@@ -2,7 +2,7 @@
 
     npr stage3 FILE.toml --train.steps 4 ──► load_config ──► megatron_npr.stages.stage3.run(config) ──► exit code
 
-Exit codes: 0 done, 1 a floor of the demo missed or a failure of ours (with its traceback), 2 a mistake of the user's, 130
+Exit codes: 0 done, 1 a threshold of the demo missed or a failure of ours (with its traceback), 2 a mistake of the user's, 130
 interrupted. A reader that goes away (`npr ... | head`) changes none of them. Everything that needs torch is imported only
 when it runs, so that help and errors come at once.
 """
@@ -131,8 +131,8 @@ def _run_demo(arguments: argparse.Namespace) -> int:
     _check_run_folder(arguments.dir)
     module = importlib.import_module("megatron_npr.demo.run")
     missed: list[str] = module.run(arguments.dir, seed=arguments.seed, resume=arguments.resume)
-    for floor in missed:
-        _say(f"npr: missed: {floor}")
+    for threshold in missed:
+        _say(f"npr: missed: {threshold}")
     return 1 if missed else 0
 
 
@@ -385,7 +385,7 @@ TOOLS = {
         "build report.html and report.json of a finished demo again", _run_report, _report_arguments
     ),
     "bench": Tool(
-        "measure layouts, attention, engine, resharding, text; prints JSON", _run_bench, _bench_arguments
+        "measure layouts, attention, engine, weight sync, text; prints JSON", _run_bench, _bench_arguments
     ),
     "plan": Tool("a layout, memory and time for a model on a cluster", _run_plan, _plan_arguments),
     "draw": Tool("draw a small response's layout: mask, tiles, timeline", _run_draw, _draw_arguments),

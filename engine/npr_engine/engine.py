@@ -39,16 +39,21 @@ class EngineConfig:
         num_kv_slots: tokens whose KV fits; rounded down to blocks.
         block_size: slots of a block; a response leaves less than one block unused.
         max_batch_tokens: tokens a step feeds at most, decoding first, then chunks of prompts.
-        max_running: responses that run at once.
+        max_running_requests: responses that run at once.
     """
 
     num_kv_slots: int = 65_536
     block_size: int = 4
     max_batch_tokens: int = 4_096
-    max_running: int = 512
+    max_running_requests: int = 512
 
     def __post_init__(self) -> None:
-        rules = {"num_kv_slots": self.block_size, "block_size": 1, "max_batch_tokens": 2, "max_running": 1}
+        rules = {
+            "num_kv_slots": self.block_size,
+            "block_size": 1,
+            "max_batch_tokens": 2,
+            "max_running_requests": 1,
+        }
         for name, least in rules.items():
             value = getattr(self, name)
             if value < least:
@@ -107,7 +112,7 @@ class Engine:
         self.model = model
         self.config = config
         num_blocks = config.num_kv_slots // config.block_size
-        limits = Limits(num_blocks, config.block_size, config.max_batch_tokens, config.max_running)
+        limits = Limits(num_blocks, config.block_size, config.max_batch_tokens, config.max_running_requests)
         self._scheduler = Scheduler(grammar, limits, model.config.vocab_size)
         self._runner = Runner(model, num_blocks * config.block_size, self._scheduler.constraint)
         self._weights_version = 0

@@ -32,7 +32,7 @@ HONOURED = frozenset(
         "model": "recompute router_aux_loss",
         "parallel": "tp pp cp vpp ep first_layers last_layers sequence_parallel",
         "rollout": "samples_per_prompt max_tokens temperature top_p top_k min_p repetition_penalty max_branches "
-        "max_blocks branching backend tp ep kv_slots block_size max_running max_batch_tokens fp8",
+        "max_blocks branching backend tp ep kv_slots block_size max_running_requests max_batch_tokens fp8",
         "optimizer": "lr min_lr schedule warmup_steps warmup_fraction weight_decay beta1 beta2 eps grad_clip overlap "
         "bucket_size",
         "batch": "micro_batch_tokens share_prompts",

@@ -180,7 +180,10 @@ class RolloutSettings(Section):
     )
     kv_slots: PositiveInt = Field(524_288, description="token slots of the KV cache of one engine")
     block_size: PositiveInt = Field(4, description="token slots of one KV block")
-    max_running: PositiveInt = Field(256, description="branches decoded at the same time")
+    max_running_requests: PositiveInt = Field(
+        256,
+        description="responses that one engine decodes at the same time, each with up to max_branches branches",
+    )
     max_batch_tokens: PositiveInt = Field(16_384, description="tokens of one engine step, prefill and decode")
     fp8: bool = Field(
         False,

@@ -30,19 +30,19 @@ ROW_MULTIPLE = 64
 class TrainSample:
     """One response to train on, in packed order, as the engine (or the SFT encoder) produced it; never re-tokenised.
 
-    prompt_ids int32 [P]; response_ids int32 [R]; trained bool [R] (False: forced or otherwise without loss);
+    prompt_ids int32 [P]; response_ids int32 [R]; loss_mask bool [R] (False: forced or otherwise without loss);
     old_log_probs float32 [R] (of the policy that sampled; zeros where unused); advantage: one scalar a response.
     """
 
     prompt_ids: NDArray[np.int32]
     response_ids: NDArray[np.int32]
-    trained: NDArray[np.bool_]
+    loss_mask: NDArray[np.bool_]
     old_log_probs: NDArray[np.float32]
     advantage: float = 0.0
 
     def __post_init__(self) -> None:
-        assert len(self.response_ids) == len(self.trained) == len(self.old_log_probs), (
-            f"response of {len(self.response_ids)} tokens with {len(self.trained)} flags "
+        assert len(self.response_ids) == len(self.loss_mask) == len(self.old_log_probs), (
+            f"response of {len(self.response_ids)} tokens with {len(self.loss_mask)} flags "
             f"and {len(self.old_log_probs)} log-probs"
         )
         assert len(self.prompt_ids) > 0, (
@@ -195,9 +195,9 @@ def pack_row(
         parents=torch.tensor(builder.parents, dtype=torch.int32),
         branching=branching,
     )
-    trained = torch.from_numpy(np.concatenate(builder.trained))
+    loss_mask = torch.from_numpy(np.concatenate(builder.loss_mask))
     sample_of = torch.from_numpy(np.concatenate(builder.sample_of))
-    targets = torch.nonzero(trained & (layout.predecessor >= 0))[:, 0]
+    targets = torch.nonzero(loss_mask & (layout.predecessor >= 0))[:, 0]
     return PackedRow(
         token_ids=token_ids.long()[None, :],
         layout=layout.as_tensor(),
@@ -216,7 +216,7 @@ class _RowBuilder:
 
     def __init__(self) -> None:
         self.tokens: list[NDArray[np.int32]] = []
-        self.trained: list[NDArray[np.bool_]] = []
+        self.loss_mask: list[NDArray[np.bool_]] = []
         self.advantages: list[NDArray[np.float32]] = []
         self.old_log_probs: list[NDArray[np.float32]] = []
         self.sample_of: list[NDArray[np.int64]] = []
@@ -261,19 +261,19 @@ class _RowBuilder:
 
     def _response(self, sample: TrainSample, index: int) -> None:
         self.lengths[-1] += len(sample.response_ids)
-        self._columns(sample.response_ids, sample.trained, index, sample.advantage, sample.old_log_probs)
+        self._columns(sample.response_ids, sample.loss_mask, index, sample.advantage, sample.old_log_probs)
 
     def _columns(
         self,
         token_ids: NDArray[np.int32],
-        trained: NDArray[np.bool_],
+        loss_mask: NDArray[np.bool_],
         index: int,
         advantage: float,
         old_log_probs: NDArray[np.float32] | None,
     ) -> None:
         count = len(token_ids)
         self.tokens.append(token_ids.astype(np.int32, copy=False))
-        self.trained.append(trained)
+        self.loss_mask.append(loss_mask)
         self.advantages.append(np.full(count, advantage, np.float32))
         self.old_log_probs.append(np.zeros(count, np.float32) if old_log_probs is None else old_log_probs)
         self.sample_of.append(np.full(count, index, np.int64))

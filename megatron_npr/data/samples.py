@@ -38,7 +38,7 @@ class SftSample:
         return TrainSample(
             prompt_ids=np.array(self.prompt_ids, np.int32),
             response_ids=np.array(self.response_ids, np.int32),
-            trained=np.ones(count, np.bool_),
+            loss_mask=np.ones(count, np.bool_),
             old_log_probs=np.zeros(count, np.float32),
         )
 

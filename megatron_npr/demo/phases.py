@@ -1,6 +1,6 @@
 """The phases of a demo run: each done once, timed, and remembered, so that an interrupted demo continues.
 
-[3/6] stage 2: beta  (beside: measure base 3/7)        when it begins
+[3/6] stage 2: beta  (background: measure base 3/7)        when it begins
 [3/6] stage 2: beta: 61 s  2:10 gone, about 4:30 left  when it has ended
 """
 
@@ -83,13 +83,13 @@ class Phases:
         return sum(self.seconds.values()) / done * (sum(self.shares.values()) - done)
 
 
-def outlook(road: Phases, beside: Phases) -> str:
-    """What runs beside, how long the demo has run, and about how long it still will."""
-    beside.read()
-    name = beside.current
-    other = f"(beside: {beside.number(name)} {name})  " if name else ""
-    gone = covered([*road.intervals.values(), *beside.intervals.values()])
-    left = [seconds for seconds in (road.seconds_left, beside.seconds_left) if seconds is not None]
+def outlook(main: Phases, background: Phases) -> str:
+    """What runs in the background, how long the demo has run, and about how long it still will."""
+    background.read()
+    name = background.current
+    other = f"(background: {background.number(name)} {name})  " if name else ""
+    gone = covered([*main.intervals.values(), *background.intervals.values()])
+    left = [seconds for seconds in (main.seconds_left, background.seconds_left) if seconds is not None]
     return f"{other}{duration(gone)} gone, about {duration(max(left))} left" if left else other
 
 

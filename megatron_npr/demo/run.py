@@ -1,8 +1,8 @@
 """`make demo`: all three stages on the small base model, the controls, and the report; nothing but its own samples.
 
-the road    base ─► stage 1 (DAPO) ─► zero ─► sample ─► stage 2 (SFT of base) ─► beta ─► stage 3 (PAPO) ─► npr
-beside it   └─► sequential RL (as many updates and samples as stages 1 and 3)       └─► more SFT (as many updates as stage 3)
-every model is measured on the same held-out problems ─► report.html, report.json, the floors that are missed
+main        base ─► stage 1 (DAPO) ─► zero ─► sample ─► stage 2 (SFT of base) ─► beta ─► stage 3 (PAPO) ─► npr
+background  └─► sequential RL (as many updates and samples as stages 1 and 3)       └─► more SFT (as many updates as stage 3)
+every model is measured on the same held-out problems ─► report.html, report.json, the thresholds that are missed
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from megatron_npr.config import (
 )
 from megatron_npr.data.synthetic_tasks import demo_problems
 from megatron_npr.demo import base, speed
-from megatron_npr.demo.beside import Beside
+from megatron_npr.demo.background import BackgroundProcess
 from megatron_npr.demo.measure import Measured, measure
 from megatron_npr.demo.phases import Phases, covered, outlook
 from megatron_npr.hf.generation_config import read_vocabulary
@@ -69,10 +69,10 @@ MEASURED: dict[str, tuple[EvalMode, str]] = {
 """Name in the report -> (way of decoding, model)."""
 CONTROLS = ("beta_more_sft",)
 ZERO, BETA, NPR = "stage 1: zero", "stage 2: beta", "stage 3: npr"
-ROAD = "phases-road.json"
-ROAD_SHARES = {ZERO: 30, "rejection sampling": 6, BETA: 12, NPR: 35, "measure npr": 9, "measure speed": 8}
-BESIDE = "phases-beside.json"
-BESIDE_SHARES = {
+MAIN = "phases-main.json"
+MAIN_SHARES = {ZERO: 30, "rejection sampling": 6, BETA: 12, NPR: 35, "measure npr": 9, "measure speed": 8}
+BACKGROUND = "phases-background.json"
+BACKGROUND_SHARES = {
     "control: sequential RL": 45,
     "measure base": 4,
     "measure base_sequential": 3,
@@ -86,7 +86,7 @@ BESIDE_SHARES = {
 
 
 def run(folder: Path, *, seed: int | None = None, resume: bool = False) -> list[str]:
-    """Run (or continue) the demo below `folder`; returns the floors that were missed."""
+    """Run (or continue) the demo below `folder`; returns the thresholds that were missed."""
     demo = Demo(run_folder(folder, seed, resume))
     demo.train_and_measure()
     write_report(demo.folder, demo.result(demo.folder))  # stays there when the next demo replaces the other
@@ -134,8 +134,8 @@ class Demo:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.seed = int(json.loads((folder / "demo.json").read_text())["seed"])
-        self.road = Phases(folder / ROAD, ROAD_SHARES)
-        self.side = Phases(folder / BESIDE, BESIDE_SHARES)
+        self.main = Phases(folder / MAIN, MAIN_SHARES)
+        self.background = Phases(folder / BACKGROUND, BACKGROUND_SHARES)
         self.cores = len(os.sched_getaffinity(0))
         self.threads = max(1, self.cores // 2)  # of each of the two processes
 
@@ -201,10 +201,13 @@ class Demo:
         return self.config(Stage2Config, "stage2", name, *paths, *overrides)
 
     def train_and_measure(self) -> None:
-        """Every phase that is not done yet: the road here, the rest beside it, and the speed when all is quiet."""
-        print(f"controls and measurements run beside, their log is {self.folder / 'beside.log'}", flush=True)
+        """Every phase that is not done yet: the main ones here, the others in the background, the speed at the end."""
+        print(
+            f"controls and measurements run in the background, their log is {self.folder / 'background.log'}",
+            flush=True,
+        )
         with (
-            Beside(self.folder, self.side, threads=self.threads) as beside,
+            BackgroundProcess(self.folder, self.background, threads=self.threads) as background,
             Verifier() as verifier,
         ):
             for phase, work in (
@@ -215,30 +218,30 @@ class Demo:
                 ("measure npr", lambda: self.measure("npr", verifier)),
             ):
                 self.run_phase(phase, work)
-                beside.tell()
-            print("the rest is done; waiting for what runs beside", flush=True)
-            beside.finish()
+                background.tell()
+            print("the main phases are done; waiting for the background", flush=True)
+            background.finish()
         self.run_phase("measure speed", self.measure_speed)
 
     def run_phase(self, name: str, work: Callable[[], object]) -> None:
-        """A phase of the road, with what the console says before and after it."""
-        self.road.run(name, work, lambda: outlook(self.road, self.side))
+        """A phase of the main process, with what the console says before and after it."""
+        self.main.run(name, work, lambda: outlook(self.main, self.background))
 
-    def beside(self) -> None:
-        """What the road does not wait for: controls, and measurements of what it has made."""
+    def run_background(self) -> None:
+        """What the main process does not wait for: controls, and measurements of what it has made."""
         with Verifier() as verifier:
 
             def measure(name: str) -> None:
-                self.side.run(f"measure {name}", lambda: self.measure(name, verifier))
+                self.background.run(f"measure {name}", lambda: self.measure(name, verifier))
 
-            self.side.run("control: sequential RL", lambda: stage3.run(self.sequential_rl))
+            self.background.run("control: sequential RL", lambda: stage3.run(self.sequential_rl))
             for name in ("base", "base_sequential", "sequential_rl"):
                 measure(name)
-            self.road.wait_for(ZERO)
+            self.main.wait_for(ZERO)
             measure("zero")
-            self.road.wait_for(BETA)
+            self.main.wait_for(BETA)
             measure("beta")
-            self.side.run("control: more SFT", lambda: stage2.run(self.beta_more_sft))
+            self.background.run("control: more SFT", lambda: stage2.run(self.beta_more_sft))
             measure("beta_more_sft")
 
     def measure(self, name: str, verifier: Verifier) -> None:
@@ -274,7 +277,7 @@ class Demo:
 
     def result(self, report_folder: Path) -> DemoResult:
         """What the report shows."""
-        self.side.read()
+        self.background.read()
         measured = {name: self.measured(name) for name in MEASURED}
         figures = {name: one.figures() for name, one in measured.items()}
         correct = {name: one.array("sampled", "correct") for name, one in measured.items()}
@@ -289,15 +292,15 @@ class Demo:
         problems, samples = correct["npr"].shape
         return DemoResult(
             seed=self.seed,
-            wall_seconds=covered([*self.road.intervals.values(), *self.side.intervals.values()]),
-            evaluation_seconds=self.road.measuring + self.side.measuring,
+            wall_seconds=covered([*self.main.intervals.values(), *self.background.intervals.values()]),
+            evaluation_seconds=self.main.measuring + self.background.measuring,
             num_problems=problems,
             samples_per_problem=samples,
             stages={name: value for name, value in figures.items() if name not in CONTROLS},
             controls={name: figures[name] for name in CONTROLS},
             comparisons={f"{a} - {b}": paired_difference(correct[a], correct[b]) for a, b in pairs},
             speedup=self.speedup(),
-            phase_seconds={"the road": self.road.seconds, "beside it": self.side.seconds},
+            phase_seconds={"main": self.main.seconds, "background": self.background.seconds},
             curves={
                 title: Path(os.path.relpath(self.folder / name / "metrics.jsonl", report_folder))
                 for title, name in {

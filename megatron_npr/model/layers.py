@@ -70,11 +70,11 @@ class LayoutCache:
         self._capacity = capacity
         self._entries: OrderedDict[tuple[int, int], tuple[Tensor, RowLayout]] = OrderedDict()
 
-    def get(self, layout_5T: Tensor, context_group: dist.ProcessGroup | None) -> RowLayout:
+    def get(self, layout_5T: Tensor, cp_group: dist.ProcessGroup | None) -> RowLayout:
         key = (layout_5T.data_ptr(), layout_5T.shape[-1])
         entry = self._entries.get(key)
         if entry is None:
-            entry = (layout_5T, _row_layout(layout_5T, context_group))
+            entry = (layout_5T, _row_layout(layout_5T, cp_group))
             self._entries[key] = entry
             if len(self._entries) > self._capacity:
                 self._entries.popitem(last=False)
@@ -87,11 +87,11 @@ class LayoutCache:
 LAYOUTS = LayoutCache()
 
 
-def _row_layout(layout_5T: Tensor, context_group: dist.ProcessGroup | None) -> RowLayout:
+def _row_layout(layout_5T: Tensor, cp_group: dist.ProcessGroup | None) -> RowLayout:
     layout = BranchLayout.from_tensor(layout_5T)
-    if context_group is None:
+    if cp_group is None:
         return RowLayout(layout, None)
-    exchange = plan_key_exchange(layout, context_group.rank(), context_group.size())
+    exchange = plan_key_exchange(layout, cp_group.rank(), cp_group.size())
     return RowLayout(exchange.shard.layout, exchange)
 
 
@@ -117,7 +117,7 @@ class BranchAttention(MegatronModule):
         self.layer_number = layer_number
         self.softmax_scale = softmax_scale
         assert pg_collection is not None
-        self.context_group = pg_collection.cp if pg_collection.cp.size() > 1 else None
+        self.cp_group = pg_collection.cp if pg_collection.cp.size() > 1 else None
 
     def forward(
         self,
@@ -129,12 +129,12 @@ class BranchAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: object = None,
     ) -> Tensor:
-        row = LAYOUTS.get(attention_mask, self.context_group)
+        row = LAYOUTS.get(attention_mask, self.cp_group)
         key_SKH, value_SKH = key.squeeze(1), value.squeeze(1)
         if row.exchange is not None:
-            assert self.context_group is not None
+            assert self.cp_group is not None
             both_SC = torch.cat((key_SKH.flatten(1), value_SKH.flatten(1)), dim=1)
-            both_FC = fetch_rows(both_SC, row.exchange, self.context_group)
+            both_FC = fetch_rows(both_SC, row.exchange, self.cp_group)
             key_SKH, value_SKH = (part.unflatten(1, key_SKH.shape[1:]) for part in both_FC.chunk(2, dim=1))
         output_SNH = branch_attention(
             query.squeeze(1), key_SKH, value_SKH, row.layout, scale=self.softmax_scale

@@ -49,11 +49,9 @@ from npr_ext.errors import UserError
 
 def unused_rows(unused_ids: Sequence[int], vocab_size: int, world: World) -> Tensor:
     """int64 [U]: rows of this rank's part of the vocabulary that no token has, those that make the parts equal included."""
-    padded = padded_vocabulary(vocab_size, world.tensor_size)
-    share = padded // world.tensor_size
-    local = (
-        torch.tensor([*unused_ids, *range(vocab_size, padded)], dtype=torch.int64) - world.tensor_rank * share
-    )
+    padded = padded_vocabulary(vocab_size, world.tp_size)
+    share = padded // world.tp_size
+    local = torch.tensor([*unused_ids, *range(vocab_size, padded)], dtype=torch.int64) - world.tp_rank * share
     return local[(local >= 0) & (local < share)]
 
 
@@ -97,7 +95,7 @@ class PolicyChunk(GPTModel):
         """GPTModel's, of this rank's share of a row; `padding_mask` bool [1, T / cp]: what its routers do not count."""
         if padding_mask is not None and self.config.sequence_parallel and not self.pre_process:
             # Megatron shards it beside the embeddings, so on the first stage alone.
-            padding_mask = padding_mask.chunk(self.world.tensor_size, dim=1)[self.world.tensor_rank]
+            padding_mask = padding_mask.chunk(self.world.tp_size, dim=1)[self.world.tp_rank]
         output: Tensor = super().forward(
             input_ids, position_ids, attention_mask, padding_mask=padding_mask, **kwargs
         )
@@ -112,7 +110,7 @@ class PolicyChunk(GPTModel):
         return weight
 
     def _own_tokens(self, token_ids: Tensor) -> tuple[int, int]:
-        return shard_bounds(token_ids.shape[1], self.world.context_rank, self.world.context_size)
+        return shard_bounds(token_ids.shape[1], self.world.cp_rank, self.world.cp_size)
 
     def _postprocess(
         self,
@@ -155,9 +153,9 @@ class PolicyChunk(GPTModel):
             hidden_TBD[:, 0].index_select(0, predecessors),
             weight,
             token_ids[0, targets],
-            first_row=self.world.tensor_rank * weight.shape[0],
+            first_row=self.world.tp_rank * weight.shape[0],
             unused_U=self.unused_U,
-            group=self.world.tensor_group,
+            group=self.world.tp_group,
             entropy=self.entropy_coefficient is not None,
         )
         if entropy_M is None:
@@ -227,9 +225,9 @@ def transformer_config(
         ("num_attention_heads", model.num_heads),
         ("num_key_value_heads", model.num_kv_heads),
     ):
-        if count % world.tensor_size:
+        if count % world.tp_size:
             raise UserError(
-                f"parallel.tp {world.tensor_size} does not divide the model's {name} {count}: choose a divisor"
+                f"parallel.tp {world.tp_size} does not divide the model's {name} {count}: choose a divisor"
             )
     return LinearConfig(
         num_layers=model.num_layers,
@@ -256,30 +254,26 @@ def transformer_config(
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        tensor_model_parallel_size=world.tensor_size,
-        pipeline_model_parallel_size=world.pipeline_size,
-        virtual_pipeline_model_parallel_size=world.virtual_size if world.virtual_size > 1 else None,
+        tensor_model_parallel_size=world.tp_size,
+        pipeline_model_parallel_size=world.pp_size,
+        virtual_pipeline_model_parallel_size=world.vpp_size if world.vpp_size > 1 else None,
         num_layers_in_first_pipeline_stage=parallel.first_layers,
         num_layers_in_last_pipeline_stage=parallel.last_layers,
-        context_parallel_size=world.context_size,
-        sequence_parallel=parallel.sequence_parallel and world.tensor_size > 1,
+        context_parallel_size=world.cp_size,
+        sequence_parallel=parallel.sequence_parallel and world.tp_size > 1,
         calculate_per_token_loss=True,
         mrope_section=[model.head_dim // 2, 0, 0],
         softmax_scale=_softmax_scale(model),
         perform_initialization=True,
         # The overlapped schedule frees outputs before their send has ended: NCCL's stream orders that, gloo reads garbage.
-        deallocate_pipeline_outputs=world.virtual_size == 1 or world.device.type == "cuda",
+        deallocate_pipeline_outputs=world.vpp_size == 1 or world.device.type == "cuda",
         # Interleaved chunks send both ways between the same two ranks: one batch of messages would mix them up under pp 2.
-        overlap_p2p_comm=world.virtual_size > 1,
-        batch_p2p_comm=world.virtual_size == 1,
+        overlap_p2p_comm=world.vpp_size > 1,
+        batch_p2p_comm=world.vpp_size == 1,
         **(
             RECOMPUTE[recompute]
             | (_moe_settings(model, world, recompute, router_aux_loss, linears) if model.num_experts else {})
-            | (
-                fp8_options(fp8, linears, num_layers=model.num_layers, stages=world.pipeline_size)
-                if fp8
-                else {}
-            )
+            | (fp8_options(fp8, linears, num_layers=model.num_layers, stages=world.pp_size) if fp8 else {})
         ),
     )
 
@@ -306,7 +300,7 @@ def _moe_settings(
         "moe_aux_loss_coeff": router_aux_loss,
         "moe_token_dispatcher_type": "alltoall",
         "moe_grouped_gemm": linears.grouped is not None,
-        "expert_model_parallel_size": world.expert_size,
+        "expert_model_parallel_size": world.ep_size,
         "expert_tensor_parallel_size": 1,
     }
     return settings | ({"recompute_modules": ["moe"]} if recompute == "selective" else {})
@@ -320,15 +314,15 @@ def trainer_layout(model: ModelConfig, world: World, parallel: ParallelSettings)
     return TrainerLayout(
         layers=split_layers(
             model.num_layers,
-            pp=world.pipeline_size,
-            vpp=world.virtual_size,
+            pp=world.pp_size,
+            vpp=world.vpp_size,
             first=parallel.first_layers,
             last=parallel.last_layers,
         ),
-        tp=world.tensor_size,
-        pp=world.pipeline_size,
-        data=world.context_size * world.data_size,
-        ep=world.expert_size,
+        tp=world.tp_size,
+        pp=world.pp_size,
+        dp_cp=world.cp_size * world.dp_size,
+        ep=world.ep_size,
     )
 
 
@@ -352,7 +346,7 @@ def build_policy(
     linears = linears or linear_modules(world.device, fp8=fp8 is not None)
     layout = trainer_layout(model, world, parallel)
     check_layouts(model, layout, EngineLayout())
-    if model.num_experts and world.tensor_size > 1 and not parallel.sequence_parallel:
+    if model.num_experts and world.tp_size > 1 and not parallel.sequence_parallel:
         raise UserError(
             "a model with experts under parallel.tp >= 2 needs parallel.sequence_parallel = true: Megatron dispatches "
             "sharded tokens"
@@ -378,7 +372,7 @@ def build_policy(
                 unused_ids,
                 entropy_coefficient,
             )
-            for number in range(world.virtual_size)
+            for number in range(world.vpp_size)
         ]
     return Policy([chunk.to(world.device) for chunk in chunks], layout)
 
@@ -393,7 +387,7 @@ def _build_chunk(
     entropy_coefficient: float | None,
 ) -> PolicyChunk:
     stage = _virtual_stage(world, number)
-    first = get_transformer_layer_offset(config, vp_stage=stage, pp_rank=world.pipeline_rank)
+    first = get_transformer_layer_offset(config, vp_stage=stage, pp_rank=world.pp_rank)
     layers = range(first, first + get_num_layers_to_build(config, stage))
     return PolicyChunk(
         model_config=model,
@@ -412,10 +406,10 @@ def _build_chunk(
             ],
             layer_norm=RMSNorm,
         ),
-        vocab_size=padded_vocabulary(model.vocab_size, world.tensor_size),
+        vocab_size=padded_vocabulary(model.vocab_size, world.tp_size),
         max_sequence_length=1 << 30,  # positions come from the layout; nothing is sized by this
-        pre_process=world.pipeline_rank == 0 and number == 0,
-        post_process=world.is_last_stage and number == world.virtual_size - 1,
+        pre_process=world.pp_rank == 0 and number == 0,
+        post_process=world.is_last_stage and number == world.vpp_size - 1,
         share_embeddings_and_output_weights=model.tied_embeddings,
         position_embedding_type="mrope",
         rotary_base=model.rope_theta,
@@ -425,17 +419,17 @@ def _build_chunk(
 
 def _virtual_stage(world: World, number: int) -> int | None:
     """A chunk's number as Megatron wants it: None without interleaving."""
-    return number if world.virtual_size > 1 else None
+    return number if world.vpp_size > 1 else None
 
 
 def local_weights(policy: Policy) -> dict[str, Tensor]:
     """This rank's parameters by global name; the tensors themselves, no copies. Those held in FP8 are `fp8_parameters`'."""
     config, world = policy.config, policy.world
     named: dict[str, Tensor] = {}
-    first_expert = world.expert_rank * (policy.model_config.num_experts // world.expert_size)
+    first_expert = world.ep_rank * (policy.model_config.num_experts // world.ep_size)
     for number, chunk in enumerate(policy.chunks):
         offset = get_transformer_layer_offset(
-            config, vp_stage=_virtual_stage(world, number), pp_rank=world.pipeline_rank
+            config, vp_stage=_virtual_stage(world, number), pp_rank=world.pp_rank
         )
         named |= {
             global_name(name, first_layer=offset, first_expert=first_expert): plain_or_fp8(weight)

@@ -132,7 +132,8 @@ def _rollout_work(work: Workload, rollout: RolloutSettings, response_tokens: int
         response_tokens=min(response_tokens, rollout.max_tokens),
         speedup=work.speedup if rollout.branching else 1.0,
         kv_slots=rollout.kv_slots,
-        max_running=rollout.max_running,
+        max_running_requests=rollout.max_running_requests,
+        max_branches=rollout.max_branches if rollout.branching else 1,
         batch_tokens=rollout.max_batch_tokens,
     )
 

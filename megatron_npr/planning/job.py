@@ -47,7 +47,7 @@ class Layout:
         layers = split_layers(
             architecture.num_layers, pp=self.pp, vpp=self.vpp, first=self.first_layers, last=self.last_layers
         )
-        return TrainerLayout(layers, tp=self.tp, pp=self.pp, data=self.cp * self.dp, ep=self.ep)
+        return TrainerLayout(layers, tp=self.tp, pp=self.pp, dp_cp=self.cp * self.dp, ep=self.ep)
 
     def __str__(self) -> str:
         uneven = ""
@@ -74,7 +74,9 @@ class Workload:
         responses: of one step (SFT: samples); response_tokens: their mean length.
         speedup: tokens of a response over its critical path.
         kv_slots: token slots of an engine's KV cache; 0 where nothing is decoded.
-        max_running, batch_tokens: branches decoded at once, tokens of one engine step.
+        max_running_requests: responses that one engine decodes at once.
+        max_branches: of one response at once; 1 where it does not branch.
+        batch_tokens: tokens of one engine step at most, prefill and decode.
     """
 
     bytes_per_weight: int = 2
@@ -87,8 +89,14 @@ class Workload:
     response_tokens: int = 8192
     speedup: float = 1.5
     kv_slots: int = 524_288
-    max_running: int = 256
+    max_running_requests: int = 256
+    max_branches: int = 8
     batch_tokens: int = 16_384
+
+    @property
+    def max_running_branches(self) -> int:
+        """Branches that one engine decodes at once, at most: each of them is a row of logits."""
+        return min(self.max_running_requests * self.max_branches, self.batch_tokens)
 
 
 def check_job(architecture: Architecture, layout: Layout, world_size: int) -> None:

@@ -181,7 +181,7 @@ def _stage_memory(architecture: Architecture, layout: Layout, work: Workload, st
         optimizer=state * (dense / dense_copies + expert / expert_copies),
         activations=activations,
         kv=work.kv_slots * kv_bytes_per_token(architecture, layout.engine_tp, size),
-        # An update holds what has arrived once more, when neither trainer nor engine works (resharding.exchange).
+        # An update holds what has arrived once more, when neither trainer nor engine works (weight_sync.exchange).
         engine_weights=engine + max(engine - max(training, decoding), 0.0),
         workspace=RUNTIME_BYTES + max(training, decoding) - activations,
     )
@@ -237,4 +237,4 @@ def _decoding_workspace(architecture: Architecture, layout: Layout, work: Worklo
     if layout.engine_ep > tp:  # (row, expert) pairs: sent, arrived, computed, returned
         widest += 4 * chosen * architecture.hidden_size / tp
     tokens = work.batch_tokens * work.bytes_per_weight * (3 * architecture.hidden_size + widest)
-    return tokens + work.max_running * architecture.vocab_size * 12
+    return tokens + work.max_running_branches * architecture.vocab_size * 12

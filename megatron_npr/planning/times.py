@@ -32,20 +32,20 @@ class Times:
 
     rollout: float
     train: float
-    reshard: float
+    weight_sync: float
 
     @property
     def total(self) -> float:
-        return self.rollout + self.train + self.reshard
+        return self.rollout + self.train + self.weight_sync
 
 
 def times_of(architecture: Architecture, layout: Layout, cluster: Cluster, work: Workload) -> Times:
-    """All phases; the bytes of resharding come from the planner itself."""
+    """All phases; the bytes of the weight sync come from the planner itself."""
     decodes = work.kv_slots > 0
     return Times(
         rollout=rollout_seconds(architecture, layout, cluster, work) if decodes else 0.0,
         train=train_seconds(architecture, layout, cluster, work),
-        reshard=reshard_seconds(architecture, layout, cluster, work) if decodes else 0.0,
+        weight_sync=weight_sync_seconds(architecture, layout, cluster, work) if decodes else 0.0,
     )
 
 
@@ -55,7 +55,7 @@ def rollout_seconds(architecture: Architecture, layout: Layout, cluster: Cluster
     copies = max(cluster.size // layout.engine_tp, 1)
     responses = math.ceil(work.responses / copies)
     fitting = max(work.kv_slots // work.response_tokens, 1)
-    together = max(min(responses, fitting, work.max_running), 1)
+    together = max(min(responses, fitting, work.max_running_requests), 1)
     waves = math.ceil(responses / together)
     steps = waves * work.response_tokens / work.speedup
     tokens_a_step = together * work.speedup
@@ -146,7 +146,9 @@ def _wire(span: int, cluster: Cluster) -> float:
     return NETWORK_SHARE * (gpu.link if span <= cluster.gpus_per_node else gpu.network)
 
 
-def reshard_seconds(architecture: Architecture, layout: Layout, cluster: Cluster, work: Workload) -> float:
+def weight_sync_seconds(
+    architecture: Architecture, layout: Layout, cluster: Cluster, work: Workload
+) -> float:
     """By bytes: what the busiest rank of the first replica receives, over the network between nodes and within."""
     planned = plan(architecture, layout.trainer(architecture), layout.engine(architecture))
     moved = for_replica(planned, 0).transfers

@@ -9,8 +9,8 @@ from typing import Any
 
 from megatron_npr.monitoring.metrics import read_metrics
 from megatron_npr.report import charts
-from megatron_npr.report.floors import check
 from megatron_npr.report.records import STAGES, TITLES, DemoResult, StageFigures, Timeline
+from megatron_npr.report.thresholds import check
 from megatron_npr.report.timeline import drawing, response_html
 
 STYLE = Path(__file__).parents[1] / "assets" / "report.css"
@@ -34,7 +34,7 @@ def page(folder: Path, result: DemoResult) -> str:
         _cards(result),
         _stage_table(result),
         _comparisons(result),
-        _floors(result.to_report()),
+        _thresholds(result.to_report()),
         _curves(folder, result),
         _timelines(result.timelines),
         _time(result),
@@ -48,12 +48,12 @@ def page(folder: Path, result: DemoResult) -> str:
 
 
 def _head(result: DemoResult) -> str:
-    all_floors = check(result.to_report())
-    missed = sum(not floor.held for floor in all_floors)
+    all_thresholds = check(result.to_report())
+    missed = sum(not threshold.held for threshold in all_thresholds)
     badge = (
-        f'<span class="badge missed">{missed} of {len(all_floors)} floors missed</span>'
+        f'<span class="badge missed">{missed} of {len(all_thresholds)} thresholds missed</span>'
         if missed
-        else f'<span class="badge held">all {len(all_floors)} floors held</span>'
+        else f'<span class="badge held">all {len(all_thresholds)} thresholds held</span>'
     )
     minutes = result.wall_seconds / 60
     return (
@@ -142,25 +142,25 @@ def _comparisons(result: DemoResult) -> str:
         "parallel decoding, and the same of engine steps, which no clock touches. The ideal is total / critical-path tokens of "
         "those responses; the median "
         f"<code>&lt;step&gt;</code> has {speed.median_step_tokens:.0f} tokens. Wall time depends on the machine and on what "
-        "else it does: no floor is on it.</p>"
+        "else it does: no threshold is on it.</p>"
         + _table(["engine", "fewer engine steps", "wall time", "ideal"], speeds)
     )
 
 
-def _floors(report: dict[str, Any]) -> str:
+def _thresholds(report: dict[str, Any]) -> str:
     rows = [
         (
             "",
             [
-                escape(floor.name),
-                f"{floor.measured:.4g}{floor.unit}",
-                f"{escape(floor.relation)} {floor.bound:.4g}{floor.unit}",
-                '<span class="held">held</span>' if floor.held else '<b class="missed">missed</b>',
+                escape(threshold.name),
+                f"{threshold.measured:.4g}{threshold.unit}",
+                f"{escape(threshold.relation)} {threshold.bound:.4g}{threshold.unit}",
+                '<span class="held">held</span>' if threshold.held else '<b class="missed">missed</b>',
             ],
         )
-        for floor in check(report)
+        for threshold in check(report)
     ]
-    return "<h2>Floors</h2>" + _table(["figure", "measured", "required", ""], rows)
+    return "<h2>Thresholds</h2>" + _table(["figure", "measured", "required", ""], rows)
 
 
 def _curves(folder: Path, result: DemoResult) -> str:

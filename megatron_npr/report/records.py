@@ -121,7 +121,7 @@ class DemoResult:
         return sum(sum(phases.values()) for phases in self.phase_seconds.values())
 
     def to_report(self) -> dict[str, Any]:
-        """report.json: the keys that the floors are checked against, and `details`."""
+        """report.json: the keys that the thresholds are checked against, and `details`."""
         main = self.comparisons["npr - beta"]
         speedup = self.speedup
         return {

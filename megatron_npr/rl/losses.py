@@ -16,18 +16,19 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LossSum:
-    """Sum of a loss over tokens (scalar, differentiable) and sums of what is worth watching (detached scalars)."""
+    """Sum of a loss over tokens (scalar, differentiable) and sums of its metrics (detached scalars)."""
 
     total: Tensor
-    watched: dict[str, Tensor]
+    metrics: dict[str, Tensor]
 
 
 def with_entropy(loss: LossSum, entropy_M: Tensor, coefficient: float) -> LossSum:
-    """The loss less `coefficient` x entropy [M], summed over tokens as the rest (verl's token mean); the entropy watched."""
-    watched = loss.watched | {"entropy": entropy_M.detach().sum()}
+    """The loss less `coefficient` x entropy [M], summed over tokens as the rest (verl's token mean); its sum is one
+    of the metrics."""
+    metrics = loss.metrics | {"entropy": entropy_M.detach().sum()}
     if coefficient == 0:
-        return replace(loss, watched=watched)
-    return LossSum(loss.total - coefficient * entropy_M.sum(), watched)
+        return replace(loss, metrics=metrics)
+    return LossSum(loss.total - coefficient * entropy_M.sum(), metrics)
 
 
 def sft_loss(log_probs_M: Tensor) -> LossSum:
@@ -65,9 +66,9 @@ def dapo_loss(
         advantages_M < 0, torch.minimum(surrogate_M, -advantages_M * dual_clip), surrogate_M
     )
     with torch.no_grad():
-        watched = {
+        metrics = {
             "nll": -log_probs_M.sum(),
             "clipped": (ratio_M != clipped_M).to(log_probs_M.dtype).sum(),
             "kl_old": (ratio_M - 1 - log_ratio_M).sum(),
         }
-    return LossSum(bounded_M.sum(), watched)
+    return LossSum(bounded_M.sum(), metrics)

@@ -16,7 +16,7 @@ from npr_ext.layout.violations import Violation
 
 NO_BLOCK = -1.5
 BROKEN = -1.0
-FLOOR = -2.0
+LOWEST = -2.0
 MIN_PLAN, MIN_STEP, MIN_TAKEAWAY = 3, 6, 6
 SHORT = -4
 
@@ -56,7 +56,7 @@ def reward_of_reading(grammar: Grammar, response_ids: TokenIds, reading: Reading
     blemishes = sum(_BLEMISH[violation] for violation in found if violation not in _TOO_SHORT)
     short = sum(_num_short(grammar, response_ids, block) for block in reading.response.blocks)
     # Tenths are whole numbers, so that equal sums are equal floats: -0.2 three times is not -0.4 and -0.2.
-    return max(FLOOR, (blemishes + SHORT * short) / 10)
+    return max(LOWEST, (blemishes + SHORT * short) / 10)
 
 
 def accuracy_reward(correct: bool) -> float:

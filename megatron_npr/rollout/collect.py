@@ -84,12 +84,12 @@ def collect(
 
 
 def train_sample(rollout: Rollout, advantage: float, *, train_forced: bool = False) -> TrainSample:
-    """A rollout as it is trained: the very tokens and log-probs of the engine; forced tokens carry no loss by default."""
-    trained = np.ones_like(rollout.forced) if train_forced else ~rollout.forced
+    """A rollout as it is trained on: the very tokens and log-probs of the engine; forced tokens carry no loss by default."""
+    loss_mask = np.ones_like(rollout.forced) if train_forced else ~rollout.forced
     return TrainSample(
         prompt_ids=rollout.prompt_ids,
         response_ids=rollout.token_ids,
-        trained=trained,
+        loss_mask=loss_mask,
         old_log_probs=np.nan_to_num(rollout.logprobs, nan=0.0),
         advantage=advantage,
     )

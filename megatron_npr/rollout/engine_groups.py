@@ -42,7 +42,7 @@ class EngineShare:
     @classmethod
     def of(cls, world: World, settings: RolloutSettings) -> EngineShare:
         """This rank's."""
-        size = settings.tp or world.tensor_size
+        size = settings.tp or world.tp_size
         return cls(world.rank, size, world.size // size)
 
     @property
@@ -77,7 +77,7 @@ def engine_groups(world: World, layout: EngineLayout) -> EngineGroups:
 
 
 def _neighbours(world: World, size: int) -> dist.ProcessGroup:
-    if size == world.tensor_size:
-        return world.tensor_group  # consecutive ranks, too
+    if size == world.tp_size:
+        return world.tp_group  # consecutive ranks, too
     groups = [dist.new_group(list(range(first, first + size))) for first in range(0, world.size, size)]
     return groups[world.rank // size]

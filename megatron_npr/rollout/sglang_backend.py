@@ -54,7 +54,7 @@ class SGLangBackend:
             dtype=dtype,
             base_gpu_id=gpu,
             max_total_tokens=settings.kv_slots,
-            max_running_requests=settings.max_running,
+            max_running_requests=settings.max_running_requests,
             enable_memory_saver=True,
             enable_deterministic_inference=True,  # else seeds are ignored
             log_level="error",

@@ -42,21 +42,21 @@ class World:
 
     rank: int
     size: int
-    tensor_rank: int
-    tensor_size: int
-    pipeline_rank: int
-    pipeline_size: int
-    context_rank: int
-    context_size: int
-    virtual_size: int
-    expert_rank: int
-    expert_size: int
-    data_rank: int
-    data_size: int
+    tp_rank: int
+    tp_size: int
+    pp_rank: int
+    pp_size: int
+    cp_rank: int
+    cp_size: int
+    vpp_size: int
+    ep_rank: int
+    ep_size: int
+    dp_rank: int
+    dp_size: int
     device: torch.device
-    tensor_group: dist.ProcessGroup
-    pipeline_group: dist.ProcessGroup
-    data_group: dist.ProcessGroup
+    tp_group: dist.ProcessGroup
+    pp_group: dist.ProcessGroup
+    dp_group: dist.ProcessGroup
 
     @property
     def is_main(self) -> bool:
@@ -64,20 +64,20 @@ class World:
 
     @property
     def is_last_stage(self) -> bool:
-        return self.pipeline_rank == self.pipeline_size - 1
+        return self.pp_rank == self.pp_size - 1
 
 
-def check_sizes(world_size: int, *, tensor: int, pipeline: int, context: int, expert: int = 1) -> None:
-    """UserError unless tensor x pipeline x context divides the world, and expert the ranks of a pipeline stage."""
-    model_size = tensor * pipeline * context
+def check_sizes(world_size: int, *, tp: int, pp: int, cp: int, ep: int = 1) -> None:
+    """UserError unless tp x pp x cp divides the world, and ep the ranks of a pipeline stage."""
+    model_size = tp * pp * cp
     if world_size % model_size:
         raise UserError(
-            f"world size {world_size} does not fit tp {tensor} x pp {pipeline} x cp {context} = {model_size}: "
+            f"world size {world_size} does not fit tp {tp} x pp {pp} x cp {cp} = {model_size}: "
             f"start a multiple of {model_size} processes (torchrun --nproc-per-node) or change parallel.*"
         )
-    if world_size // pipeline % expert:
+    if world_size // pp % ep:
         raise UserError(
-            f"parallel.ep {expert} does not divide the {world_size // pipeline} ranks of a pipeline stage: "
+            f"parallel.ep {ep} does not divide the {world_size // pp} ranks of a pipeline stage: "
             "choose a divisor"
         )
 
@@ -93,23 +93,21 @@ def _has_groups(*sizes: int) -> bool:
     )
 
 
-def init_world(
-    *, tensor: int = 1, pipeline: int = 1, context: int = 1, virtual: int = 1, expert: int = 1, seed: int = 0
-) -> World:
+def init_world(*, tp: int = 1, pp: int = 1, cp: int = 1, vpp: int = 1, ep: int = 1, seed: int = 0) -> World:
     """Join the process group and build Megatron's groups."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    check_sizes(world_size, tensor=tensor, pipeline=pipeline, context=context, expert=expert)
+    check_sizes(world_size, tp=tp, pp=pp, cp=cp, ep=ep)
     join_world()
     with megatron_context():
-        if not _has_groups(tensor, pipeline, context, virtual, expert):
+        if not _has_groups(tp, pp, cp, vpp, ep):
             if parallel_state.model_parallel_is_initialized():
                 parallel_state.destroy_model_parallel()
             parallel_state.initialize_model_parallel(
-                tensor_model_parallel_size=tensor,
-                pipeline_model_parallel_size=pipeline,
-                virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
-                context_parallel_size=context,
-                expert_model_parallel_size=expert,
+                tensor_model_parallel_size=tp,
+                pipeline_model_parallel_size=pp,
+                virtual_pipeline_model_parallel_size=vpp if vpp > 1 else None,
+                context_parallel_size=cp,
+                expert_model_parallel_size=ep,
                 expert_tensor_parallel_size=1,
                 create_gloo_process_groups=has_gpu(),
             )
@@ -117,21 +115,21 @@ def init_world(
     return World(
         rank=dist.get_rank(),
         size=dist.get_world_size(),
-        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
-        tensor_size=tensor,
-        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
-        pipeline_size=pipeline,
-        context_rank=parallel_state.get_context_parallel_rank(),
-        context_size=context,
-        virtual_size=virtual,
-        expert_rank=parallel_state.get_expert_model_parallel_rank(),
-        expert_size=expert,
-        data_rank=parallel_state.get_data_parallel_rank(),
-        data_size=parallel_state.get_data_parallel_world_size(),
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_size=tp,
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pp_size=pp,
+        cp_rank=parallel_state.get_context_parallel_rank(),
+        cp_size=cp,
+        vpp_size=vpp,
+        ep_rank=parallel_state.get_expert_model_parallel_rank(),
+        ep_size=ep,
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
         device=torch.device("cuda", torch.cuda.current_device()) if has_gpu() else torch.device("cpu"),
-        tensor_group=parallel_state.get_tensor_model_parallel_group(),
-        pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
-        data_group=parallel_state.get_data_parallel_group(),
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        pp_group=parallel_state.get_pipeline_model_parallel_group(),
+        dp_group=parallel_state.get_data_parallel_group(),
     )
 
 
@@ -197,12 +195,10 @@ def close_world() -> None:
 
 @contextlib.contextmanager
 def world_of(
-    *, tensor: int = 1, pipeline: int = 1, context: int = 1, virtual: int = 1, expert: int = 1, seed: int = 0
+    *, tp: int = 1, pp: int = 1, cp: int = 1, vpp: int = 1, ep: int = 1, seed: int = 0
 ) -> Iterator[World]:
     """`init_world` for the length of a with-block."""
     try:
-        yield init_world(
-            tensor=tensor, pipeline=pipeline, context=context, virtual=virtual, expert=expert, seed=seed
-        )
+        yield init_world(tp=tp, pp=pp, cp=cp, vpp=vpp, ep=ep, seed=seed)
     finally:
         close_world()

@@ -1,6 +1,6 @@
 """The shape of a model, dense or mixture of experts, as numbers: what planners need, without a tensor and without torch.
 
-config.json or a known name ──► Architecture ──► parameter counts, resharding plans, memory plans
+config.json or a known name ──► Architecture ──► parameter counts, weight-sync plans, memory plans
 """
 
 from __future__ import annotations

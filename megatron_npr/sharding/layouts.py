@@ -20,14 +20,14 @@ class TrainerLayout:
     Attributes:
         layers: decoder layers of each VIRTUAL stage in the order of the model, `pp * vpp` numbers; virtual stage v is
         chunk v // pp of pipeline stage v % pp.
-        data: ranks that hold the same dense shard: context- times data-parallel size.
+        dp_cp: ranks that hold the same dense shard: context- times data-parallel size.
         etp: tensor-parallel size inside an expert.
     """
 
     layers: tuple[int, ...]
     tp: int = 1
     pp: int = 1
-    data: int = 1
+    dp_cp: int = 1
     ep: int = 1
     etp: int = 1
 
@@ -42,7 +42,7 @@ class TrainerLayout:
     @property
     def places(self) -> int:
         """Ranks of one pipeline stage."""
-        return self.tp * self.data
+        return self.tp * self.dp_cp
 
     @property
     def world_size(self) -> int:

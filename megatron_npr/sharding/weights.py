@@ -1,6 +1,6 @@
 """Weights as tensors: the shard that a rank holds of a full one, fused and split projections, global layer numbers.
 
-Names are Megatron's with GLOBAL layer numbers (`decoder.layers.17.mlp.linear_fc1.weight`); resharding.catalog lists them with
+Names are Megatron's with GLOBAL layer numbers (`decoder.layers.17.mlp.linear_fc1.weight`); sharding.catalog lists them with
 their cuts. Fused QKV interleaves by KV group ([q.. k v] a group); fused gate/up stacks [gate; up] a shard.
 """
 
@@ -15,9 +15,9 @@ from megatron_npr.sharding.cuts import Cut, Matrix, local_shape, pieces
 from npr_engine.model.transformer import ModelConfig
 
 
-def padded_vocabulary(vocab_size: int, tensor_size: int) -> int:
+def padded_vocabulary(vocab_size: int, tp_size: int) -> int:
     """Rows of the embedding so that every tensor-parallel rank holds equally many."""
-    return -(-vocab_size // tensor_size) * tensor_size
+    return -(-vocab_size // tp_size) * tp_size
 
 
 def shard(full: Tensor, matrix: Matrix, cut: Cut, rank: int, size: int) -> Tensor:

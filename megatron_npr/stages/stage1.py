@@ -77,7 +77,7 @@ def run(config: Stage1Config) -> None:
                     trained_samples=sum(len(update) for update in updates),
                     loss=mean(report.loss for report in reports),
                     grad_norm=mean(report.grad_norm for report in reports),
-                    clipped=mean(report.watched["clipped"] for report in reports),
+                    clipped=mean(report.metrics["clipped"] for report in reports),
                     entropy=mean(report.entropy for report in reports),
                     train_seconds=sum(report.seconds for report in reports),
                     imbalance=mean(report.imbalance for report in reports),

@@ -36,7 +36,7 @@ def run(config: Stage2Config) -> None:
         checkpoint=config.checkpoint,
         fp8=config.fp8,
         num_updates=total,
-        late_gather=True,
+        overlap_param_gather=True,
     )
     first = learner.first_step
     with monitored("stage 2", config.run, config.log, session.world, total=total, first=first) as monitor:

@@ -83,7 +83,7 @@ def run(config: Stage3Config) -> None:
                     critical_path=mean(item.rollout.critical_path for item in scored),
                     loss=report.loss if report else float("nan"),
                     grad_norm=report.grad_norm if report else float("nan"),
-                    nll=report.watched["nll"] if report else float("nan"),
+                    nll=report.metrics["nll"] if report else float("nan"),
                     entropy=report.entropy if report else float("nan"),
                     train_seconds=report.seconds if report else 0.0,
                     imbalance=report.imbalance if report else float("nan"),
@@ -122,7 +122,7 @@ def update(learner: Learner, kept: list[Scored], advantages: Advantages, config:
         if value or config.papo.train_forced or config.train.entropy_coefficient:
             samples.append(sample)
         else:
-            idle_targets += int(sample.trained.sum())
+            idle_targets += int(sample.loss_mask.sum())
     return learner.trainer.step(
         samples, objective, branching=config.rollout.branching, idle_targets=idle_targets
     )

@@ -54,7 +54,7 @@ class Learner:
         num_updates: int,
         fp8: Fp8Settings = USUAL_FP8,
         memory: MemorySettings = USUAL_MEMORY,
-        late_gather: bool = False,
+        overlap_param_gather: bool = False,
         entropy_coefficient: float | None = None,
     ) -> None:
         self.session, self._every, self._memory = session, checkpoint.every, memory
@@ -83,7 +83,7 @@ class Learner:
             tags=session.vocabulary.tags,
             pad_id=session.pad_id,
             num_updates=num_updates,
-            late_gather=late_gather,
+            overlap_param_gather=overlap_param_gather,
         )
         self.checkpoints = Checkpoints(
             session.run.dir / CHECKPOINTS,

@@ -22,7 +22,7 @@ from npr_engine.backend import Backend
 
 
 @dataclass
-class _Away:
+class _Offloaded:
     """A storage whose memory is freed. `copy` holds its bytes in host memory, None where they need not be kept."""
 
     storage: torch.UntypedStorage
@@ -36,37 +36,37 @@ class TrainerMemory:
 
     trainer: Trainer
     settings: MemorySettings
-    _away: list[_Away] = field(default_factory=list)
+    _offloaded: list[_Offloaded] = field(default_factory=list)
 
-    def leave(self) -> int:
-        """Free what the settings name; bytes freed. The trainer must not step until `come_back`."""
-        assert not self._away
+    def offload(self) -> int:
+        """Free what the settings name; bytes freed. The trainer must not step until `onload`."""
+        assert not self._offloaded
         if self.settings.offload_optimizer:
-            self._away += [_to_host(storage) for storage in _storages(optimizer_tensors(self.trainer))]
+            self._offloaded += [_to_host(storage) for storage in _storages(optimizer_tensors(self.trainer))]
             if self.trainer.world.device.type == "cuda":
                 torch.cuda.current_stream().synchronize()  # copies run beside the host
         if self.settings.offload_gradients:
             # Their content is used up by the optimizer's step and zeroed before the next.
-            self._away += [
-                _Away(storage, storage.nbytes(), None)
+            self._offloaded += [
+                _Offloaded(storage, storage.nbytes(), None)
                 for storage in _storages(gradient_buffers(self.trainer))
             ]
-        for away in self._away:
-            away.storage.resize_(0)
-        return sum(away.num_bytes for away in self._away)
+        for one in self._offloaded:
+            one.storage.resize_(0)
+        return sum(one.num_bytes for one in self._offloaded)
 
-    def come_back(self) -> None:
+    def onload(self) -> None:
         """Take the memory again, with the content that it had."""
-        for away in self._away:
-            away.storage.resize_(away.num_bytes)
-            target = torch.empty(0, dtype=torch.uint8, device=away.storage.device).set_(away.storage)
-            if away.copy is None:
+        for one in self._offloaded:
+            one.storage.resize_(one.num_bytes)
+            target = torch.empty(0, dtype=torch.uint8, device=one.storage.device).set_(one.storage)
+            if one.copy is None:
                 target.zero_()
             else:
-                target.copy_(away.copy, non_blocking=True)
+                target.copy_(one.copy, non_blocking=True)
         if self.trainer.world.device.type == "cuda":
             torch.cuda.current_stream().synchronize()  # the host copies are dropped
-        self._away.clear()
+        self._offloaded.clear()
 
 
 def optimizer_tensors(trainer: Trainer) -> list[Tensor]:
@@ -95,11 +95,11 @@ def _storages(tensors: list[Tensor]) -> list[torch.UntypedStorage]:
     return [storage for address, storage in found.items() if address]
 
 
-def _to_host(storage: torch.UntypedStorage) -> _Away:
+def _to_host(storage: torch.UntypedStorage) -> _Offloaded:
     source = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
     pinned = storage.device.type == "cuda"
     copy = torch.empty(storage.nbytes(), dtype=torch.uint8, device="cpu", pin_memory=pinned)
-    return _Away(storage, storage.nbytes(), copy.copy_(source, non_blocking=pinned))
+    return _Offloaded(storage, storage.nbytes(), copy.copy_(source, non_blocking=pinned))
 
 
 @contextlib.contextmanager
@@ -107,7 +107,7 @@ def rollout_memory(
     trainer_memory: TrainerMemory, engine: Backend, settings: MemorySettings
 ) -> Iterator[None]:
     """Within this context the engine has the device; the trainer has it again at the end, also after an error."""
-    trainer_memory.leave()
+    trainer_memory.offload()
     try:
         if settings.release_kv:
             engine.resume_memory()
@@ -115,7 +115,7 @@ def rollout_memory(
     finally:
         if settings.release_kv:
             engine.release_memory()
-        trainer_memory.come_back()
+        trainer_memory.onload()
 
 
 @dataclass

@@ -47,7 +47,7 @@ TRAINING = frozenset({"stage1", "stage2", "stage3"})
 FREE_TABLES = frozenset({"run", "log", "parallel"})
 FREE_KEYS = frozenset(
     ("sample.trials", "sample.target", "sample.out", "eval.modes", "eval.out")
-    + tuple(f"rollout.{key}" for key in ("prompts_per_step", "max_running", "max_batch_tokens"))
+    + tuple(f"rollout.{key}" for key in ("prompts_per_step", "max_running_requests", "max_batch_tokens"))
     + tuple(f"rollout.{key}" for key in ("kv_slots", "block_size", "tp", "ep"))
 )
 """Settings that may change where `npr sample` or `npr eval` continues: none decides what is sampled for a problem."""

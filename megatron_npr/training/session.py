@@ -83,11 +83,11 @@ def open_session(
         tokenizer=(piece.decode("latin-1") for piece in vocabulary.pieces),
     )
     world = init_world(
-        tensor=parallel.tp,
-        pipeline=parallel.pp,
-        context=parallel.cp,
-        virtual=parallel.vpp,
-        expert=parallel.ep,
+        tp=parallel.tp,
+        pp=parallel.pp,
+        cp=parallel.cp,
+        vpp=parallel.vpp,
+        ep=parallel.ep,
         seed=run.seed,
     )
     if model.dtype == "fp8":
@@ -155,7 +155,7 @@ def build_engine(session: Session, weights: Mapping[str, Weight], settings: Roll
         EngineConfig(
             num_kv_slots=settings.kv_slots,
             block_size=settings.block_size,
-            max_running=settings.max_running,
+            max_running_requests=settings.max_running_requests,
             max_batch_tokens=settings.max_batch_tokens,
         ),
     )

@@ -60,7 +60,7 @@ Objective = Callable[[Tensor, PackedRow], LossSum]
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one update did. `loss` is the mean over the trained tokens of the global batch, `watched` are means over those of
+    """What one update did. `loss` is the mean over the trained tokens of the global batch, `metrics` are means over those of
     them that were computed (all but the idle ones); `imbalance`: attended pairs of the busiest data-parallel rank over
     their mean; `load_balance`: the loss that balances experts (1: even), mean over the layers, NaN where it is off."""
 
@@ -72,13 +72,13 @@ class StepReport:
     num_rows: int
     seconds: float
     imbalance: float
-    watched: dict[str, float]
+    metrics: dict[str, float]
     load_balance: float
 
     @property
     def entropy(self) -> float:
         """Mean entropy of the trained tokens' distributions, in nats; NaN where it was not asked for."""
-        return self.watched.get("entropy", math.nan)
+        return self.metrics.get("entropy", math.nan)
 
 
 class Trainer:
@@ -94,13 +94,13 @@ class Trainer:
         tags: TagIds,
         pad_id: int,
         num_updates: int,
-        late_gather: bool = False,
+        overlap_param_gather: bool = False,
     ) -> None:
-        """`late_gather`: where communication overlaps, the next forward pass gathers the new weights, layer by layer; before
-        anything else reads them, call `gather`."""
+        """`overlap_param_gather`: where communication overlaps, the next forward pass gathers the new weights,
+        layer by layer; before anything else reads them, call `gather`."""
         self.policy, self.world, self.batch, self.tags, self.pad_id = policy, world, batch, tags, pad_id
         overlap = world.device.type == "cuda" if optimizer.overlap is None else optimizer.overlap
-        self._late_gather = late_gather and overlap
+        self._overlap_param_gather = overlap_param_gather and overlap
         with megatron_context():
             self.chunks = [
                 DistributedDataParallel(
@@ -109,7 +109,7 @@ class Trainer:
                         use_distributed_optimizer=True,
                         grad_reduce_in_fp32=True,
                         overlap_grad_reduce=overlap,
-                        overlap_param_gather=self._late_gather,
+                        overlap_param_gather=self._overlap_param_gather,
                         bucket_size=optimizer.bucket_size,
                         fp8_param_gather=policy.config.fp8_param,
                     ),
@@ -119,7 +119,9 @@ class Trainer:
                 )
                 for number, chunk in enumerate(policy.chunks)
             ]
-            self.optimizer = _build_optimizer(self.chunks, policy, optimizer, late_gather=self._late_gather)
+            self.optimizer = _build_optimizer(
+                self.chunks, policy, optimizer, overlap_param_gather=self._overlap_param_gather
+            )
             self.schedule = _build_schedule(self.optimizer, optimizer, num_updates)
         policy.config.finalize_model_grads_func = finalize_model_grads
         policy.config.grad_scale_func = self.optimizer.scale_loss
@@ -127,7 +129,7 @@ class Trainer:
             policy.config.no_sync_func = [chunk.no_sync for chunk in self.chunks]
             if len(self.chunks) == 1:
                 (policy.config.no_sync_func,) = policy.config.no_sync_func
-        if self._late_gather:
+        if self._overlap_param_gather:
             for wrapped, chunk in zip(self.chunks, policy.chunks, strict=True):
                 _gather_head_in_time(wrapped, chunk)
 
@@ -154,10 +156,10 @@ class Trainer:
             lr=self.lr,
             num_targets=int(totals["targets"]),
             num_tokens=int(totals["tokens"]),
-            num_rows=len(rows) * self.world.data_size,
+            num_rows=len(rows) * self.world.dp_size,
             seconds=time.perf_counter() - began,
             imbalance=packed.imbalance,
-            watched={
+            metrics={
                 name: totals[name] / computed
                 for name in totals
                 if name not in ("loss", "targets", "idle", "tokens", "load_balance")
@@ -166,8 +168,8 @@ class Trainer:
         )
 
     def gather(self) -> None:
-        """The new weights are whole on every rank; collective. Needed with `late_gather` alone."""
-        if self._late_gather:
+        """The new weights are whole on every rank; collective. Needed with `overlap_param_gather` alone."""
+        if self._overlap_param_gather:
             with megatron_context():
                 for chunk in self.chunks:
                     chunk.start_param_sync(force_sync=True)
@@ -188,30 +190,30 @@ class Trainer:
             multiple=token_multiple(self.policy.config),
         )
         costs = [1] * len(plans)
-        if world.data_size > 1:
+        if world.dp_size > 1:
             pairs = [attended_pairs(sample, self.tags, branching=branching) for sample in samples]
             costs = [row_pairs(plan, samples, pairs, length=length) for plan in plans]
-        shares = share_rows(costs, world.data_size)
+        shares = share_rows(costs, world.dp_size)
         agree(
             "packing",
             samples=(
                 part
                 for sample in samples
-                for part in (sample.prompt_ids, sample.response_ids, sample.trained)
+                for part in (sample.prompt_ids, sample.response_ids, sample.loss_mask)
             ),
             rows=[str([plan.groups for plan in plans]), str(shares.rows), str(length)],
         )
         # The interleaved schedule runs micro-batches in groups of as many as there are stages.
-        group = world.pipeline_size if world.virtual_size > 1 else 1
+        group = world.pp_size if world.vpp_size > 1 else 1
         count = -(-max(map(len, shares.rows)) // group) * group
-        mine = [plans[row] for row in shares.rows[world.data_rank]]
+        mine = [plans[row] for row in shares.rows[world.dp_rank]]
         mine += [RowPlan((), 0)] * (count - len(mine))
         rows = [
             pack_row(samples, plan, length=length, tags=self.tags, branching=branching, pad_id=self.pad_id)
             for plan in mine
         ]
-        if world.context_size > 1:
-            own_tokens = shard_bounds(length, world.context_rank, world.context_size)
+        if world.cp_size > 1:
+            own_tokens = shard_bounds(length, world.cp_rank, world.cp_size)
             rows = [row.with_predecessors_in(*own_tokens) for row in rows]
         return RankRows(rows, shares.imbalance)
 
@@ -224,7 +226,7 @@ class Trainer:
                 chunk.zero_grad_buffer()
             self.optimizer.zero_grad()
         # Counted once in the global batch: with the first row of the first rank that has one.
-        first = rows[0] if self.world.data_rank == self.world.context_rank == 0 else None
+        first = rows[0] if self.world.dp_rank == self.world.cp_rank == 0 else None
         loss_of = partial(
             _loss_of_row,
             objective=objective,
@@ -252,7 +254,7 @@ class Trainer:
             sum(router.load.loss for router in routers if router.load), device=self.world.device
         )
         dist.all_reduce(targets, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
-        dist.all_reduce(losses, group=self.world.pipeline_group)
+        dist.all_reduce(losses, group=self.world.pp_group)
         for router in routers:  # the sum over tokens is divided by all targets in the end
             router.load_weight = coefficient * (int(targets) + idle_targets)
         try:
@@ -285,7 +287,7 @@ class Trainer:
             for row, output in zip(rows, outputs, strict=False)
         ]
         gathered: list[Any] = [None] * self.world.size
-        dist.all_gather_object(gathered, found if self.world.tensor_rank == 0 else [])
+        dist.all_gather_object(gathered, found if self.world.tp_rank == 0 else [])
         result = [np.full(len(sample.response_ids), np.nan, np.float32) for sample in samples]
         for sample_of, within, values in (part for parts in gathered for part in parts):
             for index, position, value in zip(
@@ -299,7 +301,7 @@ class Trainer:
     ) -> list[dict[str, Tensor]]:
         LAYOUTS.clear()
         world, length = self.world, rows[0].token_ids.shape[1]
-        own_tokens = shard_bounds(length, world.context_rank, world.context_size)
+        own_tokens = shard_bounds(length, world.cp_rank, world.cp_size)
         schedule = get_forward_backward_func()
         with megatron_context(), torch.set_grad_enabled(not forward_only):
             outputs: list[dict[str, Tensor]] = schedule(
@@ -318,11 +320,11 @@ class Trainer:
     def _global_sums(self, rows: Sequence[PackedRow], outputs: list[dict[str, Tensor]]) -> dict[str, float]:
         """Sum the last stage's outputs over micro-batches and data-parallel ranks; the same on every rank."""
         sums: dict[str, float] = {}
-        if self.world.is_last_stage and self.world.tensor_rank == 0:
+        if self.world.is_last_stage and self.world.tp_rank == 0:
             for output in outputs:
                 for name, value in output.items():
                     sums[name] = sums.get(name, 0.0) + float(value)
-            if self.world.context_rank == 0:
+            if self.world.cp_rank == 0:
                 sums["tokens"] = float(sum(row.num_real_tokens for row in rows))
         gathered: list[Any] = [None] * self.world.size
         dist.all_gather_object(gathered, sums)
@@ -373,7 +375,7 @@ def _loss_of_row(
         "loss": loss.total.detach(),
         "targets": count.double(),
         "idle": idle.double(),
-        **loss.watched,
+        **loss.metrics,
     }
     return loss.total, count, report
 
@@ -392,7 +394,7 @@ def _gather_head_in_time(wrapped: DistributedDataParallel, chunk: PolicyChunk) -
 
 
 def _build_optimizer(
-    chunks: list[torch.nn.Module], policy: Policy, settings: OptimizerSettings, *, late_gather: bool
+    chunks: list[torch.nn.Module], policy: Policy, settings: OptimizerSettings, *, overlap_param_gather: bool
 ) -> MegatronOptimizer:
     config = OptimizerConfig(
         optimizer="adam",
@@ -404,7 +406,7 @@ def _build_optimizer(
         adam_eps=settings.eps,
         clip_grad=settings.grad_clip,
         use_distributed_optimizer=True,
-        overlap_param_gather=late_gather,
+        overlap_param_gather=overlap_param_gather,
         bf16=policy.config.bf16,
         params_dtype=policy.config.params_dtype,
         fp8_recipe=policy.config.fp8_recipe if policy.config.fp8 else None,

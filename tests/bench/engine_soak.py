@@ -23,7 +23,7 @@ from tests.support.random_model import GRAMMAR, random_model, random_weights
 
 SHARE_OF_DEMAND = 0.3
 IN_FLIGHT = 40
-SIZES = EngineConfig(num_kv_slots=100_000, block_size=8, max_batch_tokens=64, max_running=IN_FLIGHT)
+SIZES = EngineConfig(num_kv_slots=100_000, block_size=8, max_batch_tokens=64, max_running_requests=IN_FLIGHT)
 CALIBRATION_STEPS = 800
 NEW_WEIGHTS_EVERY = 5_000
 CHECK_EVERY = 50

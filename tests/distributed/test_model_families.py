@@ -11,24 +11,24 @@ from tests.support.families import FAMILIES, save_family
 from tests.support.launch import run_worker
 
 
-def measure(folders: dict[str, Path], tensor: int, pipeline: int, expert: int = 1) -> None:
+def measure(folders: dict[str, Path], tp: int, pp: int, ep: int = 1) -> None:
     """Start the world, and hold its figures against what they must be."""
-    processes = pipeline * max(tensor, expert)
-    said = run_worker("family", (tensor, pipeline, expert, *folders.values()), processes)
+    processes = pp * max(tp, ep)
+    said = run_worker("family", (tp, pp, ep, *folders.values()), processes)
     for name, figures in zip(folders, json.loads(said), strict=True):
         assert figures["logits_difference"] <= 1e-4, name
         assert figures["other_tensors"] == 0, f"{name}: {figures['other_tensors']} tensors came back changed"
 
 
-@pytest.mark.parametrize("tensor, pipeline", [(2, 1), (1, 2)], ids=["tp2", "pp2"])
-def test_tiny_models_of_all_families_under(tensor: int, pipeline: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("tp, pp", [(2, 1), (1, 2)], ids=["tp2", "pp2"])
+def test_tiny_models_of_all_families_under(tp: int, pp: int, tmp_path: Path) -> None:
     folders = {name: save_family(name, tmp_path / name) for name in FAMILIES}
-    measure(folders, tensor, pipeline)
+    measure(folders, tp, pp)
 
 
-def experts_under(tensor: int, pipeline: int, folder: Path) -> None:
+def experts_under(tp: int, pp: int, folder: Path) -> None:
     folders = {name: save_family(name, folder / name) for name in FAMILIES if "moe" in name}
-    measure(folders, tensor, pipeline, expert=2)
+    measure(folders, tp, pp, ep=2)
 
 
 def test_tiny_models_whose_experts_lie_on_two_ranks(tmp_path: Path) -> None:
@@ -36,12 +36,12 @@ def test_tiny_models_whose_experts_lie_on_two_ranks(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tensor, pipeline", [(2, 1), (1, 2)], ids=["tp2", "pp2"])
-def test_tiny_models_whose_experts_lie_on_two_ranks_under(tensor: int, pipeline: int, tmp_path: Path) -> None:
-    experts_under(tensor, pipeline, tmp_path)
+@pytest.mark.parametrize("tp, pp", [(2, 1), (1, 2)], ids=["tp2", "pp2"])
+def test_tiny_models_whose_experts_lie_on_two_ranks_under(tp: int, pp: int, tmp_path: Path) -> None:
+    experts_under(tp, pp, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tensor, pipeline", [(3, 1), (1, 2)], ids=["tp3", "pp2"])
-def test_smollm2_with_its_9_and_3_heads_under(tensor: int, pipeline: int, smollm2: Path) -> None:
-    measure({"smollm2": smollm2}, tensor, pipeline)
+@pytest.mark.parametrize("tp, pp", [(3, 1), (1, 2)], ids=["tp3", "pp2"])
+def test_smollm2_with_its_9_and_3_heads_under(tp: int, pp: int, smollm2: Path) -> None:
+    measure({"smollm2": smollm2}, tp, pp)

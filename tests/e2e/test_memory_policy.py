@@ -38,8 +38,8 @@ def test_training_that_gives_its_memory_away_between_steps_is_the_same_bit_for_b
     stays, goes = (new_trainer(world, model_folder, dtype=dtype) for _ in range(2))
     memory = TrainerMemory(goes, settings)
     for _ in range(3):
-        memory.leave()  # the first time before there is any optimizer state
-        memory.come_back()
+        memory.offload()  # the first time before there is any optimizer state
+        memory.onload()
         assert step(stays) == step(goes)
     for one, other in zip(stays.policy.parameters(), goes.policy.parameters(), strict=True):
         assert torch.equal(one, other)
@@ -56,17 +56,17 @@ def test_adams_moments_and_fp32_weights_leave_and_the_policys_own_weights_stay(
     num_weights = sum(weight.numel() for weight in trainer.policy.parameters())
     before = [weight.clone() for weight in trainer.policy.parameters()]
     memory = TrainerMemory(trainer, EVERYTHING)
-    freed = memory.leave()
+    freed = memory.offload()
     gradients = sum(4 * buffer.numel() for buffer in gradient_buffers(trainer))
     assert gradients >= 4 * num_weights
     assert freed == pytest.approx(bytes_a_weight * num_weights + gradients, rel=1e-3)
-    away = optimizer_tensors(trainer) + gradient_buffers(trainer)
-    assert len(away) > 3 and all(tensor.untyped_storage().nbytes() == 0 for tensor in away)
+    offloaded = optimizer_tensors(trainer) + gradient_buffers(trainer)
+    assert len(offloaded) > 3 and all(tensor.untyped_storage().nbytes() == 0 for tensor in offloaded)
     assert all(
         torch.equal(one, other) for one, other in zip(before, trainer.policy.parameters(), strict=True)
     )
-    memory.come_back()
-    assert all(tensor.untyped_storage().nbytes() for tensor in away)
+    memory.onload()
+    assert all(tensor.untyped_storage().nbytes() for tensor in offloaded)
     assert not any(buffer.any() for buffer in gradient_buffers(trainer))
 
 

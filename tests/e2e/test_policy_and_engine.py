@@ -229,7 +229,7 @@ def test_stage_three_refuses_to_go_off_policy(config: Stage3Config) -> None:
 
 def test_a_world_that_does_not_fit_the_layout_is_one_clear_line() -> None:
     with pytest.raises(UserError, match="world size 3 does not fit tp 2 x pp 1 x cp 1 = 2"):
-        check_sizes(3, tensor=2, pipeline=1, context=1)
+        check_sizes(3, tp=2, pp=1, cp=1)
 
 
 def test_an_entropy_bonus_raises_the_entropy_that_idle_tokens_do_not_dilute(config: Stage3Config) -> None:
@@ -250,7 +250,7 @@ def test_an_entropy_bonus_raises_the_entropy_that_idle_tokens_do_not_dilute(conf
         )
 
     assert math.isnan(step(plain, 0).entropy)
-    count = sum(int(sample.trained.sum()) for sample in samples)
+    count = sum(int(sample.loss_mask.sum()) for sample in samples)
     reports = [step(paid, 3 * count), step(paid, 0), step(paid, 0)]
     assert 0 < reports[0].entropy < reports[1].entropy < reports[2].entropy < math.log(1e6)
     # Without advantages the loss is the bonus alone, over four times as many tokens in the first step.

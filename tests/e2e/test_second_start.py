@@ -34,7 +34,7 @@ SHORT = [
     "--log.progress",
     "false",
 ]
-ROLLOUT = ["--rollout.max_tokens", "64", "--rollout.kv_slots", "1024", "--rollout.max_running", "16"]
+ROLLOUT = ["--rollout.max_tokens", "64", "--rollout.kv_slots", "1024", "--rollout.max_running_requests", "16"]
 RL = [*ROLLOUT, "--rollout.prompts_per_step", "3", "--rollout.samples_per_prompt", "2", "--data.count", "8"]
 STEPS = ["--train.steps", "2", "--checkpoint.every", "1", "--checkpoint.keep", "2"]
 OWN = {

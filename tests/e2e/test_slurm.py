@@ -42,7 +42,7 @@ def settings(folder: Path) -> list[str]:
         "rollout.samples_per_prompt": 2,
         "rollout.max_tokens": 64,
         "rollout.kv_slots": 4096,
-        "rollout.max_running": 16,
+        "rollout.max_running_requests": 16,
         "train.steps": STEPS,
         "checkpoint.every": 1,
         "log.backend": "none",

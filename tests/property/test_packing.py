@@ -22,10 +22,10 @@ def sample_lists(draw: st.DrawFn) -> list[TrainSample]:
     for _ in range(draw(st.integers(1, 12))):
         count = draw(st.integers(1, 20))
         ids = np.array(draw(st.lists(st.integers(2, 30), min_size=count, max_size=count)), np.int32)
-        trained = np.array(draw(st.lists(st.booleans(), min_size=count, max_size=count)))
+        loss_mask = np.array(draw(st.lists(st.booleans(), min_size=count, max_size=count)))
         prompt = PROMPTS[draw(st.integers(0, 2))]
         samples.append(
-            TrainSample(prompt, ids, trained, np.arange(count, dtype=np.float32), draw(st.floats(-2, 2)))
+            TrainSample(prompt, ids, loss_mask, np.arange(count, dtype=np.float32), draw(st.floats(-2, 2)))
         )
     return samples
 
@@ -69,7 +69,7 @@ def test_a_packed_row_predicts_the_tokens_that_its_samples_train(
         expected = sum(
             int(
                 (
-                    samples[i].trained
+                    samples[i].loss_mask
                     & (
                         alone_layout(samples[i], branching).predecessor.numpy()[len(samples[i].prompt_ids) :]
                         >= 0

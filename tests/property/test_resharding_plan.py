@@ -60,11 +60,11 @@ def assert_exact(architecture: Architecture, trainer: TrainerLayout, engine: Eng
     [
         (DENSE, TrainerLayout((4,)), EngineLayout()),
         (DENSE, TrainerLayout((4,), tp=4), EngineLayout(2)),
-        (DENSE, TrainerLayout((1, 1, 1, 1), tp=2, pp=2, data=2), EngineLayout(8)),
+        (DENSE, TrainerLayout((1, 1, 1, 1), tp=2, pp=2, dp_cp=2), EngineLayout(8)),
         (DENSE, TrainerLayout((4,), tp=8), EngineLayout(8)),
-        (MOE, TrainerLayout((2, 1, 1, 1), tp=2, pp=2, data=2, ep=4), EngineLayout(4, 4)),
+        (MOE, TrainerLayout((2, 1, 1, 1), tp=2, pp=2, dp_cp=2, ep=4), EngineLayout(4, 4)),
         (MOE, TrainerLayout((3, 2), tp=4, pp=2, ep=2, etp=2), EngineLayout(2, 2, 2)),
-        (MOE, TrainerLayout((5,), tp=1, data=4, ep=2), EngineLayout(1, 4)),
+        (MOE, TrainerLayout((5,), tp=1, dp_cp=4, ep=2), EngineLayout(1, 4)),
     ],
 )
 def test_every_element_arrives_once_from_its_holder(
@@ -94,12 +94,12 @@ def cases(draw: st.DrawFn) -> tuple[Architecture, TrainerLayout, EngineLayout]:
         num_experts=experts,
         experts_per_token=min(experts, 2),
     )
-    tp, data, engine_tp = draw(sizes), draw(st.sampled_from((1, 2))), draw(sizes)
+    tp, dp_cp, engine_tp = draw(sizes), draw(st.sampled_from((1, 2))), draw(sizes)
     ep = etp = engine_ep = engine_etp = 1
     if experts:
         ep, etp, engine_ep, engine_etp = (draw(sizes) for _ in range(4))
-    assume(tp * data % (ep * etp) == 0)
-    trainer = TrainerLayout(layers, tp=tp, pp=pp, data=data, ep=ep, etp=etp)
+    assume(tp * dp_cp % (ep * etp) == 0)
+    trainer = TrainerLayout(layers, tp=tp, pp=pp, dp_cp=dp_cp, ep=ep, etp=etp)
     engine = EngineLayout(engine_tp, engine_ep, engine_etp)
     assume(trainer.world_size % engine.size == 0)
     return architecture, trainer, engine
@@ -112,12 +112,12 @@ def test_any_layouts_reshard_exactly(case: tuple[Architecture, TrainerLayout, En
 
 
 @pytest.mark.parametrize("architecture", [DENSE, MOE])
-@pytest.mark.parametrize(("tp", "data"), [(1, 1), (2, 2), (1, 4)])
-def test_equal_layouts_move_nothing(architecture: Architecture, tp: int, data: int) -> None:
+@pytest.mark.parametrize(("tp", "dp_cp"), [(1, 1), (2, 2), (1, 4)])
+def test_equal_layouts_move_nothing(architecture: Architecture, tp: int, dp_cp: int) -> None:
     ep = tp if architecture.num_experts else 1
-    trainer = TrainerLayout((architecture.num_layers,), tp=tp, data=data, ep=ep)
+    trainer = TrainerLayout((architecture.num_layers,), tp=tp, dp_cp=dp_cp, ep=ep)
     planned = plan(architecture, trainer, EngineLayout(tp, ep))
-    for replica in range(data):
+    for replica in range(dp_cp):
         found = for_replica(planned, replica)
         assert len(found.transfers) == 0 and found.elements_sent == 0
         assert found.elements_aliased >= architecture.num_parameters
@@ -130,7 +130,7 @@ def test_layouts_that_do_not_fit_are_refused_in_one_line() -> None:
         ((DENSE, trainer, EngineLayout(4)), "replicas of 4 ranks do not fill a world of 2"),
         ((DENSE, trainer, EngineLayout(1, 2)), "the model has no experts"),
         ((DENSE, TrainerLayout((4,), tp=3), EngineLayout()), "trainer tp 3 does not fit 8 heads"),
-        ((MOE, TrainerLayout((5,), data=3, ep=3), EngineLayout()), "ep 3 x etp 1 does not fit 4 experts"),
+        ((MOE, TrainerLayout((5,), dp_cp=3, ep=3), EngineLayout()), "ep 3 x etp 1 does not fit 4 experts"),
     ):
         with pytest.raises(UserError, match=message):
             plan(*bad)

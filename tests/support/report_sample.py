@@ -106,8 +106,8 @@ def result(folder: Path) -> DemoResult:
             batch_1=1.8, batch_32=1.75, steps_1=1.88, steps_32=2.1, ideal=1.9, median_step_tokens=17
         ),
         phase_seconds={
-            "the road": {"stage 1": 150.0, "sample": 40.0, "stage 2": 80.0, "stage 3": 180.0},
-            "beside it": {"measure npr": 150.0},
+            "main": {"stage 1": 150.0, "sample": 40.0, "stage 2": 80.0, "stage 3": 180.0},
+            "background": {"measure npr": 150.0},
         },
         curves={"Stage 1, DAPO": Path("stage1/metrics.jsonl"), "Stage 3, PAPO": Path("stage3/metrics.jsonl")},
         timelines=(Timeline("Sort: 12*4; 9*7; 6*5", "30,48,63", True, made, pieces),) * 2,

@@ -114,8 +114,8 @@ def trainer_shards(model: Model, layout: TrainerLayout) -> list[dict[str, Labels
                 layer += 1
     world: list[dict[str, Labels]] = []
     for stage in range(layout.pp):
-        dense_grid = [tp for _ in range(layout.data) for tp in range(layout.tp)]
-        copies = layout.tp * layout.data // (layout.ep * layout.etp)
+        dense_grid = [tp for _ in range(layout.dp_cp) for tp in range(layout.tp)]
+        copies = layout.tp * layout.dp_cp // (layout.ep * layout.etp)
         expert_grid = [
             (ep, etp) for _ in range(copies) for ep in range(layout.ep) for etp in range(layout.etp)
         ]

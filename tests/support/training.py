@@ -40,8 +40,10 @@ def branching_samples() -> list[TrainSample]:
             response += [10, TAGS.step, *text(4 + 3 * branch), TAGS.step_end]
         response += [10, TAGS.takeaway, *text(4), TAGS.takeaway_end, *text(3), 1]
         ids = np.array(response, np.int32)
-        trained = rng.random(len(ids)) > 0.1
-        samples.append(TrainSample(prompt, ids, trained, np.zeros(len(ids), np.float32), float(rng.normal())))
+        loss_mask = rng.random(len(ids)) > 0.1
+        samples.append(
+            TrainSample(prompt, ids, loss_mask, np.zeros(len(ids), np.float32), float(rng.normal()))
+        )
     return samples
 
 
@@ -55,7 +57,7 @@ def new_trainer(
     recompute: Recompute = "none",
     fp8: Fp8Settings | None = None,
     linears: LinearModules | None = None,
-    late_gather: bool = False,
+    overlap_param_gather: bool = False,
 ) -> Trainer:
     """For ten updates, from the weights of a Hugging Face folder; `linears`: the device's by default."""
     policy = build_policy(
@@ -76,7 +78,7 @@ def new_trainer(
         tags=TAGS,
         pad_id=0,
         num_updates=10,
-        late_gather=late_gather,
+        overlap_param_gather=overlap_param_gather,
     )
 
 
@@ -89,9 +91,9 @@ def step(trainer: Trainer) -> tuple[float, float, float]:
 def axes(parallel: ParallelSettings) -> dict[str, int]:
     """The sizes that `init_world` and `world_of` take."""
     return {
-        "tensor": parallel.tp,
-        "pipeline": parallel.pp,
-        "context": parallel.cp,
-        "virtual": parallel.vpp,
-        "expert": parallel.ep,
+        "tp": parallel.tp,
+        "pp": parallel.pp,
+        "cp": parallel.cp,
+        "vpp": parallel.vpp,
+        "ep": parallel.ep,
     }

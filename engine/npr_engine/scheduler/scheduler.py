@@ -55,7 +55,7 @@ class Limits:
     num_blocks: int
     block_size: int
     max_batch_tokens: int
-    max_running: int
+    max_running_requests: int
 
 
 @dataclass(frozen=True)
@@ -96,14 +96,14 @@ class Scheduler:
         self._classes = grammar.vocabulary.padded_classes(num_token_ids)
         self.constraint = Constraint(grammar.vocabulary, num_token_ids)
         self._rows = Rows(width=64, capacity=64)
-        self._seats = Seats(limits.max_running)
+        self._seats = Seats(limits.max_running_requests)
         self._memory = Memory(BlockPool(limits.num_blocks, limits.block_size), self._rows)
         self._draws = Draws(self._rows, self._seats, self.constraint)
         self._branching = Branching(grammar, self._rows, self._seats)
         self._waiting: deque[ResponseState] = deque()
         self._running: list[ResponseState] = []  # in order of arrival
         self._filling: list[PromptKV] = []
-        self._at_seat: list[ResponseState | None] = [None] * limits.max_running
+        self._at_seat: list[ResponseState | None] = [None] * limits.max_running_requests
         self._finished: list[Finished] = []
         self._sampled: list[tuple[ResponseState, Branch]] = []
         self._events: list[TokenEvent] = []
@@ -217,7 +217,7 @@ class Scheduler:
             row, token, logprobs = row[valid], token[valid], logprobs[valid]
             sampler_logprobs = sampler_logprobs[valid]
         seat = rows.seat[row]
-        counts = np.bincount(seat, minlength=self.limits.max_running)
+        counts = np.bincount(seat, minlength=self.limits.max_running_requests)
         seats.tokens_left -= counts
         accepted = self._within_budget(row, seat, counts)
         if accepted is not None:
@@ -255,7 +255,10 @@ class Scheduler:
         commit()."""
         self._memory.check_integrity(self._running)
         taken = [response.seat for response in self._running]
-        assert len(set(taken)) == len(taken) and self._seats.num_free + len(taken) == self.limits.max_running
+        assert (
+            len(set(taken)) == len(taken)
+            and self._seats.num_free + len(taken) == self.limits.max_running_requests
+        )
         assert all(self._at_seat[response.seat] is response for response in self._running)
         arrivals = [response.arrival for response in (*self._running, *self._waiting)]
         assert arrivals == sorted(arrivals), "service is out of order"
@@ -298,7 +301,7 @@ class Scheduler:
         limit, running = self.limits.max_batch_tokens, list(self._running)
         seats = self._rows.seat[np.flatnonzero(self._rows.decoding)]
         if any([response.work for response in running]):  # noqa: C419 (a generator takes twice as long)
-            decoding = np.bincount(seats, minlength=self.limits.max_running)
+            decoding = np.bincount(seats, minlength=self.limits.max_running_requests)
             taken = np.cumsum(decoding[[response.seat for response in running]]).tolist()
             for response, older in zip(running, taken, strict=True):
                 plan.room = limit - older - plan.num_chunk_tokens

@@ -18,7 +18,7 @@ from megatron_npr.weight_sync.schedule import wire_bytes
 
 BYTES = 2  # bf16
 MODEL = "Qwen3-235B-A22B"
-TRAINER = TrainerLayout(split_layers(94, pp=8, first=11, last=11), tp=8, pp=8, data=8, ep=8, etp=1)
+TRAINER = TrainerLayout(split_layers(94, pp=8, first=11, last=11), tp=8, pp=8, dp_cp=8, ep=8, etp=1)
 ENGINES = {"8 ranks": EngineLayout(8, 8, 1), "64 ranks": EngineLayout(8, 8, 8)}
 """TP8 x EP8 over the same eight ranks, and with every expert cut over eight ranks."""
 
@@ -62,7 +62,7 @@ def prepare(engine: EngineLayout) -> Callable[[], Plan]:
 
 def zero_copy() -> dict[str, int | str]:
     """Qwen3-4B trained and decoded at TP2: the engine's weights are the trainer's."""
-    trainer = TrainerLayout(split_layers(36, pp=1), tp=2, data=4)
+    trainer = TrainerLayout(split_layers(36, pp=1), tp=2, dp_cp=4)
     planned = plan(KNOWN["Qwen3-4B"], trainer, EngineLayout(2))
     found = [for_replica(planned, replica) for replica in range(planned.num_replicas)]
     return {

@@ -92,15 +92,15 @@ class Run:
         self._phases = {}
         memory = TrainerMemory(self._trainer, OFFLOADED)
         with self._phase("offload"):
-            memory.leave()
+            memory.offload()
         with self._phase("rollout"):
             rollouts = self._rollouts()
-        with self._phase("bring back"):
-            memory.come_back()
+        with self._phase("onload"):
+            memory.onload()
         with self._phase("update"):
             samples = self._samples(rollouts, number)
             report = self._trainer.step(samples, objective, branching=True)
-        with self._phase("reshard"):
+        with self._phase("weight sync"):
             exchanged = self._weights.update()
             self._engine.update_weights(self._weights.tensors, exchanged.version)
         return PapoFigures(
@@ -108,7 +108,7 @@ class Run:
             response_tokens=rollouts[0].num_tokens,
             trained_tokens=report.num_targets,
             phases=self._phases,
-            zero_copy_ms=1e3 * self._phases["reshard"].seconds,
+            zero_copy_ms=1e3 * self._phases["weight sync"].seconds,
             zero_copy_bytes=exchanged.sent + exchanged.copied,
         )
 

@@ -1,6 +1,6 @@
-"""What `make gpu` leaves: the records of its parts, the file that they stand in, the floors on them. No torch.
+"""What `make gpu` leaves: the records of its parts, the file that they stand in, the thresholds on them. No torch.
 
-part ─► record ─► tests/bench/results/<device>.json (a part that is measured again replaces its own figures) ─► table of floors
+part ─► record ─► tests/bench/results/<device>.json (measured again, a part replaces its own figures) ─► table
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_npr.report import Floor
+from megatron_npr.report import Threshold
 
 Parts = Mapping[str, Any]
 """Figures by part, as they stand in the file."""
@@ -149,44 +149,44 @@ def write_result(path: Path, result: Mapping[str, Any]) -> None:
     os.replace(staging, path)
 
 
-def floors(parts: Parts) -> Iterator[Floor]:
+def thresholds(parts: Parts) -> Iterator[Threshold]:
     """Those on the parts that were measured, in their order."""
     if "layout" in parts:
         layout = parts["layout"]
-        yield Floor(f"layout of {layout['tokens']:,} tokens", layout["layout_us"], "<=", 300, " us")
-        yield Floor("host waits while laying out", len(layout["waits"]), "<=", 0)
+        yield Threshold(f"layout of {layout['tokens']:,} tokens", layout["layout_us"], "<=", 300, " us")
+        yield Threshold("host waits while laying out", len(layout["waits"]), "<=", 0)
     for tokens, figures in parts.get("attention", {}).items():
         if int(tokens) >= 32_768:
             name = f"attention at {tokens}, TFLOP/s of branches / dense causal"
-            yield Floor(name, figures["branching_over_causal"], ">=", 0.8)
+            yield Threshold(name, figures["branching_over_causal"], ">=", 0.8)
     if "engine" in parts:
-        yield from _engine_floors(parts["engine"])
+        yield from _engine_thresholds(parts["engine"])
     if "log_probs" in parts:
         added = parts["log_probs"]["added_bytes"].values()
-        yield Floor("memory of log-probs, longest / shortest row", max(added) / min(added), "<=", 1.05)
-    yield from _training_floors(parts.get("training", []))
+        yield Threshold("memory of log-probs, longest / shortest row", max(added) / min(added), "<=", 1.05)
+    yield from _training_thresholds(parts.get("training", []))
     if "papo" in parts:
-        yield Floor("zero-copy update", parts["papo"]["zero_copy_ms"], "<=", 5.0, " ms")
-        yield Floor("zero-copy update moves", parts["papo"]["zero_copy_bytes"], "<=", 0, " bytes")
+        yield Threshold("zero-copy update", parts["papo"]["zero_copy_ms"], "<=", 5.0, " ms")
+        yield Threshold("zero-copy update moves", parts["papo"]["zero_copy_bytes"], "<=", 0, " bytes")
 
 
-def _engine_floors(engine: Mapping[str, Any]) -> Iterator[Floor]:
+def _engine_thresholds(engine: Mapping[str, Any]) -> Iterator[Threshold]:
     for name, least in (("batch 1", 0.75), ("64 branches", 0.60)):
         if name not in engine["decoding"]:
             continue  # other sizes were measured
         figures = engine["decoding"][name]
-        yield Floor(f"decoding, {name}: share of the roofline", figures["roofline_share"], ">=", least)
-        yield Floor(f"decoding, {name}: steps that replay a graph", figures["graph_share"], ">=", 1.0)
-    yield Floor(
+        yield Threshold(f"decoding, {name}: share of the roofline", figures["roofline_share"], ">=", least)
+        yield Threshold(f"decoding, {name}: steps that replay a graph", figures["graph_share"], ">=", 1.0)
+    yield Threshold(
         "fork and join, without forced tokens", engine["fork_join"]["operations_us"], "<=", 200, " us"
     )
     if engine["versus_transformers"] is not None:
         batch = engine["transformers_batch"]
         name = f"times faster than transformers.generate at batch {batch}"
-        yield Floor(name, engine["versus_transformers"], ">=", 3.0, "x")
+        yield Threshold(name, engine["versus_transformers"], ">=", 3.0, "x")
 
 
-def _training_floors(training: list[Mapping[str, Any]]) -> Iterator[Floor]:
+def _training_thresholds(training: list[Mapping[str, Any]]) -> Iterator[Threshold]:
     seconds = {}
     for figures in training:
         tokens, precision = figures["row_tokens"], figures["precision"]
@@ -194,31 +194,31 @@ def _training_floors(training: list[Mapping[str, Any]]) -> Iterator[Floor]:
         name = f"training in {precision} at {tokens}"
         least = {("bf16", 8192): 0.45, ("bf16", 32_768): 0.38}.get((precision, tokens))
         if least is not None:
-            yield Floor(f"{name}: MFU", figures["mfu"], ">=", least)
+            yield Threshold(f"{name}: MFU", figures["mfu"], ">=", least)
         planned = figures["planned_over_measured"]
         if planned is not None and precision == "bf16":
-            yield Floor(f"{name}: planned / measured memory", planned, ">=", 0.9)
-            yield Floor(f"{name}: planned / measured memory", planned, "<=", 1.1)
+            yield Threshold(f"{name}: planned / measured memory", planned, ">=", 0.9)
+            yield Threshold(f"{name}: planned / measured memory", planned, "<=", 1.1)
         bf16 = seconds.get(("bf16", tokens))
         if precision == "fp8" and bf16 is not None:
             least = 1.25 if tokens < 32_768 else 1.1
-            yield Floor(f"{name}: times faster than bf16", bf16 / figures["seconds"], ">=", least, "x")
+            yield Threshold(f"{name}: times faster than bf16", bf16 / figures["seconds"], ">=", least, "x")
 
 
 def table(parts: Parts) -> str:
-    """floor, measured, held; then the phases of the PAPO step."""
+    """threshold, measured, held; then the phases of the PAPO step."""
     rows = [
         (
-            floor.name,
-            f"{floor.relation} {floor.bound:g}{floor.unit}",
-            f"{floor.measured:.4g}{floor.unit}",
-            floor.held,
+            threshold.name,
+            f"{threshold.relation} {threshold.bound:g}{threshold.unit}",
+            f"{threshold.measured:.4g}{threshold.unit}",
+            threshold.held,
         )
-        for floor in floors(parts)
+        for threshold in thresholds(parts)
     ]
     width = max((len(name) for name, *_ in rows), default=0)
     lines = [
-        f"{name:{width}}  floor {bound:>10}  measured {measured:>12}  {'held' if held else 'MISSED'}"
+        f"{name:{width}}  threshold {bound:>10}  measured {measured:>12}  {'held' if held else 'MISSED'}"
         for name, bound, measured, held in rows
     ]
     if "papo" in parts:

@@ -1,10 +1,10 @@
 """`make gpu`: what one GPU does with every part of the system; writes tests/bench/results/<device>.json.
 
-for each part, in a process of its own: measured ─► its figures into the file at once ─► table: floor, measured, held
+for each part, in a process of its own: measured ─► its figures into the file at once ─► table: threshold, measured, held
 
-A part whose packages are not installed is skipped with one line; one that fails leaves the others their figures (GPU time
-is borrowed). torch, npr_ext and npr_engine are enough for all but training. Exit code: 0 also where a floor is missed, 1 where
-a part failed, 2 where there is no GPU.
+A part whose packages are not installed is skipped with one line; one that fails leaves the others their
+figures (GPU time is borrowed). torch, npr_ext and npr_engine are enough for all but training. Exit code: 0
+also where a threshold is missed, 1 where a part failed, 2 where there is no GPU.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from megatron_npr.bench.gpu.part import PARTS
-from megatron_npr.bench.gpu.result import floors, read_result, result_file, table, write_result
+from megatron_npr.bench.gpu.result import read_result, result_file, table, thresholds, write_result
 
 RESULTS = Path(__file__).parents[2] / "tests" / "bench" / "results"
 
@@ -68,7 +68,7 @@ def measure(names: Sequence[str], device: str, folder: Path, *, tiny: bool) -> l
             result["not_measured"].pop(name, None)
         write_result(path, result)
     result = read_result(path)
-    missed = [str(floor) for floor in floors(result["parts"]) if not floor.held]
+    missed = [str(threshold) for threshold in thresholds(result["parts"]) if not threshold.held]
     print(table(result["parts"]))
     for line in [*missed, *(f"{name} {reason}" for name, reason in result["not_measured"].items())]:
         print(f"gpu bench: {line}")

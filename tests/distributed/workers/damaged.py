@@ -21,7 +21,7 @@ from npr_ext.errors import UserError
 def main() -> None:
     torch.set_num_threads(1)
     folder, out = map(Path, sys.argv[1:])
-    with world_of(pipeline=2) as world:
+    with world_of(pp=2) as world:
         said: list[str | None] = [None, None]
         try:
             load_policy_weights(build_policy(read_model_config(folder), world), folder)

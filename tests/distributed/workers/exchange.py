@@ -31,13 +31,13 @@ from tests.support.resharding_model import DENSE, MOE, PADDING, Model, engine_sh
 CASES: dict[str, tuple[Architecture, TrainerLayout, EngineLayout]] = {
     "tp4 to tp2": (DENSE, TrainerLayout((4,), tp=4), EngineLayout(2)),
     "tp2 x pp2 with two chunks to tp4": (DENSE, TrainerLayout((1, 1, 1, 1), tp=2, pp=2), EngineLayout(4)),
-    "dp4 to tp4": (DENSE, TrainerLayout((4,), data=4), EngineLayout(4)),
+    "dp4 to tp4": (DENSE, TrainerLayout((4,), dp_cp=4), EngineLayout(4)),
     "uneven pp4 to tp1": (DENSE, TrainerLayout((0, 2, 1, 1), pp=4), EngineLayout(1)),
-    "tp2 to tp1": (DENSE, TrainerLayout((4,), tp=2, data=2), EngineLayout(1)),
-    "tp1 to tp2": (DENSE, TrainerLayout((4,), data=4), EngineLayout(2)),
-    "pp2 to tp2": (DENSE, TrainerLayout((2, 2), pp=2, data=2), EngineLayout(2)),
-    "zero copy": (DENSE, TrainerLayout((4,), tp=2, data=2), EngineLayout(2)),
-    "experts over four to two": (MOE, TrainerLayout((5,), data=4, ep=4), EngineLayout(1, 2)),
+    "tp2 to tp1": (DENSE, TrainerLayout((4,), tp=2, dp_cp=2), EngineLayout(1)),
+    "tp1 to tp2": (DENSE, TrainerLayout((4,), dp_cp=4), EngineLayout(2)),
+    "pp2 to tp2": (DENSE, TrainerLayout((2, 2), pp=2, dp_cp=2), EngineLayout(2)),
+    "zero copy": (DENSE, TrainerLayout((4,), tp=2, dp_cp=2), EngineLayout(2)),
+    "experts over four to two": (MOE, TrainerLayout((5,), dp_cp=4, ep=4), EngineLayout(1, 2)),
     "experts under tp2 x pp2 to ep4": (MOE, TrainerLayout((3, 2), tp=2, pp=2, ep=2), EngineLayout(4, 4)),
 }
 
@@ -49,7 +49,7 @@ def matrix() -> dict[str, tuple[Architecture, TrainerLayout, EngineLayout]]:
     for architecture, experts in ((DENSE, (1,)), (MOE, (1, 2))):
         for tp, (pp, vpp), ep, engine_tp in itertools.product((1, 2, 4), pipelines, experts, (1, 2, 4)):
             outer = architecture.num_layers - (pp * vpp - 1)
-            trainer = TrainerLayout((outer, *[1] * (pp * vpp - 1)), tp=tp, pp=pp, data=8 // (tp * pp), ep=ep)
+            trainer = TrainerLayout((outer, *[1] * (pp * vpp - 1)), tp=tp, pp=pp, dp_cp=8 // (tp * pp), ep=ep)
             name = f"{'moe' if architecture is MOE else 'dense'} tp{tp} pp{pp} vpp{vpp} ep{ep}"
             cases[f"{name} to tp{engine_tp}"] = (architecture, trainer, EngineLayout(engine_tp))
     return cases

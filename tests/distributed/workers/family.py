@@ -24,8 +24,8 @@ from tests.distributed.workers.parity import logits_difference
 def measure(world: World, folder: Path) -> dict[str, float]:
     """Largest difference of a logit, and how many exported tensors are not the folder's bits."""
     config = read_model_config(folder)
-    sharded = config.num_experts > 0 and world.tensor_size > 1
-    parallel = ParallelSettings(tp=world.tensor_size, sequence_parallel=sharded)
+    sharded = config.num_experts > 0 and world.tp_size > 1
+    parallel = ParallelSettings(tp=world.tp_size, sequence_parallel=sharded)
     policy = build_policy(config, world, parallel=parallel).eval()
     load_policy_weights(policy, folder)
     largest = torch.tensor([logits_difference(policy, world, folder)])
@@ -40,8 +40,8 @@ def measure(world: World, folder: Path) -> dict[str, float]:
 def main() -> None:
     """Measure all folders in one world and write rank 0's figures."""
     torch.set_num_threads(1)
-    tensor, pipeline, expert = map(int, sys.argv[1:4])
-    with world_of(tensor=tensor, pipeline=pipeline, expert=expert) as world:
+    tp, pp, ep = map(int, sys.argv[1:4])
+    with world_of(tp=tp, pp=pp, ep=ep) as world:
         figures = [measure(world, Path(folder)) for folder in sys.argv[4:-1]]
         if world.is_main:
             Path(sys.argv[-1]).write_text(json.dumps(figures))

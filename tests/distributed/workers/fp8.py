@@ -28,7 +28,7 @@ def measure(world: World, folder: Path) -> dict[str, Any]:
             largest = torch.tensor(list(errors.values()))
             dist.all_reduce(largest, dist.ReduceOp.MAX)
             figures["layers"][f"{kind}, sequence parallel: {sequence_parallel}"] = largest.tolist()
-        parallel = ParallelSettings(tp=world.tensor_size, sequence_parallel=sequence_parallel)
+        parallel = ParallelSettings(tp=world.tp_size, sequence_parallel=sequence_parallel)
         trainer = new_trainer(world, folder, parallel=parallel, fp8=Fp8Settings())
         figures["training"][f"sequence parallel: {sequence_parallel}"] = [step(trainer)[:2] for _ in range(2)]
     return figures
@@ -37,7 +37,7 @@ def measure(world: World, folder: Path) -> dict[str, Any]:
 def main() -> None:
     folder, out = Path(sys.argv[1]), Path(sys.argv[2])
     torch.set_num_threads(1)
-    with world_of(tensor=2) as world:
+    with world_of(tp=2) as world:
         figures = measure(world, folder)
         if world.is_main:
             out.write_text(json.dumps(figures))

@@ -36,7 +36,7 @@ LAYOUTS = {
 
 OVERLAPPED: dict[str, Any] = {
     "optimizer": OptimizerSettings(lr=1e-2, overlap=True, bucket_size=20_000),
-    "late_gather": True,
+    "overlap_param_gather": True,
 }
 
 
@@ -107,7 +107,7 @@ def measure(world: World, folder: Path, recipe: str, parallel: ParallelSettings)
             found[name] = step(other)
         dist.barrier()
     if (
-        world.data_size > 1
+        world.dp_size > 1
     ):  # last: Transformer Engine reduces the largest values of all models of a process together
         overlapped = train(world, folder, recipe, parameters=True, parallel=parallel, **OVERLAPPED)
         losses = [step(overlapped)[:2] for _ in range(3)]

@@ -64,7 +64,7 @@ def measure(
                 tags=TAGS,
                 pad_id=0,
                 num_updates=10,
-                late_gather=overlap,
+                overlap_param_gather=overlap,
             )
             key = f"{name}{'_shared' if share else ''}"
             if name == "sft":
@@ -122,7 +122,7 @@ def logits_difference(policy: Any, world: World, folder: Path) -> float:
     token_ids = torch.from_numpy(np.random.default_rng(1).integers(0, size, 40))
     layout = branch_layout(token_ids, tags=TAGS, prompt_lengths=4, branching=False).as_tensor()
 
-    begin, end = shard_bounds(40, world.context_rank, world.context_size)
+    begin, end = shard_bounds(40, world.cp_rank, world.cp_size)
 
     def forward_step(rows: Any, model: torch.nn.Module) -> Any:
         output = model(token_ids[None, begin:end], layout[:1, begin:end], layout)
@@ -131,9 +131,9 @@ def logits_difference(policy: Any, world: World, folder: Path) -> float:
     with megatron_context(), torch.no_grad():
         outputs = get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=[iter(())] * world.virtual_size,
+            data_iterator=[iter(())] * world.vpp_size,
             model=list(policy.chunks),
-            num_microbatches=world.pipeline_size if world.virtual_size > 1 else 1,
+            num_microbatches=world.pp_size if world.vpp_size > 1 else 1,
             seq_length=40,
             micro_batch_size=1,
             forward_only=True,
@@ -141,8 +141,8 @@ def logits_difference(policy: Any, world: World, folder: Path) -> float:
         )
     if not world.is_last_stage:
         return 0.0
-    shards = [torch.empty_like(outputs[0]) for _ in range(world.tensor_size)]
-    dist.all_gather(shards, outputs[0].contiguous(), group=world.tensor_group)
+    shards = [torch.empty_like(outputs[0]) for _ in range(world.tp_size)]
+    dist.all_gather(shards, outputs[0].contiguous(), group=world.tp_group)
     logits = torch.cat(shards, dim=-1).reshape(end - begin, -1)[:, :size]
     expected = AutoModelForCausalLM.from_pretrained(folder)(token_ids[None]).logits[0, begin:end]
     return float((logits - expected).detach().abs().max())
@@ -161,8 +161,8 @@ def entropy_difference(world: World) -> float:
     )  # holes, and a tail that may be all that a rank has
     weight[unused] *= 10
     places = torch.arange(9) * 10
-    targets, rows = used[places], len(weight) // world.tensor_size
-    first = world.tensor_rank * rows
+    targets, rows = used[places], len(weight) // world.tp_size
+    first = world.tp_rank * rows
     own = [hidden.clone().requires_grad_(), weight[first : first + rows].clone().requires_grad_()]
     log_probs, entropy = token_log_probs(
         own[0],
@@ -171,7 +171,7 @@ def entropy_difference(world: World) -> float:
         first_row=first,
         unused_U=torch.tensor([token - first for token in unused if first <= token < first + rows]).long(),
         chunk=4,
-        group=world.tensor_group,
+        group=world.tp_group,
         entropy=True,
     )
     assert entropy is not None
@@ -183,7 +183,7 @@ def entropy_difference(world: World) -> float:
     gradients = [tensor.grad for tensor in (*own, *reference)]
     assert all(gradient is not None for gradient in gradients)
     hidden_sum, weight_part, hidden_full, weight_full = gradients
-    dist.all_reduce(hidden_sum, group=world.tensor_group)
+    dist.all_reduce(hidden_sum, group=world.tp_group)
     pairs = [
         (entropy, expected),
         (hidden_sum, hidden_full),

@@ -94,7 +94,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.limits = Limits(num_blocks=48, block_size=4, max_batch_tokens=12, max_running=6)
+        self.limits = Limits(num_blocks=48, block_size=4, max_batch_tokens=12, max_running_requests=6)
         self.scheduler = Scheduler(GRAMMAR, self.limits, len(PIECES))
         self.model = ContextModel(self.limits.num_blocks * self.limits.block_size)
         self.num_submitted = 0

@@ -25,7 +25,7 @@ def config_of(
         MODEL,
         world,
         dtype=dtype,
-        parallel=ParallelSettings(tp=world.tensor_size, sequence_parallel=sequence_parallel),
+        parallel=ParallelSettings(tp=world.tp_size, sequence_parallel=sequence_parallel),
         fp8=Fp8Settings(format=format),
     )
 
@@ -81,7 +81,7 @@ def errors(
 
     def part(name: str, tensor: Array | torch.Tensor) -> Array | torch.Tensor:
         """This rank's."""
-        rank, size = world.tensor_rank, world.tensor_size
+        rank, size = world.tp_rank, world.tp_size
         if name in rows | tokens:
             share = len(tensor) // size
             return tensor[rank * share : (rank + 1) * share]

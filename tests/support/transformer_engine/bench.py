@@ -147,7 +147,7 @@ def _expert_quantisers(bench: Bench) -> list[dict[tuple[int, int], Any]]:
     for module in bench.trainer.policy.modules():
         if isinstance(module, TEGroupedLinear):
             inputs, weights, _, _, _, gradients = module._get_quantizers()
-            first = bench.world.expert_rank * module.num_gemms
+            first = bench.world.ep_rank * module.num_gemms
             found.append(
                 {
                     (first + number, kind): each

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from megatron_npr import cli
-from megatron_npr.bench.cpu import attention, layout
-from megatron_npr.bench.cpu import weight_sync as reshard
+from megatron_npr.bench.cpu import attention, layout, weight_sync
 from megatron_npr.bench.timing import peak_bytes
 from megatron_npr.sharding.architecture import KNOWN
 from megatron_npr.sharding.layouts import EngineLayout, TrainerLayout, split_layers
@@ -42,13 +41,13 @@ def test_sharing_a_prompt_saves_the_pairs_that_it_should() -> None:
     assert unshared.visible_pairs() / shared.visible_pairs() == pytest.approx(1.76, abs=0.02)
 
 
-def test_the_reshard_bench_counts_zero_bytes_where_layouts_agree() -> None:
-    found = reshard.zero_copy()
+def test_the_weight_sync_bench_counts_zero_bytes_where_layouts_agree() -> None:
+    found = weight_sync.zero_copy()
     assert found["transfers"] == found["bytes_sent"] == 0
     assert found["bytes_read_in_place"] >= 4 * 2 * KNOWN["Qwen3-4B"].num_parameters
 
 
-def test_in_fp8_the_reshard_bench_counts_half_the_bytes_of_projections_and_two_numbers_a_row() -> None:
+def test_in_fp8_the_weight_sync_bench_counts_half_the_bytes_of_projections_and_two_numbers_a_row() -> None:
     planned = plan(KNOWN["Qwen3-4B"], TrainerLayout(split_layers(36, pp=2), pp=2), EngineLayout())
     to_first = for_replica(planned, 0).transfers  # layers 18 to 35 and the last norm, from the other stage
     matrices = [(6144, 2560), (2560, 4096), (2 * 9728, 2560), (2560, 9728)]

@@ -1,4 +1,4 @@
-"""`make gpu` at small sizes on a CPU: the same functions in the same processes; the figures mean nothing, the floors do."""
+"""`make gpu` at small sizes on a CPU: the same functions in the same processes; the figures mean nothing, the thresholds do."""
 
 import functools
 import json
@@ -14,7 +14,7 @@ from megatron_npr.bench.gpu import model as gpu_model
 from megatron_npr.bench.gpu import run as gpu
 from megatron_npr.bench.gpu.model import ScriptedModel, bytes_read, random_weights
 from megatron_npr.bench.gpu.part import PARTS, Part, plain
-from megatron_npr.bench.gpu.result import floors, read_result, result_file, table, write_result
+from megatron_npr.bench.gpu.result import read_result, result_file, table, thresholds, write_result
 from megatron_npr.bench.gpu.timing import added_bytes, waits
 from megatron_npr.bench.timing import in_own_process
 from megatron_npr.planning.times import model_flops
@@ -63,9 +63,9 @@ def test_a_part_leaves_its_figures_in_the_file(
         assert all(0 < figures["density"] < 0.5 for figures in found["parts"]["training"])
     if parts == ["papo"]:
         papo = found["parts"]["papo"]
-        assert list(papo["phases"]) == ["offload", "rollout", "bring back", "update", "reshard"]
+        assert list(papo["phases"]) == ["offload", "rollout", "onload", "update", "weight sync"]
         assert papo["zero_copy_bytes"] == 0 and papo["responses"] == 4 and papo["trained_tokens"] > 0
-        assert "one PAPO step" in printed and "bring back" in printed
+        assert "one PAPO step" in printed and "onload" in printed
 
 
 def test_a_part_that_fails_is_named_and_the_others_keep_their_figures(
@@ -125,16 +125,16 @@ PARTS_OF_A_RUN: dict[str, Any] = {
 }
 
 
-def test_every_floor_of_the_issues_is_judged_and_the_missed_ones_are_named() -> None:
-    found = list(floors(PARTS_OF_A_RUN))
-    missed = [floor.name for floor in found if not floor.held]
+def test_every_threshold_of_the_issues_is_judged_and_the_missed_ones_are_named() -> None:
+    found = list(thresholds(PARTS_OF_A_RUN))
+    missed = [threshold.name for threshold in found if not threshold.held]
     assert missed == [
         "host waits while laying out",
         "decoding, batch 1: share of the roofline",
         "training in fp8 at 8192: times faster than bf16",
         "zero-copy update",
     ]
-    assert {floor.name: floor.measured for floor in found}[
+    assert {threshold.name: threshold.measured for threshold in found}[
         "training in fp8 at 8192: times faster than bf16"
     ] == pytest.approx(1.2)
     lines = table(PARTS_OF_A_RUN).splitlines()

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_npr.demo.phases import Phases, covered, outlook
-from megatron_npr.demo.run import BESIDE_SHARES, BETA, MEASURED, NPR, ROAD_SHARES, ZERO, Demo
+from megatron_npr.demo.run import BACKGROUND_SHARES, BETA, MAIN_SHARES, MEASURED, NPR, ZERO, Demo
 
 TWO = {"first": 1, "second": 3}
 
@@ -57,33 +57,35 @@ def written(path: Path, **intervals: tuple[float, float]) -> Path:
 
 
 def test_the_time_left_is_the_unfinished_share_at_the_speed_of_the_finished_one(tmp_path: Path) -> None:
-    road = Phases(written(tmp_path / "road.json", first=(0.0, 50.0)), TWO)
-    beside = Phases(tmp_path / "beside.json", {"control": 5, "measure": 5})
-    assert (road.seconds_left, beside.seconds_left) == (150.0, None)
-    assert outlook(road, beside) == "(beside: [1/2] control)  0:50 gone, about 2:30 left"
-    written(tmp_path / "beside.json", control=(0.0, 90.0))
-    assert outlook(road, beside) == "(beside: [2/2] measure)  1:30 gone, about 2:30 left"
-    written(tmp_path / "beside.json", control=(0.0, 40.0), measure=(40.0, 60.0))
-    assert outlook(road, beside) == "1:00 gone, about 2:30 left"
+    main = Phases(written(tmp_path / "main.json", first=(0.0, 50.0)), TWO)
+    background = Phases(tmp_path / "background.json", {"control": 5, "measure": 5})
+    assert (main.seconds_left, background.seconds_left) == (150.0, None)
+    assert outlook(main, background) == "(background: [1/2] control)  0:50 gone, about 2:30 left"
+    written(tmp_path / "background.json", control=(0.0, 90.0))
+    assert outlook(main, background) == "(background: [2/2] measure)  1:30 gone, about 2:30 left"
+    written(tmp_path / "background.json", control=(0.0, 40.0), measure=(40.0, 60.0))
+    assert outlook(main, background) == "1:00 gone, about 2:30 left"
 
 
 def test_a_phase_is_announced_with_its_number_before_it_begins(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     phases = Phases(tmp_path / "phases.json", TWO)
-    phases.run("first", lambda: print("at work"), lambda: "(beside: nothing)")
+    phases.run("first", lambda: print("at work"), lambda: "(background: nothing)")
     assert capsys.readouterr().out.splitlines() == [
-        "[1/2] first  (beside: nothing)",
+        "[1/2] first  (background: nothing)",
         "at work",
-        "[1/2] first: 0 s  (beside: nothing)",
+        "[1/2] first: 0 s  (background: nothing)",
     ]
 
 
 def test_the_phases_of_the_demo_are_those_it_announces() -> None:
     """A phase that were run without a share, or a share without a phase, would make the outlook lie."""
     source = inspect.getsource(Demo)
-    for name in (*ROAD_SHARES, *BESIDE_SHARES):
+    for name in (*MAIN_SHARES, *BACKGROUND_SHARES):
         kind, _, model = name.partition(" ")
         assert name in (ZERO, BETA, NPR) or f'"{name}"' in source or (kind == "measure" and model in MEASURED)
-    measured = {name.removeprefix("measure ") for name in (*ROAD_SHARES, *BESIDE_SHARES) if "measure" in name}
+    measured = {
+        name.removeprefix("measure ") for name in (*MAIN_SHARES, *BACKGROUND_SHARES) if "measure" in name
+    }
     assert measured - {"speed"} == set(MEASURED)

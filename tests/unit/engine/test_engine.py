@@ -141,7 +141,7 @@ def test_a_sample_id_draws_as_the_request_id_of_that_name(new_engine: Callable[.
 
 
 def test_statistics_tell_who_runs_and_who_waits(new_engine: Callable[..., Engine]) -> None:
-    engine = new_engine(max_running=2)
+    engine = new_engine(max_running_requests=2)
     for name in "abc":
         engine.submit(engine.request(PROMPTS[0], SamplingParams(max_tokens=20), name))
     assert (engine.stats().running, engine.stats().waiting) == (0, 3)

@@ -20,7 +20,7 @@ from tests.unit.engine.conftest import CONFIG, PROMPTS, Plain, fused
 GREEDY = SamplingParams(max_tokens=300, temperature=0.0)
 TIGHT = {"num_kv_slots": 336, "block_size": 4, "max_batch_tokens": 24}
 SIZES: dict[str, dict[str, int]] = {
-    "one at a time": {"max_running": 1},
+    "one at a time": {"max_running_requests": 1},
     "blocks of one slot": {"block_size": 1},
     "blocks of 64 slots": {"block_size": 64},
     "chunks of 9 tokens": {"max_batch_tokens": 9},

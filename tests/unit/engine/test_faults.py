@@ -152,7 +152,7 @@ def preempted(engine: Engine) -> bool:
 JOIN_STEP: list[int] = []
 LONG = encode("12=?" * 20)
 CASES: dict[str, tuple[Callable[[Engine], bool], list[list[int]], dict[str, int]]] = {
-    "waiting": (waiting, [PROMPTS[1], PROMPTS[0]], {"max_running": 1}),
+    "waiting": (waiting, [PROMPTS[1], PROMPTS[0]], {"max_running_requests": 1}),
     "prefilling": (prefilling, [PROMPTS[1], LONG], {"max_batch_tokens": 9}),
     "in the trunk": (in_the_trunk, [PROMPTS[0]], {}),
     "in branches": (in_branches, [PROMPTS[0]], {}),

@@ -44,7 +44,7 @@ def plain_samples(count: int = 6, length: int = 30) -> list[TrainSample]:
         TrainSample(
             prompt_ids=np.array([11, 20 + index // 2, 30, 10], np.int32),
             response_ids=rng.integers(12, 96, length - 4 + index).astype(np.int32),
-            trained=np.ones(length - 4 + index, np.bool_),
+            loss_mask=np.ones(length - 4 + index, np.bool_),
             old_log_probs=np.zeros(length - 4 + index, np.float32),
         )
         for index in range(count)

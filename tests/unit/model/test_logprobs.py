@@ -91,7 +91,7 @@ def test_a_target_that_no_token_has_is_impossible() -> None:
 def test_each_rank_knows_which_of_its_rows_no_token_has(
     unused: list[int], vocab_size: int, rank: int, size: int, expected: list[int]
 ) -> None:
-    world = cast(World, SimpleNamespace(tensor_rank=rank, tensor_size=size))
+    world = cast(World, SimpleNamespace(tp_rank=rank, tp_size=size))
     assert unused_rows(unused, vocab_size, world).tolist() == expected
 
 

@@ -145,13 +145,29 @@ def test_planned_memory_is_within_a_tenth_of_what_training_adds_to_a_process(cas
 def test_an_engine_with_weights_of_its_own_needs_them_twice_during_an_update() -> None:
     model, work = (
         KNOWN["Qwen3-30B-A3B"],
-        Workload(kv_slots=1000, row_tokens=16, batch_tokens=16, max_running=1),
+        Workload(kv_slots=1000, row_tokens=16, batch_tokens=16, max_running_requests=1),
     )
     layout = Layout(tp=4, ep=8, dp=8, sequence_parallel=True, engine_tp=4, engine_ep=16)
     memory = memory_of(model, layout, work)
     assert memory.engine_weights + memory.workspace + memory.activations == pytest.approx(
         2 * 2 * engine_parameters(model, layout) + 2e9
     )
+
+
+@pytest.mark.parametrize(
+    ("requests", "branches", "batch_tokens", "rows"),
+    [(256, 1, 16_384, 256), (256, 8, 16_384, 2048), (256, 8, 1024, 1024)],
+)
+def test_every_running_branch_has_a_row_of_logits(
+    requests: int, branches: int, batch_tokens: int, rows: int
+) -> None:
+    model, sizes = KNOWN["Qwen3-0.6B"], Layout()
+    work = Workload(
+        row_tokens=16, batch_tokens=batch_tokens, max_running_requests=requests, max_branches=branches
+    )
+    none = replace(work, max_running_requests=0)
+    added = memory_of(model, sizes, work).workspace - memory_of(model, sizes, none).workspace
+    assert added == pytest.approx(rows * model.vocab_size * 12)
 
 
 def test_recompute_and_more_ranks_never_need_more_memory() -> None:
@@ -199,7 +215,7 @@ def test_a_ready_configuration_of_experts_is_taken_at_run_time(
     """All that a run decides about its layout before it makes groups and tensors, at the world size of the configuration."""
     config = load_config(Stage3Config, CONFIGS / name / "stage3.toml")
     world_size, parallel, moe = 8 * nodes, config.parallel, ModelConfig(**vars(KNOWN[model]))
-    check_sizes(world_size, tensor=parallel.tp, pipeline=parallel.pp, context=parallel.cp, expert=parallel.ep)
+    check_sizes(world_size, tp=parallel.tp, pp=parallel.pp, cp=parallel.cp, ep=parallel.ep)
     engine = engine_layout(config.rollout, parallel, moe, world_size)
     assert engine == expected
     layers = split_layers(
@@ -207,7 +223,7 @@ def test_a_ready_configuration_of_experts_is_taken_at_run_time(
     )
     places = world_size // parallel.pp
     trainer = TrainerLayout(
-        layers, tp=parallel.tp, pp=parallel.pp, data=places // parallel.tp, ep=parallel.ep
+        layers, tp=parallel.tp, pp=parallel.pp, dp_cp=places // parallel.tp, ep=parallel.ep
     )
     planned = plan(moe, trainer, engine)
     assert planned.num_replicas == world_size // engine.size

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from megatron_npr.monitoring.statistics import PairedDifference
-from megatron_npr.report import DemoResult, check, floors, rebuild, write_report
+from megatron_npr.report import DemoResult, check, missed_thresholds, rebuild, write_report
 from npr_ext.errors import UserError
 from tests.support.report_sample import result, rollout
 
@@ -52,7 +52,7 @@ def test_report_json_has_exactly_the_promised_keys(tmp_path: Path) -> None:
     assert set(report["speedup_wall"]) == {"batch_1", "batch_32", "ideal"}
 
 
-def test_a_result_that_reaches_everything_misses_no_floor(tmp_path: Path) -> None:
+def test_a_result_that_reaches_everything_misses_no_threshold(tmp_path: Path) -> None:
     assert write_report(tmp_path, result(tmp_path)) == []
 
 
@@ -76,7 +76,7 @@ def with_stage(good: DemoResult, name: str, **figures: Any) -> DemoResult:
 def test_a_missed_figure_of_a_stage_is_named(
     name: str, figures: dict[str, float], line: str, tmp_path: Path
 ) -> None:
-    assert floors(with_stage(result(tmp_path), name, **figures).to_report()) == [line]
+    assert missed_thresholds(with_stage(result(tmp_path), name, **figures).to_report()) == [line]
 
 
 def test_missed_gains_speeds_and_sizes_are_named(tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_missed_gains_speeds_and_sizes_are_named(tmp_path: Path) -> None:
         comparisons={"npr - beta": PairedDifference(0.02, 0.0, 0.04, 0.06)},
         speedup=replace(result(tmp_path).speedup, steps_32=1.4, ideal=1.7, median_step_tokens=41),
     )
-    missed = floors(bad.to_report())
+    missed = missed_thresholds(bad.to_report())
     assert [line.split(" is ")[0] for line in missed] == [
         "held-out problems",
         "accuracy npr - beta",
@@ -98,7 +98,7 @@ def test_missed_gains_speeds_and_sizes_are_named(tmp_path: Path) -> None:
     assert missed[0] == "held-out problems is 511, must be >= 512"
 
 
-def test_no_floor_depends_on_how_long_anything_took(tmp_path: Path) -> None:
+def test_no_threshold_depends_on_how_long_anything_took(tmp_path: Path) -> None:
     quiet = result(tmp_path)
     busy = replace(
         quiet,
@@ -116,7 +116,7 @@ def test_no_floor_depends_on_how_long_anything_took(tmp_path: Path) -> None:
 
 def test_a_difference_that_is_exactly_the_bound_is_enough(tmp_path: Path) -> None:
     good = with_stage(result(tmp_path), "base_sequential", accuracy=0.86 - 0.15)
-    assert floors(good.to_report()) == []
+    assert missed_thresholds(good.to_report()) == []
 
 
 def test_the_page_is_balanced_and_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ def test_the_page_is_balanced_and_loads_nothing_from_elsewhere(tmp_path: Path) -
     assert not re.search(r"""(src|href)\s*=|url\(|@import|https?://""", html)
 
 
-def test_the_page_shows_every_floor_stage_and_curve(tmp_path: Path) -> None:
+def test_the_page_shows_every_threshold_stage_and_curve(tmp_path: Path) -> None:
     made = result(tmp_path)
     write_report(tmp_path, made)
     html = (tmp_path / "report.html").read_text()

@@ -49,7 +49,7 @@ def test_dapo_loss_equals_the_scalar_definition() -> None:
         expected -= objective
     result = dapo_loss(new, old, advantages, clip_low=0.2, clip_high=0.28, dual_clip=10.0)
     assert abs(float(result.total) - expected) < 1e-9 * abs(expected)
-    assert float(result.watched["clipped"]) > 0
+    assert float(result.metrics["clipped"]) > 0
 
 
 def test_dapo_on_policy_has_the_gradient_of_papo() -> None:
@@ -74,5 +74,5 @@ def test_an_entropy_bonus_lowers_the_loss_and_none_leaves_it() -> None:
     assert with_entropy(plain, entropy, 0.0).total is plain.total
     paid = with_entropy(plain, entropy, 0.1)
     assert float(paid.total.detach()) == pytest.approx(3.0 - 0.2)
-    assert {name: float(value) for name, value in paid.watched.items()} == {"nll": 3.0, "entropy": 2.0}
+    assert {name: float(value) for name, value in paid.metrics.items()} == {"nll": 3.0, "entropy": 2.0}
     torch.testing.assert_close(torch.autograd.grad(paid.total, entropy)[0], torch.tensor([-0.1, -0.1]))

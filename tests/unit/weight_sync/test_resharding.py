@@ -59,7 +59,7 @@ def test_layers_stand_where_megatron_puts_them(
 def test_ranks_stand_where_megatron_puts_them() -> None:
     """Megatron's own generators give the groups; ours is the same arithmetic for both grids."""
     tp, cp, dp, pp, ep, etp = 2, 2, 4, 3, 4, 2
-    trainer = TrainerLayout((1, 1, 1), tp=tp, pp=pp, data=cp * dp, ep=ep, etp=etp)
+    trainer = TrainerLayout((1, 1, 1), tp=tp, pp=pp, dp_cp=cp * dp, ep=ep, etp=etp)
     dense = RankGenerator(tp=tp, ep=1, dp=dp, pp=pp, cp=cp, order="tp-cp-ep-dp-pp")
     expert = RankGenerator(
         tp=etp, ep=ep, dp=trainer.places // (ep * etp), pp=pp, cp=1, order="tp-cp-ep-dp-pp"
@@ -138,7 +138,7 @@ def test_megatrons_own_planner_takes_every_element_from_the_same_place(
     trainer_tp: int, engine_tp: int
 ) -> None:
     """Its planner works on metadata once that is gathered; weights that all ranks hold may come from any of them."""
-    trainer = TrainerLayout((2,), tp=trainer_tp, data=8 // trainer_tp)
+    trainer = TrainerLayout((2,), tp=trainer_tp, dp_cp=8 // trainer_tp)
     planned = plan(SHARDED, trainer, EngineLayout(engine_tp))
     compared = 0
     for kind in kinds(SHARDED):
@@ -168,7 +168,7 @@ def test_megatrons_own_planner_takes_every_element_from_the_same_place(
 
 
 MODEL = KNOWN["Qwen3-235B-A22B"]
-TRAINER = TrainerLayout(split_layers(94, pp=8, first=11, last=11), tp=8, pp=8, data=8, ep=8, etp=1)
+TRAINER = TrainerLayout(split_layers(94, pp=8, first=11, last=11), tp=8, pp=8, dp_cp=8, ep=8, etp=1)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,9 @@
-"""What the demo's road does not wait for runs beside it, in a process of its own.
+"""The demo's background process: controls and measurements, which the main process does not wait for.
 
 Two processes on half of the cores each get a third more done than one after the other on all of them (two cores): nobody
 waits for a thread at the end of an operator, nor for Python between two.
 
-run.py ─► python -m megatron_npr.demo.beside FOLDER ─► phases-beside.json, beside.log, exit code
+run.py ─► python -m megatron_npr.demo.background FOLDER ─► phases-background.json, background.log, exit code
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ PR_SET_PDEATHSIG = 1
 LAST_LINES = 20
 
 
-class Beside:
-    """The process beside, for the length of a with-block; whoever leaves the block early ends it, as Ctrl-C would."""
+class BackgroundProcess:
+    """The background process, for the length of a with-block; whoever leaves the block early ends it, as Ctrl-C would."""
 
     def __init__(self, folder: Path, phases: Phases, *, threads: int) -> None:
-        self.log = folder / "beside.log"
+        self.log = folder / "background.log"
         self._phases = phases
         self._told = set(phases.intervals)
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        command = [sys.executable, "-m", "megatron_npr.demo.beside", str(folder)]
+        command = [sys.executable, "-m", "megatron_npr.demo.background", str(folder)]
         with self.log.open("a") as log:
             # A session of its own: Ctrl-C in the terminal reaches it once, through __exit__.
             self._process = subprocess.Popen(
@@ -56,11 +56,13 @@ class Beside:
         self._phases.read()
         for name, seconds in self._phases.seconds.items():
             if name not in self._told:
-                print(f"{self._phases.number(name)} {name}: {seconds:.0f} s (beside)", flush=True)
+                print(f"{self._phases.number(name)} {name}: {seconds:.0f} s (background)", flush=True)
                 self._told.add(name)
         if self._process.poll():
             lines = self.log.read_text(errors="replace").splitlines()[-LAST_LINES:]
-            raise RuntimeError("\n".join([f"what ran beside has failed; the end of {self.log}:", *lines]))
+            raise RuntimeError(
+                "\n".join([f"the background process has failed; the end of {self.log}:", *lines])
+            )
 
     def finish(self) -> None:
         """Waits until all of it is done."""
@@ -73,12 +75,12 @@ class Beside:
 
 
 def main(folder: Path) -> int:
-    """The process beside."""
+    """The background process's entry point; its exit code."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGINT)  # nobody goes on for a demo that was killed
     from megatron_npr.demo.run import Demo
 
     try:
-        Demo(folder).beside()
+        Demo(folder).run_background()
     except KeyboardInterrupt:
         return 130
     return 0

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_npr.demo.beside import Beside
+from megatron_npr.demo.background import BackgroundProcess
 from megatron_npr.demo.phases import Phases
-from megatron_npr.demo.run import BESIDE, BESIDE_SHARES
+from megatron_npr.demo.run import BACKGROUND, BACKGROUND_SHARES
 
 
 def processes_of(folder: Path) -> list[int]:
@@ -39,19 +39,23 @@ def wait_for_line(log: Path, text: str, seconds: float = 120.0) -> None:
 def test_its_failure_is_told_with_the_end_of_its_log(tmp_path: Path) -> None:
     (tmp_path / "demo.json").write_text(json.dumps({"seed": "not a number"}))
     with (
-        pytest.raises(RuntimeError, match=r"(?s)the end of .*beside\.log:.*invalid literal for int"),
-        Beside(tmp_path, Phases(tmp_path / BESIDE, BESIDE_SHARES), threads=1) as beside,
+        pytest.raises(RuntimeError, match=r"(?s)the end of .*background\.log:.*invalid literal for int"),
+        BackgroundProcess(
+            tmp_path, Phases(tmp_path / BACKGROUND, BACKGROUND_SHARES), threads=1
+        ) as background,
     ):
-        beside.finish()
+        background.finish()
 
 
 @pytest.mark.slow
 def test_leaving_early_ends_it_after_its_step_with_a_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "demo.json").write_text(json.dumps({"seed": 0}))
-    with Beside(tmp_path, Phases(tmp_path / BESIDE, BESIDE_SHARES), threads=1) as beside:
-        wait_for_line(beside.log, "stage 3: 0/148 steps")
+    with BackgroundProcess(
+        tmp_path, Phases(tmp_path / BACKGROUND, BACKGROUND_SHARES), threads=1
+    ) as background:
+        wait_for_line(background.log, "stage 3: 0/148 steps")
         time.sleep(5)  # well inside a step
-    assert "stopping after this step" in beside.log.read_text()
+    assert "stopping after this step" in background.log.read_text()
     assert list((tmp_path / "sequential_rl").glob("**/step_*")), "no checkpoint"
     assert processes_of(tmp_path) == []
 
@@ -60,13 +64,13 @@ def test_leaving_early_ends_it_after_its_step_with_a_checkpoint(tmp_path: Path) 
 def test_it_does_not_outlive_a_demo_that_was_killed(tmp_path: Path) -> None:
     (tmp_path / "demo.json").write_text(json.dumps({"seed": 0}))
     script = (
-        "import sys, time; from pathlib import Path; from megatron_npr.demo.beside import Beside; "
+        "import sys, time; from pathlib import Path; from megatron_npr.demo.background import BackgroundProcess; "
         "from megatron_npr.demo.phases import Phases; folder = Path(sys.argv[1]); "
-        "Beside(folder, Phases(folder / 'phases.json', {}), threads=1); time.sleep(600)"
+        "BackgroundProcess(folder, Phases(folder / 'phases.json', {}), threads=1); time.sleep(600)"
     )
     parent = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)])
     try:
-        wait_for_line(tmp_path / "beside.log", "stage 3: 0/148 steps")
+        wait_for_line(tmp_path / "background.log", "stage 3: 0/148 steps")
     finally:
         parent.send_signal(signal.SIGKILL)
         parent.wait()
