@@ -33,12 +33,12 @@ class Part:
 
 _TRAINER = {"megatron": "megatron-core", "pydantic": "pydantic", "transformers": "transformers"}
 PARTS = {
-    "layout": Part("gpu_layout", "measure_layout", "branch layouts and block lists", {}),
-    "attention": Part("gpu_layout", "measure_attention", "branch attention", {}),
-    "log_probs": Part("gpu_log_probs", "measure", "log-probs of a large vocabulary", {}),
-    "engine": Part("gpu_engine", "measure", "decoding, forks and joins", {}),
-    "training": Part("gpu_training", "measure", "training steps", _TRAINER),
-    "papo": Part("gpu_papo", "measure", "a PAPO step", _TRAINER),
+    "layout": Part("layout", "measure_layout", "branch layouts and block lists", {}),
+    "attention": Part("layout", "measure_attention", "branch attention", {}),
+    "log_probs": Part("log_probs", "measure", "log-probs of a large vocabulary", {}),
+    "engine": Part("engine", "measure", "decoding, forks and joins", {}),
+    "training": Part("training", "measure", "training steps", _TRAINER),
+    "papo": Part("papo", "measure", "a PAPO step", _TRAINER),
 }
 
 
@@ -58,9 +58,9 @@ def main() -> None:
     parser.add_argument("file", type=Path)
     parser.add_argument("--tiny", action="store_true", help="small sizes on the CPU")
     arguments = parser.parse_args()
-    warnings.filterwarnings("ignore", module=r"megatron\.core|megatron_npr\.cpu_runtime|torch\.distributed")
+    warnings.filterwarnings("ignore", module=r"megatron\.core|megatron_npr\.runtime|torch\.distributed")
     part = PARTS[arguments.name]
-    measure = vars(importlib.import_module(f"megatron_npr.bench.{part.module}"))[part.function]
+    measure = vars(importlib.import_module(f"megatron_npr.bench.gpu.{part.module}"))[part.function]
     device = torch.device("cpu") if arguments.tiny else torch.device("cuda", 0)
     arguments.file.write_text(json.dumps(plain(measure(device, tiny=arguments.tiny))))
 

@@ -72,9 +72,9 @@ def test_a_part_that_fails_is_named_and_the_others_keep_their_figures(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_result(tmp_path / "tiny-cpu.json", {"parts": {"papo": PAPO}})
-    monkeypatch.setitem(PARTS, "broken", Part("gpu_layout", "nothing", "no such part", {}))
+    monkeypatch.setitem(PARTS, "broken", Part("layout", "nothing", "no such part", {}))
     monkeypatch.setitem(
-        PARTS, "elsewhere", Part("gpu_layout", "x", "needs more", {"no_such_module": "no-such-package"})
+        PARTS, "elsewhere", Part("layout", "x", "needs more", {"no_such_module": "no-such-package"})
     )
     assert gpu.main(["--tiny", "--results", str(tmp_path), "broken", "elsewhere"]) == 1
     found = read_result(tmp_path / "tiny-cpu.json")

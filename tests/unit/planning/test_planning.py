@@ -155,19 +155,16 @@ def test_an_engine_with_weights_of_its_own_needs_them_twice_during_an_update() -
 
 
 @pytest.mark.parametrize(
-    ("requests", "branches", "batch_tokens", "rows"),
-    [(256, 1, 16_384, 256), (256, 8, 16_384, 2048), (256, 8, 1024, 1024)],
+    ("requests", "branches", "rows"), [(1024, 8, 8192), (4096, 1, 4096), (4096, 8, 16_384)]
 )
-def test_every_running_branch_has_a_row_of_logits(
-    requests: int, branches: int, batch_tokens: int, rows: int
+def test_every_running_branch_has_a_row_of_logits_up_to_the_tokens_of_a_step(
+    requests: int, branches: int, rows: int
 ) -> None:
-    model, sizes = KNOWN["Qwen3-0.6B"], Layout()
-    work = Workload(
-        row_tokens=16, batch_tokens=batch_tokens, max_running_requests=requests, max_branches=branches
-    )
-    none = replace(work, max_running_requests=0)
-    added = memory_of(model, sizes, work).workspace - memory_of(model, sizes, none).workspace
-    assert added == pytest.approx(rows * model.vocab_size * 12)
+    model, least = KNOWN["Qwen3-0.6B"], Workload(row_tokens=16, max_running_requests=1024, max_branches=1)
+    work = replace(least, max_running_requests=requests, max_branches=branches)
+    added = memory_of(model, Layout(), work).workspace - memory_of(model, Layout(), least).workspace
+    assert work.max_running_branches == rows
+    assert added == pytest.approx((rows - 1024) * model.vocab_size * 12)
 
 
 def test_recompute_and_more_ranks_never_need_more_memory() -> None:
