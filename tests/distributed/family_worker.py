@@ -1,4 +1,5 @@
-"""One process of a world that holds each model of a list: logits against transformers', weights gathered again.
+"""One process of a world that holds each model of a list: logits against transformers', weights gathered again,
+their copies after an update.
 
 Started by `test_model_families.py`: family_worker.py TP PP EP FOLDER... OUT
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,11 +20,13 @@ from megatron_npr.huggingface import export_tensors, read_model_config
 from megatron_npr.parallel import World, world_of
 from megatron_npr.policy import build_policy, load_policy_weights
 from megatron_npr.reshard import full_weights
-from tests.distributed.parity_worker import logits_difference
+from tests.distributed.parity_worker import logits_difference, strayed
+from tests.training import new_trainer, step
 
 
-def measure(world: World, folder: Path) -> dict[str, float]:
-    """Largest difference of a logit, and how many exported tensors are not the folder's bits."""
+def measure(world: World, folder: Path) -> dict[str, Any]:
+    """Largest difference of a logit, how many exported tensors are not the folder's bits, and weights whose copies differ
+    after an update."""
     config = read_model_config(folder)
     sharded = config.num_experts > 0 and world.tensor_size > 1
     parallel = ParallelSettings(tp=world.tensor_size, sequence_parallel=sharded)
@@ -34,7 +38,10 @@ def measure(world: World, folder: Path) -> dict[str, float]:
     theirs = load_file(folder / "model.safetensors")
     assert set(ours) == set(theirs)
     other = sum(not torch.equal(weight, theirs[name]) for name, weight in ours.items())
-    return {"logits_difference": float(largest), "other_tensors": other}
+    trainer = new_trainer(world, folder, parallel=parallel)
+    step(trainer)
+    strays = strayed(trainer.policy, world)
+    return {"logits_difference": float(largest), "other_tensors": other, "strayed": strays}
 
 
 def main() -> None:

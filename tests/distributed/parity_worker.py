@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections import defaultdict
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +28,9 @@ from megatron_npr.logprobs import token_log_probs
 from megatron_npr.losses import papo_loss, sft_loss
 from megatron_npr.packing import TrainSample
 from megatron_npr.parallel import World, megatron_context, world_of
-from megatron_npr.policy import Policy, build_policy, load_policy_weights
+from megatron_npr.policy import Policy, build_policy, load_policy_weights, local_weights
 from megatron_npr.reshard import full_weights
+from megatron_npr.resharding.catalog import catalog
 from megatron_npr.trainer import Trainer
 from npr_ext import branch_layout
 from tests.training import TAGS, axes, branching_samples
@@ -90,6 +93,7 @@ def measure(
         figures["balanced"] = balanced_figures(build(router_aux_loss=0.05), world, folder)
     trainer.gather()
     figures["engine_checksum"] = engine_checksum(policy)
+    figures["strayed"] = strayed(policy, world)
     figures["resume"] = resume_difference(trainer, world, folder, samples)
     return figures
 
@@ -200,6 +204,23 @@ def entropy_difference(world: World) -> float:
 def engine_checksum(policy: Any) -> float:
     """Sum of squares over the full weights, after training."""
     return sum(float(weight.double().square().sum()) for weight in full_weights(policy).values())
+
+
+def strayed(policy: Policy, world: World) -> list[str]:
+    """Names of weights of which two ranks hold the same part in other bits, after training."""
+    listed = catalog(policy.model_config)
+    own = {
+        (name, listed[name].trainer_cut(policy.layout, world.rank)): sha256(
+            weight.detach().numpy()
+        ).hexdigest()
+        for name, weight in local_weights(policy).items()
+    }
+    of_ranks: list[Any] = [None] * world.size
+    dist.all_gather_object(of_ranks, own)
+    held = defaultdict(set)
+    for part, digest in (each for of_rank in of_ranks for each in of_rank.items()):
+        held[part].add(digest)
+    return sorted({name for (name, _), versions in held.items() if len(versions) > 1})
 
 
 def resume_difference(trainer: Trainer, world: World, folder: Path, samples: list[TrainSample]) -> float:

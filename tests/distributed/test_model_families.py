@@ -1,4 +1,5 @@
-"""Every model family under tensor, pipeline and expert parallelism: transformers' logits, and the same bits gathered again."""
+"""Every model family under tensor, pipeline and expert parallelism: transformers' logits, the same bits gathered again, and
+after an update the same bits on every rank that holds them."""
 
 from __future__ import annotations
 
@@ -18,6 +19,7 @@ def measure(folders: dict[str, Path], tensor: int, pipeline: int, expert: int = 
     for name, figures in zip(folders, json.loads(said), strict=True):
         assert figures["logits_difference"] <= 1e-4, name
         assert figures["other_tensors"] == 0, f"{name}: {figures['other_tensors']} tensors came back changed"
+        assert figures["strayed"] == [], f"{name}: ranks that hold the same part of a weight hold other bits"
 
 
 @pytest.mark.parametrize("tensor, pipeline", [(2, 1), (1, 2)], ids=["tp2", "pp2"])
