@@ -31,6 +31,7 @@ from megatron_npr.parallel import World, megatron_context, world_of
 from megatron_npr.policy import Policy, build_policy, load_policy_weights, local_weights
 from megatron_npr.reshard import full_weights
 from megatron_npr.resharding.catalog import catalog
+from megatron_npr.resharding.cuts import Cut
 from megatron_npr.trainer import Trainer
 from npr_ext import branch_layout
 from tests.training import TAGS, axes, branching_samples
@@ -208,13 +209,10 @@ def engine_checksum(policy: Any) -> float:
 
 def strayed(policy: Policy, world: World) -> list[str]:
     """Names of weights of which two ranks hold the same part in other bits, after training."""
-    listed = catalog(policy.model_config)
-    own = {
-        (name, listed[name].trainer_cut(policy.layout, world.rank)): sha256(
-            weight.detach().numpy()
-        ).hexdigest()
-        for name, weight in local_weights(policy).items()
-    }
+    listed, own = catalog(policy.model_config), {}
+    for name, weight in local_weights(policy).items():
+        cut, part, _ = listed[name].trainer_cut(policy.layout, world.rank)
+        own[name, 0 if cut is Cut.REPLICATED else part] = sha256(weight.detach().numpy()).hexdigest()
     of_ranks: list[Any] = [None] * world.size
     dist.all_gather_object(of_ranks, own)
     held = defaultdict(set)
