@@ -7,7 +7,7 @@ steps() yields the steps still to do, checkpoints between them, and stops cleanl
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -27,13 +27,14 @@ from megatron_npr.huggingface import export_model
 from megatron_npr.interrupt import stop_requests
 from megatron_npr.linears import describe, require_fp8
 from megatron_npr.memory_policy import TrainerMemory, rollout_memory
+from megatron_npr.monitor import mean
 from megatron_npr.policy import build_policy, load_policy_weights
 from megatron_npr.reshard import EngineWeights, full_weights
 from megatron_npr.resharding.exchange import Exchanged
 from megatron_npr.resumption import INPUTS, input_sums, settings_of
 from megatron_npr.run_folder import CHECKPOINTS
 from megatron_npr.session import Session, build_engine
-from megatron_npr.trainer import Trainer
+from megatron_npr.trainer import StepReport, Trainer
 from npr_engine.backend import Backend
 from npr_ext.errors import UserError
 
@@ -142,6 +143,12 @@ class Learner:
                 self.checkpoints.finish(wait=stopping or step + 1 == total)
                 if stopping and step + 1 < total:
                     raise KeyboardInterrupt
+
+    def balance(self, reports: Iterable[StepReport]) -> dict[str, float]:
+        """The metric of a step's updates that says how evenly experts are loaded; none where nothing balances them."""
+        if not self.trainer.balances_experts:
+            return {}
+        return {"load_balance": mean(report.load_balance for report in reports)}
 
     def export(self, target: Path) -> None:
         """Write the policy as a Hugging Face folder; collective."""
