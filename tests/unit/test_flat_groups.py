@@ -25,9 +25,11 @@ from megatron_npr.scoring import Scored
 from megatron_npr.sft import encode_response
 from megatron_npr.stage1 import overlong, reward, split_updates
 from megatron_npr.statistics import mean_with_interval, paired_difference
+from megatron_npr.verifier import Verdict
 from npr_engine.grammar import Grammar
 from npr_engine.rollout import Rollout
 from npr_engine.vocabulary import Vocabulary
+from npr_ext.violations import Violation
 
 OVERLONG = -float(Fraction(100, 4096))
 NOT_REPRESENTABLE = (-1.4, -0.4, 0.1, -0.6, 1 / 3, OVERLONG, 0.9755859375, -1e-3, 1e3)
@@ -79,7 +81,7 @@ def scored(group: int, num_tokens: int, form: float) -> Scored:
         constrained=False,
         weights_version=0,
     )
-    return Scored(rollout, group, valid=False, format=form, correct=False)
+    return Scored(rollout, group, Violation.NO_BLOCK, form, Verdict.WRONG)
 
 
 def stage1_config(*, dynamic_sampling: bool = True) -> Stage1Config:
