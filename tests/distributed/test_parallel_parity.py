@@ -143,8 +143,8 @@ def assert_equal_figures(name: str, measure: Measure) -> None:
         if key.endswith("log_probs"):
             for ours, theirs in zip(figures[key], expected, strict=True):
                 np.testing.assert_allclose(ours, theirs, atol=1e-5, err_msg=f"{name}: {key}")
-        elif key == "logits_difference":
-            assert figures[key] <= 1e-4, f"{name}: logits differ from transformers' by {figures[key]}"
+        elif key == "logits_error":
+            assert figures[key] <= 1, f"{name}: logits err {figures[key]} times as far as transformers' may"
         elif key == "entropy_difference":
             assert figures[key] <= 1e-12, f"{name}: entropy is off by {figures[key]}"
         elif key not in ("resume", "strayed"):

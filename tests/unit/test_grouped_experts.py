@@ -18,7 +18,6 @@ from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
-from transformers import AutoModelForCausalLM
 
 from megatron_npr import linears
 from megatron_npr.config import BatchSettings, OptimizerSettings
@@ -34,7 +33,9 @@ from megatron_npr.trainer import Trainer
 from megatron_npr.weights import global_name
 from npr_ext import branch_layout
 from tests.distributed.parity_worker import TAGS, branching_samples
+from tests.errors import assert_as_exact_as
 from tests.families import save_family
+from tests.transformers_logits import exact_logits, transformers_logits
 
 
 class GroupedLinear(torch.nn.Module):
@@ -107,8 +108,7 @@ def test_a_policy_of_grouped_experts_has_the_names_the_logits_and_the_bits_of_th
     layout = branch_layout(token_ids, tags=TAGS, prompt_lengths=4, branching=False).as_tensor()
     with torch.no_grad(), megatron_context():
         logits = policy.logits(token_ids[None], layout)[0]
-        expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(token_ids[None]).logits
-    assert float((logits - expected[0]).abs().max()) <= 1e-4
+    assert_as_exact_as(logits, transformers_logits(folder, token_ids), exact_logits(folder, token_ids))
     ours, theirs = export_tensors(full_weights(policy), config), load_file(folder / "model.safetensors")
     assert set(ours) == set(theirs)
     assert all(torch.equal(weight, theirs[name]) for name, weight in ours.items())
