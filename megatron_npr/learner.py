@@ -130,7 +130,7 @@ class Learner:
         if total < self.first_step:
             raise UserError(
                 f"these settings ask for {total} steps, the checkpoint in {self.session.run.dir} is of step {self.first_step}: "
-                f"give at least as many, or start in another run.dir"
+                "give at least as many, or start in another run.dir"
             )
         with stop_requests() as stop:
             for step in range(self.first_step, total):
