@@ -36,8 +36,7 @@ def test_a_used_folder_is_refused_on_every_rank_in_one_line(tmp_path: Path) -> N
     )
     assert done.returncode == 1
     assert (
-        done.stderr.count(f"npr: error: {tmp_path} holds a run of an unknown command (step 1, without")
-        == 1
+        done.stderr.count(f"npr: error: {tmp_path} holds a run of an unknown command (step 1, without") == 1
     )
     assert done.stderr.count("exitcode  : 2") >= 1
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 0}\n'
