@@ -337,6 +337,7 @@ def _run_serve(arguments: argparse.Namespace) -> int:
             name=arguments.served_model_name,
             constrain=not arguments.no_constrain,
             drain_seconds=arguments.drain_seconds,
+            ignore_unknown_fields=arguments.ignore_unknown_fields,
         )
     )
     return 0
@@ -363,6 +364,11 @@ def _serve_arguments(parser: argparse.ArgumentParser) -> None:
         "--no-constrain",
         action="store_true",
         help="branching responses may break the format unless asked not to",
+    )
+    parser.add_argument(
+        "--ignore-unknown-fields",
+        action="store_true",
+        help="of requests, with a line in the log (default: refused by name)",
     )
     parser.add_argument(
         "--drain-seconds", type=int, default=30, help="for responses in flight when it ends (default 30)"

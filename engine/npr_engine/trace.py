@@ -8,6 +8,7 @@ Nothing here knows the scheduler. A rollout's `branch_ids` cut it into trunk and
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -188,8 +189,9 @@ def _lonely_siblings(
             for segment, branch in zip(block, taken, strict=True)
             if len(branch)
         ]
+        branches_in = Counter(step for _, own in sampled for step in own)
         for segment, own in sampled:
-            if len(sampled) > 1 and not any(own & other for sibling, other in sampled if sibling != segment):
+            if len(sampled) > 1 and all(branches_in[step] == 1 for step in own):
                 yield (
                     f"siblings at token {segment.start}: branch {segment.branch} of {len(block)} decoded in steps"
                     f" {min(own)}..{max(own)}, none of them together with a sibling"

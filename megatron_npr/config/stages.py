@@ -71,6 +71,15 @@ class SampleConfig(StageConfig):
     sample: SampleSettings = SampleSettings()
     log: LogSettings = LogSettings()
 
+    @model_validator(mode="after")
+    def _one_response_a_trial(self) -> "SampleConfig":
+        if self.rollout.samples_per_prompt != 1:
+            raise ValueError(
+                f"rollout.samples_per_prompt {self.rollout.samples_per_prompt}: npr sample takes one response a problem and "
+                "try; leave it at 1 and set sample.trials"
+            )
+        return self
+
 
 class Stage2Config(StageConfig):
     """`npr stage2`: parallel supervised fine-tuning of the base model on those samples."""

@@ -68,3 +68,17 @@ def experts_spec(linears: LinearModules) -> ModuleSpec:
     mlp = MLPSubmodules(linear_fc1=column, linear_fc2=row, activation_func=linears.activation)
     experts = ModuleSpec(module=module, submodules=mlp)
     return ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=experts, router=Router))
+
+
+def mark_expert_weights(model: torch.nn.Module, config: TransformerConfig) -> None:
+    """Marks the weights of experts whose gradients are sums over another group of ranks than the other weights'.
+
+    Megatron marks them under expert parallelism alone. Under tensor parallelism, too, experts are whole and each rank has
+    tokens of its own: unmarked, every rank would train experts of its own.
+    """
+    if config.tensor_model_parallel_size == config.expert_tensor_parallel_size:
+        return
+    for layer in model.modules():
+        if isinstance(layer, MoELayer):
+            for weight in layer.experts.parameters():
+                weight.allreduce = False

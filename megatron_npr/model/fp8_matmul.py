@@ -1,4 +1,4 @@
-"""Matrix products in FP8 by torch._scaled_mm: every tensor is rounded under one scale of its own (current scaling).
+"""Matrix products in FP8: every tensor is rounded under one scale of its own (current scaling).
 
     x [R, C] ─► largest magnitude ─► scale ─► x / scale as e4m3 or e5m2, row-major, transposed or both ─► product
 
@@ -22,13 +22,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from npr_ext.ops.scaled_mm import ALIGNMENT, scaled_mm
+
 Fp8Format = Literal["hybrid", "e4m3"]
 
 FORWARD = torch.float8_e4m3fn
 GRADIENTS: dict[Fp8Format, torch.dtype] = {"hybrid": torch.float8_e5m2, "e4m3": torch.float8_e4m3fn}
 """Types of activations and weights, and of gradients. The library has no product of two e5m2 matrices; there is none here."""
 
-ALIGNMENT = 16  # of N and K, by torch._scaled_mm
 _SMALLEST = torch.finfo(torch.float32).tiny
 
 
@@ -108,14 +109,8 @@ def product(a: Scaled, b: Scaled, dtype: torch.dtype, *, fast: bool = False) -> 
     num_rows, num_columns = len(a.values), len(b.values)
     if not num_rows or not num_columns or not a.values.shape[1]:
         return a.values.new_zeros(num_rows, num_columns, dtype=dtype)
-    result = torch._scaled_mm(
-        _padded(a.values, rows=False),
-        _padded(b.values, rows=True).t(),
-        scale_a=a.scale,
-        scale_b=b.scale,
-        out_dtype=dtype,
-        use_fast_accum=fast,
-    )
+    left, right = _padded(a.values, rows=False), _padded(b.values, rows=True).t()
+    result = scaled_mm(left, right, a.scale, b.scale, dtype, fast=fast)
     return result[:, :num_columns].contiguous()
 
 

@@ -23,10 +23,10 @@ from torch import Tensor
 
 from megatron_npr.config import Fp8Settings
 from megatron_npr.model.fp8_linears import Fp8ColumnParallelLinear, Fp8RowParallelLinear, LinearConfig
-from megatron_npr.model.fp8_matmul import ALIGNMENT
 from megatron_npr.model.te_state import with_tensor_state
 from npr_ext.errors import UserError
 from npr_ext.ops import differentiable
+from npr_ext.ops.scaled_mm import ALIGNMENT
 
 
 def mark_sequence_parallel(weight: torch.nn.Parameter, config: TransformerConfig) -> None:

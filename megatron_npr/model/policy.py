@@ -26,7 +26,7 @@ from torch.nn import functional
 from megatron_npr.config import Fp8Settings, ParallelSettings, Recompute
 from megatron_npr.hf.huggingface import HuggingFaceWeights
 from megatron_npr.model.context_parallel import shard_bounds
-from megatron_npr.model.experts import Router
+from megatron_npr.model.experts import Router, mark_expert_weights
 from megatron_npr.model.fp8_linears import LinearConfig
 from megatron_npr.model.fp8_parameters import fill, plain_or_fp8
 from megatron_npr.model.layers import LayoutRotaryEmbedding, RMSNorm, layer_spec
@@ -389,7 +389,7 @@ def _build_chunk(
     stage = _virtual_stage(world, number)
     first = get_transformer_layer_offset(config, vp_stage=stage, pp_rank=world.pp_rank)
     layers = range(first, first + get_num_layers_to_build(config, stage))
-    return PolicyChunk(
+    chunk = PolicyChunk(
         model_config=model,
         world=world,
         unused_ids=unused_ids,
@@ -415,6 +415,8 @@ def _build_chunk(
         rotary_base=model.rope_theta,
         vp_stage=stage,
     )
+    mark_expert_weights(chunk, config)
+    return chunk
 
 
 def _virtual_stage(world: World, number: int) -> int | None:

@@ -1,6 +1,6 @@
 """Is an answer right? math-verify decides, in worker processes of its own, with a time-out that kills.
 
-(answer, gold) ──► cache ──► equal text, whole numbers ──► worker process: math-verify ──► Verdict
+(answer, gold) ──► cache ──► equal text, whole numbers, far too long ──► worker process: math-verify ──► Verdict
 """
 
 from __future__ import annotations
@@ -11,12 +11,19 @@ import re
 import selectors
 import subprocess
 import sys
+from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from enum import IntEnum
 from queue import SimpleQueue
 from types import TracebackType
 from typing import Self, TypeAlias
+
+MOST_CHARACTERS = 4096
+"""That an answer may be longer than the gold one: math-verify reads 10,000 letters in 3 s, and the text is a model's."""
+
+REMEMBERED = 1 << 14
+"""Claims whose verdicts are kept; in the worst case, all as long as they may be, 130 MB."""
 
 _WHOLE_NUMBERS = re.compile(r"0|-?[1-9]\d*|\((?:0|[1-9]\d*)(?:,(?:0|[1-9]\d*))+\)")
 
@@ -51,7 +58,7 @@ class Verifier:
     ) -> None:
         self._timeout = timeout_seconds
         self._compare_whole_numbers = compare_whole_numbers
-        self._verdicts: dict[Claim, Verdict] = {}
+        self._remembered: OrderedDict[Claim, Verdict] = OrderedDict()  # the latest asked for last
         self._threads = ThreadPoolExecutor(num_workers)
         self._idle: SimpleQueue[_Worker] = SimpleQueue()
         for _ in range(num_workers):
@@ -77,23 +84,28 @@ class Verifier:
 
     def judge(self, claims: Sequence[Claim]) -> list[Verdict]:
         """The verdict on every claim, each different one decided once."""
-        open_claims = [claim for claim in dict.fromkeys(claims) if not self._decide(claim)]
-        for claim, verdict in zip(open_claims, self._threads.map(self._ask, open_claims), strict=True):
-            self._verdicts[claim] = verdict
-        return [self._verdicts[claim] for claim in claims]
+        different = dict.fromkeys(claims)
+        decided = {claim: verdict for claim in different if (verdict := self._decide(claim)) is not None}
+        open_claims = [claim for claim in different if claim not in decided]
+        asked = dict(zip(open_claims, self._threads.map(self._ask, open_claims), strict=True))
+        self._remembered |= asked
+        while len(self._remembered) > REMEMBERED:
+            self._remembered.popitem(last=False)
+        verdicts = decided | asked
+        return [verdicts[claim] for claim in claims]
 
-    def _decide(self, claim: Claim) -> bool:
-        """Files the verdict where it needs no algebra; False where it does."""
-        if claim in self._verdicts:
-            return True
+    def _decide(self, claim: Claim) -> Verdict | None:
+        """The verdict where it is known or needs no algebra."""
+        if claim in self._remembered:
+            self._remembered.move_to_end(claim)
+            return self._remembered[claim]
         answer, gold = (text.strip() if text else "" for text in claim)
         if not answer or answer == gold:
-            self._verdicts[claim] = Verdict(bool(answer))
-            return True
-        if self._compare_whole_numbers and all(_WHOLE_NUMBERS.fullmatch(text) for text in (answer, gold)):
-            self._verdicts[claim] = Verdict.WRONG
-            return True
-        return False
+            return Verdict(bool(answer))
+        whole_numbers = self._compare_whole_numbers and all(map(_WHOLE_NUMBERS.fullmatch, (answer, gold)))
+        if whole_numbers or len(answer) > len(gold) + MOST_CHARACTERS:
+            return Verdict.WRONG
+        return None
 
     def _ask(self, claim: Claim) -> Verdict:
         """A worker's verdict. One that dies is replaced and asked once more: another process may have taken its memory, or the

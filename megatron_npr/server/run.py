@@ -44,6 +44,7 @@ class ServeOptions:
     name: str | None
     constrain: bool
     drain_seconds: int
+    ignore_unknown_fields: bool = False
 
 
 def serve(options: ServeOptions) -> None:
@@ -62,7 +63,9 @@ def serve(options: ServeOptions) -> None:
                 file=sys.stderr,
                 flush=True,
             )
-        settings = Settings(limit, options.api_key, options.constrain)
+        settings = Settings(
+            limit, options.api_key, options.constrain, ignore_unknown_fields=options.ignore_unknown_fields
+        )
         service = AsyncEngine(model.engine, options.max_in_flight)
         try:
             config = uvicorn.Config(

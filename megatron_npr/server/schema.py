@@ -3,7 +3,7 @@ client which sends them is served, and one that means them is told."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -109,12 +109,21 @@ class TextPart(_Strict):
     text: str
 
 
+Nothing: TypeAlias = Annotated[list[Any], Field(max_length=0)] | None
+
+
 class Message(_Strict):
-    """Of a conversation."""
+    """Of a conversation. OpenAI's client writes all fields of a reply, so that it can be sent back as it is."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
     name: str | None = Field(None, description="taken, not used")
+
+    refusal: Literal[""] | None = Field(None, description="not supported")
+    audio: None = Field(None, description="not supported")
+    function_call: None = Field(None, description="not supported")
+    tool_calls: Nothing = Field(None, description="not supported")
+    annotations: Nothing = Field(None, description="not supported")
 
     @property
     def text(self) -> str:

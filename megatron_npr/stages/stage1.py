@@ -82,6 +82,7 @@ def run(config: Stage1Config) -> None:
                     train_seconds=sum(report.seconds for report in reports),
                     imbalance=mean(report.imbalance for report in reports),
                     lr=learner.trainer.lr,
+                    **learner.balance(reports),
                     rollout_memory_gb=rollout_peak.gb,
                     train_memory_gb=train_peak.gb,
                 )

@@ -47,11 +47,13 @@ def run(config: Stage2Config) -> None:
                 step,
                 tokens=report.num_tokens,
                 shown=("loss",),
+                shares={},
                 loss=report.loss,
                 grad_norm=report.grad_norm,
                 train_seconds=report.seconds,
                 imbalance=report.imbalance,
                 lr=report.lr,
+                **learner.balance([report]),
             )
     learner.export(config.run.dir / "model")
 

@@ -88,6 +88,7 @@ def run(config: Stage3Config) -> None:
                     train_seconds=report.seconds if report else 0.0,
                     imbalance=report.imbalance if report else float("nan"),
                     lr=learner.trainer.lr,
+                    **learner.balance([report] if report else []),
                     rollout_memory_gb=rollout_peak.gb,
                     train_memory_gb=train_peak.gb,
                 )

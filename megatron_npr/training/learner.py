@@ -7,7 +7,7 @@ steps() yields the steps still to do, checkpoints between them, and stops cleanl
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from megatron_npr.config import (
 from megatron_npr.hf.huggingface import export_model
 from megatron_npr.model.linears import describe, require_fp8
 from megatron_npr.model.policy import build_policy, load_policy_weights
+from megatron_npr.monitoring.monitor import mean
 from megatron_npr.rollout.engine_groups import engine_layout
 from megatron_npr.training.checkpoint import Checkpoints
 from megatron_npr.training.engine_weights import EngineWeights, full_weights
@@ -32,7 +33,7 @@ from megatron_npr.training.offload import TrainerMemory, rollout_memory
 from megatron_npr.training.resumption import INPUTS, input_sums, settings_of
 from megatron_npr.training.run_folder import CHECKPOINTS
 from megatron_npr.training.session import Session, build_engine
-from megatron_npr.training.trainer import Trainer
+from megatron_npr.training.trainer import StepReport, Trainer
 from megatron_npr.weight_sync.exchange import Exchanged
 from npr_engine.backend import Backend
 from npr_ext.errors import UserError
@@ -129,7 +130,7 @@ class Learner:
         if total < self.first_step:
             raise UserError(
                 f"these settings ask for {total} steps, the checkpoint in {self.session.run.dir} is of step {self.first_step}: "
-                f"give at least as many, or start in another run.dir"
+                "give at least as many, or start in another run.dir"
             )
         with stop_requests() as stop:
             for step in range(self.first_step, total):
@@ -142,6 +143,12 @@ class Learner:
                 self.checkpoints.finish(wait=stopping or step + 1 == total)
                 if stopping and step + 1 < total:
                     raise KeyboardInterrupt
+
+    def balance(self, reports: Iterable[StepReport]) -> dict[str, float]:
+        """The metric of a step's updates that says how evenly experts are loaded; none where nothing balances them."""
+        if not self.trainer.balances_experts:
+            return {}
+        return {"load_balance": mean(report.load_balance for report in reports)}
 
     def export(self, target: Path) -> None:
         """Write the policy as a Hugging Face folder; collective."""

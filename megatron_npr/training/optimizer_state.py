@@ -85,8 +85,9 @@ def allocate_optimizer_state(optimizer: MegatronOptimizer) -> None:
 def regrouped_state(loaded: dict[Any, Any], optimizer: MegatronOptimizer) -> dict[Any, Any]:
     """A loaded optimizer state for as many optimizers as this layout has.
 
-    Megatron keeps experts in an optimizer of their own under expert parallelism and in the common one without. Their tensors
-    are found by name either way; steps and groups are saved an optimizer, and are the same for both.
+    Experts are in an optimizer of their own where their gradients have a group of their own (under expert or tensor
+    parallelism), else in the common one. Their tensors are found by name either way; steps and groups are saved an optimizer,
+    and are the same for both.
     """
     parts = optimizer.chained_optimizers
     saved = [loaded[key] for key in (0, 1) if "optimizer" in loaded.get(key, {})] or [loaded]

@@ -117,7 +117,7 @@ class FoundRun:
             state = f"step {self.last_step + 1}, without a checkpoint"
         else:
             state = "something to lose" if self.has_work else "no step yet"
-        return f"{self.folder} holds a run of {self.mark.command or 'another program version'} ({state})"
+        return f"{self.folder} holds a run of {self.mark.command or 'an unknown command'} ({state})"
 
 
 def claim(config: StageConfig) -> bool:

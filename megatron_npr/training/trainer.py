@@ -179,6 +179,11 @@ class Trainer:
         """Learning rate of the latest update."""
         return float(max(group["lr"] for group in self.optimizer.param_groups))
 
+    @property
+    def balances_experts(self) -> bool:
+        """Whether there are experts, and a loss that keeps them evenly loaded."""
+        return bool(self.policy.config.moe_aux_loss_coeff)
+
     def pack(self, samples: Sequence[TrainSample], *, branching: bool) -> RankRows:
         """This rank's rows, with the targets that it computes; every data-parallel rank gets equally many (the last may be
         all padding) and nearly as many attended pairs."""
@@ -244,8 +249,7 @@ class Trainer:
         """Within it, backward passes of these rows add the gradient of the loss that balances the load of experts. Its mean
         over the layers; NaN where it is not asked for."""
         routers = self.policy.routers
-        coefficient = self.policy.config.moe_aux_loss_coeff
-        if not coefficient:
+        if not self.balances_experts:
             yield math.nan
             return
         self._count_load(rows, routers)
@@ -256,7 +260,7 @@ class Trainer:
         dist.all_reduce(targets, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
         dist.all_reduce(losses, group=self.world.pp_group)
         for router in routers:  # the sum over tokens is divided by all targets in the end
-            router.load_weight = coefficient * (int(targets) + idle_targets)
+            router.load_weight = self.policy.config.moe_aux_loss_coeff * (int(targets) + idle_targets)
         try:
             yield float(losses) / self.policy.config.num_layers
         finally:

@@ -22,7 +22,7 @@ class Layout:
     """A world of processes and its [parallel] table; what the table leaves is data parallelism."""
 
     processes: int
-    parallel: dict[str, int]
+    parallel: dict[str, int | bool]
 
 
 ONE = Layout(1, {})
@@ -31,6 +31,7 @@ TP2 = Layout(2, {"tp": 2})
 PP2 = Layout(2, {"pp": 2})
 CP2 = Layout(2, {"cp": 2})
 EP2 = Layout(2, {"ep": 2})
+TP2_SP = Layout(2, {"tp": 2, "sequence_parallel": True})
 TP2_PP2 = Layout(4, {"tp": 2, "pp": 2})
 PP2_VPP2 = Layout(2, {"pp": 2, "vpp": 2})
 
@@ -53,7 +54,8 @@ SLOW_CASES = {
     "interleaved stages to one process, pp2, tp2 and dp2": Case("qwen3 tied", PP2_VPP2, (ONE, PP2, TP2, DP2)),
     "pp2 to interleaved stages": Case("qwen3 untied", PP2, (PP2_VPP2,)),
     "experts, ep2 to one process, pp2 and ep2": Case("qwen3_moe", EP2, (ONE, PP2, EP2)),
-    "experts, one process to ep2": Case("qwen3_moe", ONE, (EP2,)),
+    "experts, one process to ep2 and tp2": Case("qwen3_moe", ONE, (EP2, TP2_SP)),
+    "experts, tp2 to one process, ep2 and tp2": Case("qwen3_moe", TP2_SP, (ONE, EP2, TP2_SP)),
 }
 
 

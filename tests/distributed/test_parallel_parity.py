@@ -60,6 +60,19 @@ SLOW_LAYOUTS = {
     "tp2 x ep2 with sequence parallelism": Case(
         2, {"tp": 2, "ep": 2, "sequence_parallel": True}, model="moe"
     ),
+    "experts under tp2 with sequence parallelism": Case(2, {"tp": 2, "sequence_parallel": True}, model="moe"),
+    "experts under pp2 x tp2 with sequence parallelism": Case(
+        4, {"pp": 2, "tp": 2, "sequence_parallel": True}, model="moe"
+    ),
+    "experts under tp2 x dp2 with sequence parallelism and overlap": Case(
+        4, {"tp": 2, "sequence_parallel": True}, model="moe", overlap=True
+    ),
+    "experts under tp2 x cp2 with sequence parallelism": Case(
+        4, {"tp": 2, "cp": 2, "sequence_parallel": True}, model="moe"
+    ),
+    "pp2 x tp2 x ep2 with sequence parallelism": Case(
+        4, {"pp": 2, "tp": 2, "ep": 2, "sequence_parallel": True}, model="moe"
+    ),
     "experts under dp2": Case(2, {}, model="moe"),
     "experts under pp2 x vpp2": Case(2, {"pp": 2, "vpp": 2}, model="moe"),
     "cp2 x ep2": Case(2, {"cp": 2, "ep": 2}, model="moe"),
@@ -125,15 +138,16 @@ def measure(folders: dict[str, Path]) -> Measure:
 def assert_equal_figures(name: str, measure: Measure) -> None:
     reference, figures = measure(REFERENCES[CASES[name].model]), measure(name)
     assert figures["resume"] == 0.0, "a resumed run equals the uninterrupted one bit for bit"
+    assert figures["strayed"] == [], "ranks that hold the same part of a weight hold the same bits"
     for key, expected in reference.items():
         if key.endswith("log_probs"):
             for ours, theirs in zip(figures[key], expected, strict=True):
                 np.testing.assert_allclose(ours, theirs, atol=1e-5, err_msg=f"{name}: {key}")
-        elif key == "logits_difference":
-            assert figures[key] <= 1e-4, f"{name}: logits differ from transformers' by {figures[key]}"
+        elif key == "logits_error":
+            assert figures[key] <= 1, f"{name}: logits err {figures[key]} times as far as transformers' may"
         elif key == "entropy_difference":
             assert figures[key] <= 1e-12, f"{name}: entropy is off by {figures[key]}"
-        elif key != "resume":
+        elif key not in ("resume", "strayed"):
             np.testing.assert_allclose(figures[key], expected, rtol=1e-5, err_msg=f"{name}: {key}")
 
 

@@ -13,8 +13,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.distributed.workers.reshard import GROWTH
+from tests.support.errors import allowed_error
 from tests.support.families import save_family
 from tests.support.launch import run_worker
+from tests.support.transformers_logits import exact_logits, transformers_logits
 
 
 def case(engine_tp: int, engine_ep: int = 1, *, fp8: bool = False, **parallel: int | bool) -> dict[str, Any]:
@@ -61,15 +63,18 @@ def everything(experts: bool) -> dict[str, dict[str, Any]]:
 
 
 def expected_logits(folder: Path) -> None:
-    """Writes folder/expected.pt: token ids, transformers' logits, and the logits of the grown weights."""
+    """Writes folder/expected.pt: token ids; the exact logits and what an engine's may err, of these and of grown weights."""
     token_ids = torch.from_numpy(np.random.default_rng(1).integers(0, 97, 40))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
-        before = model(token_ids[None]).logits[0]
         for weight in model.parameters():
             weight.mul_(GROWTH)
-        after = model(token_ids[None]).logits[0]
-    torch.save((token_ids, before, after), folder / "expected.pt")
+    model.save_pretrained(folder / "grown")
+    truths = []
+    for each in (folder, folder / "grown"):
+        exact = exact_logits(each, token_ids)
+        truths.append((exact, allowed_error(transformers_logits(each, token_ids), exact)))
+    torch.save((token_ids, *truths), folder / "expected.pt")
 
 
 def walk(cases: dict[str, dict[str, Any]], processes: int, folder: Path) -> dict[str, dict[str, Any]]:
@@ -82,7 +87,7 @@ def walk(cases: dict[str, dict[str, Any]], processes: int, folder: Path) -> dict
 def check(figures: dict[str, dict[str, Any]]) -> None:
     for name, found in figures.items():
         assert found["fp8_difference"] == 0.0 and found["moved_in_fp8"] <= 0.45 * found["moved"], name
-        assert max(found["errors"]) <= 1e-5, f"{name}: {found['errors']}"
+        assert max(found["errors"]) <= 1, f"{name}: {found['errors']}"
         if name.startswith("zero copy"):
             assert found["moved"] == 0 and found["in_place"] > 0, name
         else:

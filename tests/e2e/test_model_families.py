@@ -27,8 +27,10 @@ from npr_engine.model.transformer import InferenceModel
 from npr_engine.sampling import SamplingParams
 from npr_ext import branch_layout
 from tests.support.engine_logits import engine_logits
+from tests.support.errors import assert_as_exact_as, assert_log_probs_as_exact_as
 from tests.support.families import FAMILIES, save_family
 from tests.support.training import TAGS
+from tests.support.transformers_logits import exact_logits, transformers_logits
 
 PROMPT = "Write 3 numbers below 1024 and café names:\n\n1. "
 
@@ -50,49 +52,35 @@ def token_ids(folder: Path) -> Tensor:
 @pytest.fixture(scope="module")
 def expected(folder: Path, token_ids: Tensor) -> Tensor:
     """transformers' logits, float32."""
-    with torch.no_grad():
-        logits: Tensor = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(
-            token_ids[None]
-        ).logits[0]
-    return logits
+    return transformers_logits(folder, token_ids)
 
 
 @pytest.fixture(scope="module")
-def their_rounding(folder: Path, token_ids: Tensor, expected: Tensor) -> float:
-    """How far transformers' float32 logits are from its float64 ones: up to 1e-4 of SmolLM2's, 1e-6 of the small models'."""
-    with torch.no_grad():
-        theirs = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float64, experts_implementation="eager"
-        )
-        exact = theirs(token_ids[None]).logits[0]
-    return float((expected - exact).abs().max())
+def exact(folder: Path, token_ids: Tensor) -> Tensor:
+    """The same in float64."""
+    return exact_logits(folder, token_ids)
 
 
-def test_the_engines_logits_are_transformers_own(
-    folder: Path, token_ids: Tensor, expected: Tensor, their_rounding: float, world: World
+def test_the_engines_logits_are_as_exact_as_transformers(
+    folder: Path, token_ids: Tensor, expected: Tensor, exact: Tensor, world: World
 ) -> None:
-    """Within 1e-4 and what float32 takes from transformers itself."""
     config = read_model_config(folder)
     model = InferenceModel(config, read_shards(folder, config, world, torch.float32))
-    assert float((engine_logits(model, token_ids) - expected).abs().max()) <= 1e-4 + their_rounding
+    assert_as_exact_as(engine_logits(model, token_ids), expected, exact)
 
 
-def test_the_engine_in_float64_differs_from_transformers_only_by_rounding(
-    folder: Path, token_ids: Tensor, world: World
+def test_the_engine_in_float64_computes_no_more_than_positions_in_float32(
+    folder: Path, token_ids: Tensor, exact: Tensor, world: World
 ) -> None:
+    """As transformers' own float64 model, whose norms are float32, too."""
     config = read_model_config(folder)
     model = InferenceModel(config, read_shards(folder, config, world, torch.float64))
-    with torch.no_grad():
-        theirs = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float64, experts_implementation="eager"
-        )
-        exact = theirs(token_ids[None]).logits[0]
-    # transformers computes the angles of RoPE and the norms in float32 whatever the model's type
-    assert float((engine_logits(model, token_ids) - exact).abs().max()) <= 1e-4
+    theirs = transformers_logits(folder, token_ids, torch.float64)
+    assert_as_exact_as(engine_logits(model, token_ids), theirs, exact)
 
 
-def test_the_policys_logits_and_log_probs_are_transformers_own_and_its_weights_come_back_bit_for_bit(
-    folder: Path, token_ids: Tensor, expected: Tensor, world: World, tmp_path: Path
+def test_the_policys_logits_and_log_probs_are_as_exact_as_transformers_and_its_weights_come_back_bit_for_bit(
+    folder: Path, token_ids: Tensor, expected: Tensor, exact: Tensor, world: World, tmp_path: Path
 ) -> None:
     config = read_model_config(folder)
     policy = build_policy(config, world).eval()
@@ -102,24 +90,24 @@ def test_the_policys_logits_and_log_probs_are_transformers_own_and_its_weights_c
     runtime = megatron_context() if config.num_experts else contextlib.nullcontext()
     with torch.no_grad(), runtime:
         logits = policy.logits(token_ids[None], layout)[0]
-    assert float((logits - expected).abs().max()) <= 1e-4
+    assert_as_exact_as(logits, expected, exact)
     targets = torch.arange(4, len(token_ids))
     with torch.no_grad(), megatron_context():
         (found,) = policy.chunks[0](
             token_ids[None], layout[:1], layout, labels=token_ids[None], loss_mask=targets
         )
-    wanted = expected.log_softmax(-1)[targets - 1, token_ids[targets]]
-    torch.testing.assert_close(found, wanted, rtol=0, atol=2e-4)
+    truth = exact.log_softmax(-1)[targets - 1, token_ids[targets]]
+    assert_log_probs_as_exact_as(found, truth, expected, exact)
     export_model(full_weights(policy), config, folder, tmp_path / "again")
-    ours, theirs = (load_file(place / "model.safetensors") for place in (tmp_path / "again", folder))
-    assert set(ours) == set(theirs)
-    for name, weight in ours.items():
-        assert weight.dtype == theirs[name].dtype and torch.equal(weight, theirs[name]), name
+    again, before = (load_file(place / "model.safetensors") for place in (tmp_path / "again", folder))
+    assert set(again) == set(before)
+    for name, weight in again.items():
+        assert weight.dtype == before[name].dtype and torch.equal(weight, before[name]), name
     assert read_model_config(tmp_path / "again") == config
 
 
-def test_trained_log_probs_are_transformers_own(
-    folder: Path, token_ids: Tensor, expected: Tensor, world: World
+def test_trained_log_probs_are_as_exact_as_transformers(
+    folder: Path, token_ids: Tensor, expected: Tensor, exact: Tensor, world: World
 ) -> None:
     policy = build_policy(read_model_config(folder), world)
     load_policy_weights(policy, folder)
@@ -140,8 +128,8 @@ def test_trained_log_probs_are_transformers_own(
         np.zeros(len(response), np.float32),
     )
     (ours,) = trainer.log_probs([sample], branching=False)
-    theirs = expected[3:-1].log_softmax(-1).gather(1, token_ids[4:, None])[:, 0]
-    np.testing.assert_allclose(ours, theirs.numpy(), atol=1e-4)
+    truth = exact[3:-1].log_softmax(-1).gather(1, token_ids[4:, None])[:, 0]
+    assert_log_probs_as_exact_as(ours, truth, expected, exact)
 
 
 def test_smollm2_greedily_continues_as_transformers_does(smollm2: Path, world: World) -> None:

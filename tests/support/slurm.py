@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-NEEDED = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol", "scancel", "squeue")
+NEEDED = ("setpriv", "slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol", "scancel", "squeue")
 SECONDS = 120.0
 """What a wait may take."""
 
@@ -135,6 +135,7 @@ def _munge_files(folder: Path) -> list[str]:
 def _start(running: contextlib.ExitStack, folder: Path, *words: str) -> None:
     log = running.enter_context((folder / f"{words[0]}-{Path(words[-1]).name}.out").open("w"))
     environment = {**os.environ, "PATH": _path()}
+    words = ("setpriv", "--pdeathsig", "TERM", *words)  # nobody runs on for tests that were killed
     process = subprocess.Popen(words, stdout=log, stderr=log, env=environment, start_new_session=True)
     running.callback(process.wait)
     running.callback(process.terminate)

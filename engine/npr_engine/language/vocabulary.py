@@ -166,14 +166,16 @@ class Vocabulary:
     def _encode_by_pieces(self, text: str) -> list[int]:
         """Without a tokenizer: the longest known piece first."""
         ids: list[int] = []
-        rest = text.encode()
+        encoded, start = text.encode(), 0
         known = {p: t for t, p in reversed(list(enumerate(self.pieces))) if p and t not in self._structural}
-        while rest:
-            length = next((n for n in range(len(rest), 0, -1) if rest[:n] in known), 0)
-            if length == 0:
+        longest = max(map(len, known), default=0)
+        while start < len(encoded):
+            fitting = (encoded[start:end] for end in range(start + longest, start, -1))
+            piece = next((piece for piece in fitting if piece in known), None)
+            if piece is None:
                 raise UserError(f"the vocabulary has no piece for {text!r}, which the engine must write")
-            ids.append(known[rest[:length]])
-            rest = rest[length:]
+            ids.append(known[piece])
+            start += len(piece)
         return ids
 
 

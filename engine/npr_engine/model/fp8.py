@@ -1,7 +1,7 @@
 """Weights in FP8 (e4m3): half the bytes that a decode step reads.
 
     weight [D, C] ─► a scale for each output channel ─► e4m3          x [T, C] ─► a scale for each token ─► e4m3
-                                            └──────── torch._scaled_mm ────────┘ ─► [T, D]
+                                            └────── npr_ext.ops.scaled_mm.scaled_mm ─────┘ ─► [T, D]
 
 Per-channel weight scales and per-token activation scales, amax / 448 (Micikevicius et al. 2022; as vLLM and TensorRT-LLM do).
 On a CPU the same numbers are multiplied in float32: what it yields is what a GPU yields, up to the order of summation.
@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from npr_ext.ops.scaled_mm import scaled_mm
+
 FP8 = torch.float8_e4m3fn
 LARGEST = 448.0
-ALIGNMENT = 16  # of both dimensions of a weight, by torch._scaled_mm
 PROJECTIONS = ("linear_qkv.weight", "linear_proj.weight", "linear_fc1.weight", "linear_fc2.weight")
 """Ends of the names of the weights that an engine in FP8 holds so; norms, biases, routers and vocabularies stay."""
 
@@ -87,7 +88,8 @@ def to_fp8(rows_RC: Tensor, scales_R: Tensor) -> Tensor:
 
 def fp8_linear(x_TC: Tensor, weight: Fp8Weight, bias_D: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias in x's type, [T, D]."""
-    if x_TC.is_cuda and len(x_TC):
+    on_gpu = x_TC.is_cuda and len(x_TC) > 0
+    if on_gpu:
         from npr_ext.triton import (
             paged as triton_kernels,  # there wherever torch was built for CUDA, and only there
         )
@@ -95,15 +97,13 @@ def fp8_linear(x_TC: Tensor, weight: Fp8Weight, bias_D: Tensor | None = None) ->
         # The definition in one launch. Weights keep to the definition itself, so that those which were quantised on their
         # way to the engine are its own to the bit.
         x_values_TC, x_scales_T = triton_kernels.quantise(x_TC, FP8, LARGEST)
-        product_TD = torch._scaled_mm(
-            x_values_TC,
-            weight.values_DC.t(),
-            scale_a=x_scales_T[:, None],
-            scale_b=weight.scales_D[None, :],
-            out_dtype=torch.bfloat16,
-        ).to(x_TC.dtype)
     else:
         x_values_TC, x_scales_T = quantise(x_TC)
-        exact_TD = x_values_TC.float() @ weight.values_DC.float().t()
-        product_TD = (exact_TD * x_scales_T[:, None] * weight.scales_D).to(x_TC.dtype)
+    product_TD = scaled_mm(
+        x_values_TC,
+        weight.values_DC.t(),
+        x_scales_T[:, None],
+        weight.scales_D[None, :],
+        torch.bfloat16 if on_gpu else x_TC.dtype,
+    ).to(x_TC.dtype)
     return product_TD if bias_D is None else product_TD + bias_D

@@ -19,11 +19,12 @@ from torch.distributed import ProcessGroup
 
 from npr_engine.model.architecture import ModelConfig as ModelConfig
 from npr_engine.model.experts import ExpertRanks, Experts, FeedForward, feed_forward, mixture
-from npr_engine.model.fp8 import ALIGNMENT, Fp8Weight
+from npr_engine.model.fp8 import Fp8Weight
 from npr_engine.model.linear import Weight, linear
 from npr_engine.model.rotary import Rotary
 from npr_ext import add_rms_norm, paged_attention, rms_norm, split_heads
 from npr_ext.errors import UserError
+from npr_ext.ops.scaled_mm import ALIGNMENT
 
 
 @dataclass(frozen=True)

@@ -7,21 +7,18 @@ A reader whose time grows with its text takes twice as long for twice as much (`
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from functools import partial
 
-import numpy as np
-
+from megatron_npr.bench.cpu.text_readers import READERS, Tools
+from megatron_npr.data.prompts import PromptEncoder
 from megatron_npr.data.sft_encoding import encode_response
 from megatron_npr.data.synthetic_tokenizer import demo_tokenizer
-from megatron_npr.rl.rewards import format_reward
-from megatron_npr.server.text.transcript import Transcript
-from npr_engine.language.boxed import last_boxed
+from megatron_npr.rl.verifier import Verifier
 from npr_engine.language.grammar import Grammar
 from npr_engine.language.vocabulary import Vocabulary
-from npr_engine.scheduler.streaming import TokenEvent
 
 MEGABYTE = 1 << 20
 BLOCK = "<guideline>\n<plan>1: a</plan>\n</guideline>\n<step>\n1: b\n</step>\n<takeaway>\nc\n</takeaway>\n"
@@ -36,16 +33,16 @@ HOSTILE = {
     "newlines": "\n",
     "almost a tag": "<step",
     "almost a stop": "ENDEN",
+    "the beginning of a stop": "N",
     "blocks": BLOCK,
     "plans": "<plan>1: a</plan>\n",
     "guidelines": "<guideline>\n",
 }
-STOPS = ("ENDEND!", "N" * 256)
 
 
 @dataclass(frozen=True)
 class ReadingCost:
-    """Seconds of one reader for one kind of text, at half of `num_bytes` and at all of them."""
+    """Seconds of processor time of one reader for one kind of text, at half of `num_bytes` and at all of them."""
 
     reader: str
     text: str
@@ -58,14 +55,14 @@ class ReadingCost:
         return self.seconds / self.seconds_of_half
 
 
-def measure(num_bytes: int = MEGABYTE) -> dict[str, object]:
+def measure(num_bytes: int = MEGABYTE, kinds: Mapping[str, str] = HOSTILE) -> dict[str, object]:
     """Every reader of every kind of text."""
-    grammar = Grammar(Vocabulary.from_tokenizer(demo_tokenizer()))
-    costs = [
-        cost_of(grammar, reader, name, unit, num_bytes)
-        for reader in READERS
-        for name, unit in HOSTILE.items()
-    ]
+    with tools(num_bytes) as read_with:
+        costs = [
+            cost_of(read_with, reader, name, unit, num_bytes)
+            for reader in READERS
+            for name, unit in kinds.items()
+        ]
     return {
         "largest_growth": max(cost.growth for cost in costs),
         "slowest_seconds": max(cost.seconds for cost in costs),
@@ -73,39 +70,31 @@ def measure(num_bytes: int = MEGABYTE) -> dict[str, object]:
     }
 
 
-def cost_of(grammar: Grammar, reader: str, name: str, unit: str, num_bytes: int) -> ReadingCost:
+@contextlib.contextmanager
+def tools(num_bytes: int) -> Iterator[Tools]:
+    """What reads texts of up to `num_bytes`."""
+    tokenizer = demo_tokenizer()
+    with Verifier(1) as verifier:
+        yield Tools(
+            Grammar(Vocabulary.from_tokenizer(tokenizer)),
+            PromptEncoder(tokenizer, "", max_prompt_tokens=num_bytes),
+            verifier,
+        )
+
+
+def cost_of(tools: Tools, reader: str, name: str, unit: str, num_bytes: int) -> ReadingCost:
     """Of one reader and one kind."""
-    unit_ids = encode_response(unit, grammar.vocabulary)[:-1].tolist()
 
     def seconds(size: int) -> float:
-        count = size // len(unit)
-        work = partial(READERS[reader], grammar, unit * count, unit_ids * count)
-        began = time.perf_counter()
-        work()
-        return time.perf_counter() - began
+        text, ids = content_of(tools, unit, size)
+        began = time.process_time()
+        READERS[reader](tools, text, ids)
+        return time.process_time() - began
 
     return ReadingCost(reader, name, num_bytes, seconds(num_bytes // 2), seconds(num_bytes))
 
 
-def _stream(grammar: Grammar, ids: Sequence[int], *, size: int, branch: int = 0) -> None:
-    """Events of `size` tokens each, as a served response brings them."""
-    transcript = Transcript(grammar.vocabulary, stops=STOPS)
-    for start in range(0, len(ids), size):
-        tokens = np.array(ids[start : start + size], np.int32)
-        count = len(tokens)
-        forced, logprobs = np.zeros(count, np.bool_), np.zeros(count, np.float32)
-        transcript.push(TokenEvent("bench", branch, tokens, forced, logprobs))
-    transcript.end()
-
-
-Reader = Callable[[Grammar, str, list[int]], object]
-READERS: dict[str, Reader] = {
-    "last_boxed": lambda grammar, text, ids: last_boxed(text),
-    "grammar.read": lambda grammar, text, ids: grammar.read(ids, require_block=True),
-    "format_reward": lambda grammar, text, ids: format_reward(grammar, ids),
-    "encode_response": lambda grammar, text, ids: encode_response(text, grammar.vocabulary),
-    "stream of tokens": lambda grammar, text, ids: _stream(grammar, ids, size=16),
-    "stream in one event": lambda grammar, text, ids: _stream(grammar, ids, size=len(ids)),
-    "stream of a later branch": lambda grammar, text, ids: _stream(grammar, ids, size=16, branch=2),
-}
-"""By name: takes the grammar, the text, and its token ids."""
+def content_of(tools: Tools, unit: str, num_bytes: int) -> tuple[str, list[int]]:
+    """As many units as fit, as text and as token ids."""
+    count = num_bytes // len(unit)
+    return unit * count, encode_response(unit, tools.grammar.vocabulary)[:-1].tolist() * count

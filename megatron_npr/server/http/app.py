@@ -8,6 +8,7 @@ import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from typing import TypeVar
 
 from pydantic import BaseModel
 from starlette.applications import Starlette
@@ -40,6 +41,7 @@ from npr_engine.async_engine import AsyncEngine
 from npr_engine.engine import Engine
 from npr_ext.errors import UserError
 
+Asked = TypeVar("Asked", bound=GenerationRequest)
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for completions
 
@@ -52,6 +54,7 @@ class Settings:
     api_key: str | None = None
     constrain: bool = True
     max_body_bytes: int = 1 << 20
+    ignore_unknown_fields: bool = False
 
 
 class Server:
@@ -66,7 +69,7 @@ class Server:
         self._metrics = metrics
 
     async def completions(self, request: Request) -> Response:
-        asked = await read_body(request, CompletionRequest, self._settings.max_body_bytes)
+        asked = await self._read(request, CompletionRequest)
         self._check_model(asked.model)
         prompts = await self._reader.completion(asked)
         default = min(COMPLETION_TOKENS, self._settings.max_tokens)
@@ -82,7 +85,7 @@ class Server:
         return await self._generate(request, asked, prompts, asked.max_tokens, rules, name, writer)
 
     async def chat(self, request: Request) -> Response:
-        asked = await read_body(request, ChatRequest, self._settings.max_body_bytes)
+        asked = await self._read(request, ChatRequest)
         self._check_model(asked.model)
         prompts = [await self._reader.chat(asked.messages)]
         rules = self._rules(default_max_tokens=self._settings.max_tokens, branching=True)
@@ -114,6 +117,11 @@ class Server:
 
     async def describe(self, request: Request) -> Response:
         return JSONResponse(openapi())
+
+    async def _read(self, request: Request, model: type[Asked]) -> Asked:
+        settings = self._settings
+        ignore = settings.ignore_unknown_fields
+        return await read_body(request, model, settings.max_body_bytes, ignore_unknown=ignore)
 
     def _check_model(self, name: str | None) -> None:
         if name is not None and name != self._model.name:

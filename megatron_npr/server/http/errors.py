@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -13,6 +13,7 @@ from npr_engine.async_engine import ClosedError, OverloadedError
 from npr_ext.errors import UserError
 
 CLIENT_LEFT = 499
+NAME = 64  # characters of an unknown field's name that an answer repeats
 _TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 
 
@@ -68,19 +69,38 @@ def from_user_error(error: UserError) -> ApiError:
 
 
 def from_validation(error: ValidationError) -> ApiError:
-    """The first field that is wrong, with all that it could have been."""
+    """The first field that is wrong, with all that it could have been; a field or a choice that does not exist, by its path."""
     found = error.errors(include_url=False, include_context=True)
     if found[0]["type"] == "json_invalid":
         return ApiError(400, f"the body is not valid JSON: {found[0]['ctx']['error']}", code="invalid_json")
-    field = _field(found[0])
-    reasons = dict.fromkeys(_reason(entry) for entry in found if _field(entry) == field)
+    for entry in found:
+        if entry["type"] in ("extra_forbidden", "literal_error") and len(places := _places(entry)) > 1:
+            path = path_of(places)
+            return ApiError(400, f"{path}: {_reason(entry)}", param=path)
+    field = path_of(_places(found[0])[:1]) or None
+    reasons = dict.fromkeys(_reason(entry) for entry in found if entry["loc"][:1] == found[0]["loc"][:1])
     if len(reasons) > 1 and field in SHAPES:  # one of several types, and none fits
         reasons = {f"must be {SHAPES[field]}": None}
     return ApiError(400, f"{field or 'body'}: {', '.join(reasons)}", param=field)
 
 
-def _field(entry: ErrorDetails) -> str | None:
-    return str(entry["loc"][0]) if entry["loc"] else None
+def unknown_fields(error: ValidationError) -> list[list[int | str]]:
+    """Where the body has fields that it may not have: keys and indices from its root."""
+    found = error.errors(include_url=False, include_context=False, include_input=False)
+    return [_places(entry) for entry in found if entry["type"] == "extra_forbidden"]
+
+
+def _places(entry: ErrorDetails) -> list[int | str]:
+    """Keys and indices that lead to it; unions put the names of their types between them."""
+    *inner, last = entry["loc"] or (None,)
+    places = [part for part in inner if isinstance(part, int) or (part != "str" and "[" not in part)]
+    return [*places, last] if last is not None else places
+
+
+def path_of(places: Sequence[int | str]) -> str:
+    """As in messages[0].content[1].text; a name that a client made up is cut."""
+    parts = (f"[{part}]" if isinstance(part, int) else f".{part[:NAME]}" for part in places)
+    return "".join(parts).removeprefix(".")
 
 
 def _reason(entry: ErrorDetails) -> str:
@@ -92,11 +112,6 @@ def _reason(entry: ErrorDetails) -> str:
         case "value_error":
             return str(entry["ctx"]["error"])
         case _:
-            place = ".".join(str(part) for part in entry["loc"][1:] if _is_place(part))
+            place = ".".join(map(str, _places(entry)[1:]))
             text = entry["msg"][:1].lower() + entry["msg"][1:]
             return f"at {place}: {text}" if place else text
-
-
-def _is_place(part: int | str) -> bool:
-    """Whether it is an index or a field; unions put the names of their types between them."""
-    return isinstance(part, int) or (part != "str" and "[" not in part)

@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TypeVar
+import json
+import logging
+from collections.abc import Sequence
+from functools import reduce
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect, Request
 
-from megatron_npr.server.http.errors import CLIENT_LEFT, ApiError, from_validation
+from megatron_npr.server.http.errors import CLIENT_LEFT, ApiError, from_validation, path_of, unknown_fields
 
 SECONDS = 30.0
 DRAINED = 16  # times the limit: a client that reads only after it has sent gets its answer
 
+LOGGED = 8  # unknown fields of a request that are named
+LOG = logging.getLogger(__name__)
+
 Model = TypeVar("Model", bound=BaseModel)
 
 
-async def read_body(request: Request, model: type[Model], max_bytes: int) -> Model:
-    """The body as `model`.
+async def read_body(
+    request: Request, model: type[Model], max_bytes: int, *, ignore_unknown: bool = False
+) -> Model:
+    """The body as `model`; with `ignore_unknown` without the fields that it does not have, which are logged.
 
     Raises:
         ApiError: not JSON by its content type (415; a web page may send others to any host unasked), too large (413),
@@ -34,9 +43,27 @@ async def read_body(request: Request, model: type[Model], max_bytes: int) -> Mod
     except ClientDisconnect:
         raise ApiError(CLIENT_LEFT, "the client left") from None
     try:
-        return model.model_validate_json(body)
+        try:
+            return model.model_validate_json(body)
+        except ValidationError as error:
+            unknown = unknown_fields(error)
+            if not (ignore_unknown and unknown):
+                raise
+            return model.model_validate_json(_without(unknown, body))
     except ValidationError as error:
         raise from_validation(error) from None
+
+
+def _without(unknown: Sequence[Sequence[int | str]], body: bytes) -> str:
+    """The body less the fields at these places."""
+    content: Any = json.loads(body)
+    for *outer, name in unknown:
+        holder = reduce(lambda inner, part: inner[part], outer, content)
+        holder.pop(name, None)
+    named = ", ".join(repr(path_of(places)) for places in unknown[:LOGGED])
+    rest = f" and {len(unknown) - LOGGED} more" if len(unknown) > LOGGED else ""
+    LOG.warning("npr: unknown fields ignored: %s%s", named, rest)
+    return json.dumps(content)
 
 
 async def _read(request: Request, max_bytes: int) -> bytes:

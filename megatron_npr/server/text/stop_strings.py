@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 
 from megatron_npr.server.text.segment import Segment
@@ -17,15 +18,19 @@ class StopStrings:
         self._stops = tuple(stops)
         self._borders = [_borders(stop) for stop in stops]
         self._matched = [0] * len(self._stops)  # how much of each stop string the text ends with
-        self._held: list[Segment] = []
+        self._held: deque[Segment] = deque()
+        self._length = 0  # of what is held
         self.hit = False
 
     def push(self, segment: Segment) -> list[Segment]:
         """What is certain to come before any stop string; after the hit nothing more."""
         if not self._stops:
             return [segment]
-        length = sum(len(held.text) for held in self._held)
+        if self.hit:
+            return []
+        length = self._length
         self._held.append(segment)
+        self._length += len(segment.text)
         for end, char in enumerate(segment.text, start=length + 1):
             ended = [
                 len(stop) for index, stop in enumerate(self._stops) if self._take(index, char) == len(stop)
@@ -34,12 +39,13 @@ class StopStrings:
                 self.hit = True
                 released = self._release(end - max(ended))
                 self._held.clear()
+                self._length = 0
                 return released
-        return self._release(length + len(segment.text) - max(self._matched))
+        return self._release(self._length - max(self._matched))
 
     def flush(self) -> list[Segment]:
         """What was held back: the text ends here, or does not go on."""
-        released, self._held = self._held, []
+        released = self._release(self._length)
         self._matched = [0] * len(self._stops)
         return released
 
@@ -54,9 +60,10 @@ class StopStrings:
     def _release(self, length: int) -> list[Segment]:
         """Takes `length` characters from what is held."""
         released: list[Segment] = []
+        self._length -= length
         while self._held and len(self._held[0].text) <= length:
             length -= len(self._held[0].text)
-            released.append(self._held.pop(0))
+            released.append(self._held.popleft())
         if length:
             first, self._held[0] = self._held[0].split(length)
             released.append(first)

@@ -1,4 +1,5 @@
-"""One process of a world that holds each model of a list: logits against transformers', weights gathered again.
+"""One process of a world that holds each model of a list: logits against transformers', weights gathered again,
+their copies after an update.
 
 Started by `test_model_families.py`: family.py TP PP EP FOLDER... OUT
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,23 +20,27 @@ from megatron_npr.hf.huggingface import export_tensors, read_model_config
 from megatron_npr.model.policy import build_policy, load_policy_weights
 from megatron_npr.runtime.process_world import World, world_of
 from megatron_npr.training.engine_weights import full_weights
-from tests.distributed.workers.parity import logits_difference
+from tests.distributed.workers.parity import logits_error, strayed
+from tests.support.training import new_trainer, step
 
 
-def measure(world: World, folder: Path) -> dict[str, float]:
-    """Largest difference of a logit, and how many exported tensors are not the folder's bits."""
+def measure(world: World, folder: Path) -> dict[str, Any]:
+    """The largest error of a logit, as a part of what is allowed, how many exported tensors are not the folder's bits, and
+    weights whose copies differ after an update."""
     config = read_model_config(folder)
     sharded = config.num_experts > 0 and world.tp_size > 1
     parallel = ParallelSettings(tp=world.tp_size, sequence_parallel=sharded)
     policy = build_policy(config, world, parallel=parallel).eval()
     load_policy_weights(policy, folder)
-    largest = torch.tensor([logits_difference(policy, world, folder)])
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    error = logits_error(policy, world, folder)
     ours = export_tensors(full_weights(policy), config)
     theirs = load_file(folder / "model.safetensors")
     assert set(ours) == set(theirs)
     other = sum(not torch.equal(weight, theirs[name]) for name, weight in ours.items())
-    return {"logits_difference": float(largest), "other_tensors": other}
+    trainer = new_trainer(world, folder, parallel=parallel)
+    step(trainer)
+    strays = strayed(trainer.policy, world)
+    return {"logits_error": error, "other_tensors": other, "strayed": strays}
 
 
 def main() -> None:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections import defaultdict
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +25,18 @@ from megatron_npr.data.packing import TrainSample
 from megatron_npr.hf.huggingface import read_model_config
 from megatron_npr.model.context_parallel import shard_bounds
 from megatron_npr.model.log_probs import token_log_probs
-from megatron_npr.model.policy import Policy, build_policy, load_policy_weights
+from megatron_npr.model.policy import Policy, build_policy, load_policy_weights, local_weights
 from megatron_npr.rl.losses import papo_loss, sft_loss
 from megatron_npr.runtime.process_world import World, megatron_context, world_of
+from megatron_npr.sharding.catalog import catalog
+from megatron_npr.sharding.cuts import Cut
 from megatron_npr.training.checkpoint import Checkpoints
 from megatron_npr.training.engine_weights import full_weights
 from megatron_npr.training.trainer import Trainer
 from npr_ext import branch_layout
+from tests.support.errors import allowed_error, largest_error
 from tests.support.training import TAGS, axes, branching_samples
+from tests.support.transformers_logits import exact_logits, transformers_logits
 
 
 def measure(
@@ -48,9 +54,7 @@ def measure(
     )
     policy = build()
     load_policy_weights(policy, folder)
-    largest = torch.tensor([logits_difference(policy, world, folder)])
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    figures["logits_difference"] = float(largest)
+    figures["logits_error"] = logits_error(policy, world, folder)
     figures["entropy_difference"] = entropy_difference(world)
     for name in ("sft", "papo"):
         for share in (False, True):
@@ -90,6 +94,7 @@ def measure(
         figures["balanced"] = balanced_figures(build(router_aux_loss=0.05), world, folder)
     trainer.gather()
     figures["engine_checksum"] = engine_checksum(policy)
+    figures["strayed"] = strayed(policy, world)
     figures["resume"] = resume_difference(trainer, world, folder, samples)
     return figures
 
@@ -114,10 +119,16 @@ def balanced_figures(policy: Policy, world: World, folder: Path) -> list[float]:
     return figures
 
 
-def logits_difference(policy: Any, world: World, folder: Path) -> float:
-    """Largest |logit - transformers' own logit| over a causal sequence of 40 tokens (on the last stage; 0 elsewhere)."""
-    from transformers import AutoModelForCausalLM
+def logits_error(policy: Any, world: World, folder: Path) -> float:
+    """Largest error of a logit over a causal sequence of 40 tokens, as a part of what support/errors.py allows; on
+    every rank."""
+    largest = torch.tensor([_own_logits_error(policy, world, folder)], dtype=torch.float64)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return float(largest)
 
+
+def _own_logits_error(policy: Any, world: World, folder: Path) -> float:
+    """On the last stage; 0 elsewhere."""
     size = policy.model_config.vocab_size
     token_ids = torch.from_numpy(np.random.default_rng(1).integers(0, size, 40))
     layout = branch_layout(token_ids, tags=TAGS, prompt_lengths=4, branching=False).as_tensor()
@@ -144,8 +155,10 @@ def logits_difference(policy: Any, world: World, folder: Path) -> float:
     shards = [torch.empty_like(outputs[0]) for _ in range(world.tp_size)]
     dist.all_gather(shards, outputs[0].contiguous(), group=world.tp_group)
     logits = torch.cat(shards, dim=-1).reshape(end - begin, -1)[:, :size]
-    expected = AutoModelForCausalLM.from_pretrained(folder)(token_ids[None]).logits[0, begin:end]
-    return float((logits - expected).detach().abs().max())
+    exact = exact_logits(folder, token_ids)
+    return largest_error(logits, exact[begin:end]) / allowed_error(
+        transformers_logits(folder, token_ids), exact
+    )
 
 
 def entropy_difference(world: World) -> float:
@@ -200,6 +213,20 @@ def entropy_difference(world: World) -> float:
 def engine_checksum(policy: Any) -> float:
     """Sum of squares over the full weights, after training."""
     return sum(float(weight.double().square().sum()) for weight in full_weights(policy).values())
+
+
+def strayed(policy: Policy, world: World) -> list[str]:
+    """Names of weights of which two ranks hold the same part in other bits, after training."""
+    listed, own = catalog(policy.model_config), {}
+    for name, weight in local_weights(policy).items():
+        cut, part, _ = listed[name].trainer_cut(policy.layout, world.rank)
+        own[name, 0 if cut is Cut.REPLICATED else part] = sha256(weight.detach().numpy()).hexdigest()
+    of_ranks: list[Any] = [None] * world.size
+    dist.all_gather_object(of_ranks, own)
+    held = defaultdict(set)
+    for part, digest in (each for of_rank in of_ranks for each in of_rank.items()):
+        held[part].add(digest)
+    return sorted({name for (name, _), versions in held.items() if len(versions) > 1})
 
 
 def resume_difference(trainer: Trainer, world: World, folder: Path, samples: list[TrainSample]) -> float:

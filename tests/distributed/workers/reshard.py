@@ -1,9 +1,9 @@
 """One process of a world that walks through layouts: the engine's logits over the trainer's weights, before and after an
 update.
 
-Started by `test_resharding_into_the_engine.py`: reshard.py CASES FOLDER OUT, where CASES is JSON:
-[{"parallel": {...}, "tp": engine's, "ep": engine's, "fp8": too}, ...]. FOLDER/expected.pt holds token ids, the logits over
-them, and those after `GROWTH`.
+Started by `test_resharding_into_the_engine.py`: reshard_worker.py CASES FOLDER OUT, where CASES is JSON:
+[{"parallel": {...}, "tp": engine's, "ep": engine's, "fp8": too}, ...]. FOLDER/expected.pt holds token ids, the exact
+logits over them with what ours may err, and the same after `GROWTH`.
 """
 
 from __future__ import annotations
@@ -27,15 +27,12 @@ from megatron_npr.sharding.layouts import EngineLayout
 from megatron_npr.training.engine_weights import EngineWeights
 from npr_engine.model.transformer import InferenceModel
 from tests.support.engine_logits import engine_logits
+from tests.support.errors import largest_error
 from tests.support.worlds import worlds
 
+Truth = tuple[Tensor, float]
 GROWTH = 1.25
 """The "training step" of every case: all weights times this."""
-
-
-def relative_error(logits: Tensor, expected: Tensor) -> float:
-    """Largest error over the largest logit."""
-    return float((logits - expected).abs().max() / expected.abs().max())
 
 
 class FP8Pair:
@@ -62,10 +59,11 @@ class FP8Pair:
 
 
 def measure(
-    case: dict[str, Any], world: World, folder: Path, expected: tuple[Tensor, Tensor, Tensor]
+    case: dict[str, Any], world: World, folder: Path, expected: tuple[Tensor, Truth, Truth]
 ) -> dict[str, Any]:
-    """Largest relative logit error of any rank before and after the update, and the bytes that the update moved in all; with
-    "fp8" also the largest difference of the logits of two engines in FP8, whose weights came so or came whole."""
+    """Largest logit error of any rank, as a part of what is allowed, before and after the update, and the bytes that the update
+    moved in all; with "fp8" also the largest difference of the logits of two engines in FP8, whose weights came so or came
+    whole."""
     token_ids, before, after = expected
     parallel = ParallelSettings(**case["parallel"])
     config = read_model_config(folder)
@@ -75,13 +73,15 @@ def measure(
     weights = EngineWeights(policy, layout)
     groups = engine_groups(world, layout)
     model = InferenceModel(config, weights.tensors, groups.tp, expert_group=groups.experts)
-    errors = [relative_error(engine_logits(model, token_ids), before)]
+    exact, allowed = before
+    errors = [largest_error(engine_logits(model, token_ids), exact) / allowed]
     pair = FP8Pair(policy, layout, weights, world) if case["fp8"] else None
     differences = [pair.difference(token_ids)] if pair else [0.0]
     for weight in local_weights(policy).values():
         weight.mul_(GROWTH)
     moved = weights.update()
-    errors.append(relative_error(engine_logits(model, token_ids), after))
+    exact, allowed = after
+    errors.append(largest_error(engine_logits(model, token_ids), exact) / allowed)
     moved_in_fp8 = 0
     if pair:
         moved_in_fp8 = pair.update()

@@ -151,6 +151,14 @@ def test_settings_that_contradict_each_other_are_refused() -> None:
     assert "0.01 needs train.entropy = true" in message(Stage3Config, None, [*REQUIRED, *bonus])
 
 
+def test_sampling_takes_one_response_a_trial_and_does_not_write_down_another_number() -> None:
+    said = message(SampleConfig, None, [*REQUIRED, "--rollout.samples_per_prompt=4"])
+    assert (
+        said.startswith("rollout.samples_per_prompt 4: npr sample takes one response")
+        and "sample.trials" in said
+    )
+
+
 @pytest.mark.parametrize("cls", [Stage1Config, Stage3Config])
 @pytest.mark.parametrize(
     ("setting", "named"),

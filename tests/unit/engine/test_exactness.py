@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import numpy as np
@@ -15,6 +16,7 @@ from npr_engine.rollout import Rollout
 from npr_engine.sampling import SamplingParams
 from npr_engine.testing import GRAMMAR, VOCABULARY
 from npr_ext import branch_layout
+from tests.support.errors import allowed_error, largest_error
 from tests.unit.engine.conftest import CONFIG, PROMPTS, Plain, fused
 
 GREEDY = SamplingParams(max_tokens=300, temperature=0.0)
@@ -62,20 +64,25 @@ def test_greedy_output_does_not_depend_on_the_engines_sizes(
 
 @pytest.mark.parametrize("size", ["roomy", *SIZES])
 def test_float32_differs_only_where_two_tokens_are_as_good(size: str, plain: Plain) -> None:
-    """Against the float64 reference: the greedy token, but where the two best logits lie within 1e-4 (counted), and
-    log-probs within 1e-4."""
+    """Against the float64 reference: the greedy token, but where rounding may exchange the two best logits (counted), and
+    log-probs. A logit may err twice as far as one of transformers' own float32 model."""
     weights = {name: weight.float() for name, weight in fused(plain.model, CONFIG).items()}
     config = EngineConfig(**{"num_kv_slots": 4096, **SIZES.get(size, {})})
     engine = Engine(InferenceModel(CONFIG, weights), GRAMMAR, config)
+    rounded = Plain(copy.deepcopy(plain.model).float())
     undecided = sampled = 0
     for rollout in engine.generate(PROMPTS, GREEDY):
         with torch.no_grad():
-            logits, _ = plain.logits(rollout.prompt_ids.tolist(), rollout.token_ids.tolist())
+            logits, theirs = (
+                model.logits(rollout.prompt_ids.tolist(), rollout.token_ids.tolist())[0]
+                for model in (plain, rounded)
+            )
+        allowed = allowed_error(theirs, logits)
         best, second = logits.topk(2).values.T.numpy()
-        close = best - second < 1e-4
+        close = best - second <= 2 * allowed
         mine = ~rollout.forced
         assert (logits.argmax(-1).numpy() == rollout.token_ids)[mine & ~close].all()
-        np.testing.assert_allclose(rollout.logprobs[mine], plain.logprobs(rollout)[mine], atol=1e-4)
+        assert largest_error(rollout.logprobs[mine], plain.logprobs(rollout)[mine]) <= 2 * allowed
         undecided, sampled = undecided + int((mine & close).sum()), sampled + int(mine.sum())
     assert sampled > 200
     assert undecided <= sampled // 100

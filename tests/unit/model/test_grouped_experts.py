@@ -18,7 +18,6 @@ from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
-from transformers import AutoModelForCausalLM
 
 from megatron_npr.config import BatchSettings, OptimizerSettings
 from megatron_npr.hf.huggingface import export_tensors, read_model_config
@@ -34,7 +33,9 @@ from megatron_npr.training.engine_weights import full_weights
 from megatron_npr.training.trainer import Trainer
 from npr_ext import branch_layout
 from tests.distributed.workers.parity import TAGS, branching_samples
+from tests.support.errors import assert_as_exact_as
 from tests.support.families import save_family
+from tests.support.transformers_logits import exact_logits, transformers_logits
 
 
 class GroupedLinear(torch.nn.Module):
@@ -107,8 +108,7 @@ def test_a_policy_of_grouped_experts_has_the_names_the_logits_and_the_bits_of_th
     layout = branch_layout(token_ids, tags=TAGS, prompt_lengths=4, branching=False).as_tensor()
     with torch.no_grad(), megatron_context():
         logits = policy.logits(token_ids[None], layout)[0]
-        expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(token_ids[None]).logits
-    assert float((logits - expected[0]).abs().max()) <= 1e-4
+    assert_as_exact_as(logits, transformers_logits(folder, token_ids), exact_logits(folder, token_ids))
     ours, theirs = export_tensors(full_weights(policy), config), load_file(folder / "model.safetensors")
     assert set(ours) == set(theirs)
     assert all(torch.equal(weight, theirs[name]) for name, weight in ours.items())

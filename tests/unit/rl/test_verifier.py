@@ -79,6 +79,36 @@ def test_every_answer_that_hangs_is_counted_as_such_on_either_side(answer: str) 
         assert verifier.judge([(answer, "1"), ("1", answer)]) == [Verdict.TIMED_OUT] * 2
 
 
+@pytest.mark.parametrize("unit", ["{", "x", "ENDEN", "2^{", "\\frac{1}{", "the answer is 3, ", "1", "1,"])
+def test_an_answer_far_longer_than_the_gold_one_is_wrong_and_no_worker_reads_it(unit: str) -> None:
+    others = set(workers())
+    text = unit * ((1 << 20) // len(unit))
+    with Verifier(1) as verifier:
+        assert verifier.judge([(text, "12"), (text, text)]) == [Verdict.WRONG, Verdict.RIGHT]
+        assert set(workers()) == others
+
+
+def test_an_answer_may_be_much_longer_than_the_gold_one() -> None:
+    ones = "+".join("1" * 100)
+    with Verifier(1) as verifier:
+        assert verifier.judge([(ones, "100"), (ones, "101")]) == [Verdict.RIGHT, Verdict.WRONG]
+
+
+def test_verdicts_are_remembered_up_to_a_number_those_asked_for_long_ago_are_forgotten(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("megatron_npr.rl.verifier.REMEMBERED", 2)
+    claims = [(f"x+{number}", f"{number}+x") for number in range(4)]
+    with Verifier(1) as verifier:
+        assert verifier.judge(claims) == [Verdict.RIGHT] * 4  # more than are remembered, decided all the same
+        assert verifier.judge([claims[2]]) == [Verdict.RIGHT]
+        assert verifier.judge([ALGEBRA]) == [Verdict.RIGHT]  # claims[3] is what was not asked for since
+        verifier.close()  # from here on memory alone answers
+        assert verifier.judge([claims[2], ALGEBRA]) == [Verdict.RIGHT] * 2
+        with pytest.raises(RuntimeError, match="after shutdown"):
+            verifier.judge([claims[3]])
+
+
 def test_a_hanging_answer_does_not_spoil_those_before_and_behind_it() -> None:
     with Verifier(1, timeout_seconds=2.0) as verifier:
         verdicts = verifier.judge([ALGEBRA, (ENDLESS, "1"), ("x+1", "1+x"), ("x", "y")])

@@ -261,7 +261,12 @@ def test_openais_client_is_served(served: Running, demo: ServedModel, branched: 
         ("completions", [], 400, "body: input should be an object"),
         ("completions", {"prompt": "a", "model": "x"}, 404, "there is no model 'x'"),
         ("chat/completions", {"messages": []}, 400, "messages: list should have at least 1 item"),
-        ("chat/completions", {"messages": [{"role": "x", "content": ""}]}, 400, "messages: only 'system'"),
+        (
+            "chat/completions",
+            {"messages": [{"role": "x", "content": ""}]},
+            400,
+            "messages[0].role: only 'system'",
+        ),
         ("chat/completions", CHAT | {"max_completion_tokens": 3}, 400, "two names of one limit"),
         ("chat/completions", CHAT | {"top_logprobs": 1}, 400, "top_logprobs: only 0 is supported"),
     ],

@@ -23,11 +23,13 @@ from megatron_npr.report.charts import curves, stacked_bar
 from megatron_npr.rl.advantage import flat_groups, grpo_advantages, papo_advantages
 from megatron_npr.rl.losses import dapo_loss
 from megatron_npr.rl.rewards import format_reward
+from megatron_npr.rl.verifier import Verdict
 from megatron_npr.rollout.scoring import Scored
 from megatron_npr.stages.stage1 import overlong, reward, split_updates
 from npr_engine.language.grammar import Grammar
 from npr_engine.language.vocabulary import Vocabulary
 from npr_engine.rollout import Rollout
+from npr_ext.layout.violations import Violation
 
 OVERLONG = -float(Fraction(100, 4096))
 NOT_REPRESENTABLE = (-1.4, -0.4, 0.1, -0.6, 1 / 3, OVERLONG, 0.9755859375, -1e-3, 1e3)
@@ -79,7 +81,7 @@ def scored(group: int, num_tokens: int, form: float) -> Scored:
         constrained=False,
         weights_version=0,
     )
-    return Scored(rollout, group, valid=False, format=form, correct=False)
+    return Scored(rollout, group, Violation.NO_BLOCK, form, Verdict.WRONG)
 
 
 def stage1_config(*, dynamic_sampling: bool = True) -> Stage1Config:

@@ -63,9 +63,9 @@ def test_the_last_box_is_the_definitions_in_any_pieces(parts: list[str], size: i
 def test_hostile_text_is_read_in_time_that_grows_with_its_length(unit: str) -> None:
     """Reading each \\boxed{ to the end, as before, takes minutes for the first of these (6.6 s for 4,000 of them)."""
     text = unit * (LENGTH // len(unit))
-    began = time.perf_counter()
+    began = time.thread_time()
     last_boxed(text)
-    assert time.perf_counter() - began < 20
+    assert time.thread_time() - began < 20
 
 
 class Counting:

@@ -167,6 +167,6 @@ def test_a_plain_token_costs_less_than_a_microsecond() -> None:
 
 
 def _seconds(ids: list[int]) -> float:
-    start = time.perf_counter()
+    start = time.thread_time()
     GRAMMAR.parse(ids)
-    return time.perf_counter() - start
+    return time.thread_time() - start

@@ -64,3 +64,11 @@ def test_ids_beyond_the_tokenizer_are_text() -> None:
 def test_tags_and_eos_need_different_ids() -> None:
     with pytest.raises(UserError, match="different token ids"):
         Vocabulary(PIECES, eos_id=2, tags=TagIds(*range(2, 10)))
+
+
+def test_without_a_tokenizer_the_longest_piece_is_taken_first_however_long_the_text() -> None:
+    pieces = ["a", "aba", "b", "eos", *TAG_TEXTS]
+    vocabulary = Vocabulary(pieces, eos_id=3, tags=TagIds(*range(4, 12)))
+    assert vocabulary.encode_piece("abab" * 100_000) == (1, 2) * 100_000
+    with pytest.raises(UserError, match="no piece for 'abc'"):
+        vocabulary.encode_piece("abc")
