@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_npr.server.text.segment import Segment
+from megatron_npr.server.text.delta import TextDelta
 
 
 class StopStrings:
@@ -17,16 +17,16 @@ class StopStrings:
         self._stops = tuple(stops)
         self._borders = [_borders(stop) for stop in stops]
         self._matched = [0] * len(self._stops)  # how much of each stop string the text ends with
-        self._held: list[Segment] = []
+        self._held: list[TextDelta] = []
         self.hit = False
 
-    def push(self, segment: Segment) -> list[Segment]:
+    def push(self, delta: TextDelta) -> list[TextDelta]:
         """What is certain to come before any stop string; after the hit nothing more."""
         if not self._stops:
-            return [segment]
+            return [delta]
         length = sum(len(held.text) for held in self._held)
-        self._held.append(segment)
-        for end, char in enumerate(segment.text, start=length + 1):
+        self._held.append(delta)
+        for end, char in enumerate(delta.text, start=length + 1):
             ended = [
                 len(stop) for index, stop in enumerate(self._stops) if self._take(index, char) == len(stop)
             ]
@@ -35,9 +35,9 @@ class StopStrings:
                 released = self._release(end - max(ended))
                 self._held.clear()
                 return released
-        return self._release(length + len(segment.text) - max(self._matched))
+        return self._release(length + len(delta.text) - max(self._matched))
 
-    def flush(self) -> list[Segment]:
+    def flush(self) -> list[TextDelta]:
         """What was held back: the text ends here, or does not go on."""
         released, self._held = self._held, []
         self._matched = [0] * len(self._stops)
@@ -51,9 +51,9 @@ class StopStrings:
         self._matched[index] = matched + (stop[matched] == char)
         return self._matched[index]
 
-    def _release(self, length: int) -> list[Segment]:
+    def _release(self, length: int) -> list[TextDelta]:
         """Takes `length` characters from what is held."""
-        released: list[Segment] = []
+        released: list[TextDelta] = []
         while self._held and len(self._held[0].text) <= length:
             length -= len(self._held[0].text)
             released.append(self._held.pop(0))
