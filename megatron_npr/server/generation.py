@@ -1,6 +1,6 @@
 """From a request's prompts to the text of its choices.
 
-prompts x n ──► submit ──► Job ──► decode (one choice) ──► Segment, Segment, ..., Ending
+prompts x n ──► submit ──► Job ──► decode (one choice) ──► TextDelta, TextDelta, ..., Ending
                             └──► abort, whatever has ended it
 """
 
@@ -17,7 +17,7 @@ from megatron_npr.server.http.errors import ApiError, from_user_error
 from megatron_npr.server.metrics import Metrics, Stopwatch
 from megatron_npr.server.schema import GenerationRequest
 from megatron_npr.server.served_model import ServedModel
-from megatron_npr.server.text.segment import Segment
+from megatron_npr.server.text.delta import TextDelta
 from megatron_npr.server.text.transcript import Counts, Transcript
 from npr_engine.async_engine import AsyncEngine
 from npr_engine.rollout import Rollout
@@ -164,7 +164,7 @@ def submit(
     return Job(service, name, tuple(choices))
 
 
-async def decode(choice: Choice) -> AsyncGenerator[Segment | Ending]:
+async def decode(choice: Choice) -> AsyncGenerator[TextDelta | Ending]:
     """The text of a choice as it comes to be. Leaving it early aborts the choice.
 
     Raises:
@@ -177,13 +177,13 @@ async def decode(choice: Choice) -> AsyncGenerator[Segment | Ending]:
                 if isinstance(item, Rollout):
                     outcome = item.finish_reason.partition("(")[0]
                     _check_ended(item.finish_reason)
-                    for segment in transcript.end():
-                        yield segment
+                    for delta in transcript.end():
+                        yield delta
                     yield Ending(item.finish_reason, transcript.counts)
                     return
                 choice.watch.tokens()
-                for segment in transcript.push(item):
-                    yield segment
+                for delta in transcript.push(item):
+                    yield delta
                 if transcript.stopped:
                     outcome = "stopped"
                     yield Ending("stopped", transcript.counts)
@@ -202,14 +202,14 @@ def _check_ended(reason: str) -> None:
         raise ApiError(503, "the server is shutting down", code="unavailable", headers={"Retry-After": "10"})
 
 
-async def decode_whole(choice: Choice) -> tuple[list[Segment], Ending]:
+async def decode_whole(choice: Choice) -> tuple[list[TextDelta], Ending]:
     """The whole text of a choice."""
-    segments: list[Segment] = []
+    deltas: list[TextDelta] = []
     async with aclosing(decode(choice)) as items:
         async for item in items:
             if isinstance(item, Ending):
-                return segments, item
-            segments.append(item)
+                return deltas, item
+            deltas.append(item)
     raise AssertionError("a choice has no ending")
 
 

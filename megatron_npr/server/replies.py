@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 from pydantic import BaseModel, ConfigDict, Field
 
 from megatron_npr.server.generation import Ending
-from megatron_npr.server.text.segment import Segment
+from megatron_npr.server.text.delta import TextDelta
 from npr_engine.language.vocabulary import Vocabulary
 
 
@@ -166,7 +166,7 @@ class Writer(Protocol):
     def opening(self, index: int) -> BaseModel | None:
         """The first event of a choice, if it has one of its own."""
 
-    def piece(self, index: int, segment: Segment) -> BaseModel:
+    def piece(self, index: int, delta: TextDelta) -> BaseModel:
         """Text of a choice."""
 
     def ending(self, index: int, ending: Ending) -> BaseModel:
@@ -175,7 +175,7 @@ class Writer(Protocol):
     def usage(self, usage: Usage) -> BaseModel:
         """The last event of a stream that was asked for it."""
 
-    def whole(self, choices: Sequence[tuple[list[Segment], Ending]], usage: Usage) -> BaseModel:
+    def whole(self, choices: Sequence[tuple[list[TextDelta], Ending]], usage: Usage) -> BaseModel:
         """All in one."""
 
 
@@ -192,15 +192,15 @@ class CompletionWriter:
     def opening(self, index: int) -> BaseModel | None:
         return None
 
-    def piece(self, index: int, segment: Segment) -> BaseModel:
+    def piece(self, index: int, delta: TextDelta) -> BaseModel:
         return self._chunk(
             CompletionChunkChoice(
                 index=index,
-                text=segment.text,
-                logprobs=self._logprobs([segment]),
+                text=delta.text,
+                logprobs=self._logprobs([delta]),
                 finish_reason=None,
                 npr_finish_reason=None,
-                npr=Npr(branch=segment.branch, forced=segment.forced),
+                npr=Npr(branch=delta.branch, forced=delta.forced),
             )
         )
 
@@ -219,26 +219,26 @@ class CompletionWriter:
     def usage(self, usage: Usage) -> BaseModel:
         return CompletionChunk(**self._head, choices=[], usage=usage)
 
-    def whole(self, choices: Sequence[tuple[list[Segment], Ending]], usage: Usage) -> BaseModel:
+    def whole(self, choices: Sequence[tuple[list[TextDelta], Ending]], usage: Usage) -> BaseModel:
         written = [
             CompletionChoice(
                 index=index,
-                text="".join(segment.text for segment in segments),
-                logprobs=self._logprobs(segments),
+                text="".join(delta.text for delta in deltas),
+                logprobs=self._logprobs(deltas),
                 finish_reason=ending.finish_reason,
                 npr_finish_reason=ending.reason,
             )
-            for index, (segments, ending) in enumerate(choices)
+            for index, (deltas, ending) in enumerate(choices)
         ]
         return Completion(**self._head, choices=written, usage=usage)
 
     def _chunk(self, choice: CompletionChunkChoice) -> BaseModel:
         return CompletionChunk(**self._head, choices=[choice])
 
-    def _logprobs(self, segments: Sequence[Segment]) -> CompletionLogprobs | None:
+    def _logprobs(self, deltas: Sequence[TextDelta]) -> CompletionLogprobs | None:
         if not self._wants_logprobs:
             return None
-        tokens = [token for segment in segments for token in segment.tokens]
+        tokens = [token for delta in deltas for token in delta.tokens]
         return CompletionLogprobs(
             tokens=[self._vocabulary.text([token.token_id]) for token in tokens],
             token_logprobs=[token.logprob for token in tokens],
@@ -258,9 +258,9 @@ class ChatWriter:
     def opening(self, index: int) -> BaseModel | None:
         return self._chunk(index, {"role": "assistant", "content": ""}, Npr(branch=0, forced=False))
 
-    def piece(self, index: int, segment: Segment) -> BaseModel:
-        place = Npr(branch=segment.branch, forced=segment.forced)
-        return self._chunk(index, {"content": segment.text}, place, logprobs=self._logprobs([segment]))
+    def piece(self, index: int, delta: TextDelta) -> BaseModel:
+        place = Npr(branch=delta.branch, forced=delta.forced)
+        return self._chunk(index, {"content": delta.text}, place, logprobs=self._logprobs([delta]))
 
     def ending(self, index: int, ending: Ending) -> BaseModel:
         return self._chunk(index, {}, Npr(branch=0, forced=False), ending=ending)
@@ -268,16 +268,16 @@ class ChatWriter:
     def usage(self, usage: Usage) -> BaseModel:
         return ChatChunk(**self._head, choices=[], usage=usage)
 
-    def whole(self, choices: Sequence[tuple[list[Segment], Ending]], usage: Usage) -> BaseModel:
+    def whole(self, choices: Sequence[tuple[list[TextDelta], Ending]], usage: Usage) -> BaseModel:
         written = [
             ChatChoice(
                 index=index,
-                message=ChatMessage(content="".join(segment.text for segment in segments)),
-                logprobs=self._logprobs(segments),
+                message=ChatMessage(content="".join(delta.text for delta in deltas)),
+                logprobs=self._logprobs(deltas),
                 finish_reason=ending.finish_reason,
                 npr_finish_reason=ending.reason,
             )
-            for index, (segments, ending) in enumerate(choices)
+            for index, (deltas, ending) in enumerate(choices)
         ]
         return ChatCompletion(**self._head, choices=written, usage=usage)
 
@@ -300,7 +300,7 @@ class ChatWriter:
         )
         return ChatChunk(**self._head, choices=[choice])
 
-    def _logprobs(self, segments: Sequence[Segment]) -> ChatLogprobs | None:
+    def _logprobs(self, deltas: Sequence[TextDelta]) -> ChatLogprobs | None:
         if not self._wants_logprobs:
             return None
         return ChatLogprobs(
@@ -310,8 +310,8 @@ class ChatWriter:
                     logprob=token.logprob,
                     bytes=list(self._piece(token.token_id)),
                 )
-                for segment in segments
-                for token in segment.tokens
+                for delta in deltas
+                for token in delta.tokens
             ]
         )
 

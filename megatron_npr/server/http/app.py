@@ -36,7 +36,7 @@ from megatron_npr.server.replies import (
 )
 from megatron_npr.server.schema import ChatRequest, CompletionRequest, GenerationRequest
 from megatron_npr.server.served_model import ServedModel
-from megatron_npr.server.text.segment import Segment
+from megatron_npr.server.text.delta import TextDelta
 from npr_engine.async_engine import AsyncEngine
 from npr_engine.engine import Engine
 from npr_ext.errors import UserError
@@ -162,7 +162,7 @@ class Server:
         return _reply(writer.whole(choices, usage_of(prompt_tokens, [ending for _, ending in choices])))
 
 
-async def _whole(job: Job) -> list[tuple[list[Segment], Ending]]:
+async def _whole(job: Job) -> list[tuple[list[TextDelta], Ending]]:
     return await asyncio.gather(*(decode_whole(choice) for choice in job.choices))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
-from megatron_npr.server.text.segment import Segment
+from megatron_npr.server.text.delta import TextDelta
 
 
 class StopStrings:
@@ -18,20 +18,20 @@ class StopStrings:
         self._stops = tuple(stops)
         self._borders = [_borders(stop) for stop in stops]
         self._matched = [0] * len(self._stops)  # how much of each stop string the text ends with
-        self._held: deque[Segment] = deque()
+        self._held: deque[TextDelta] = deque()
         self._length = 0  # of what is held
         self.hit = False
 
-    def push(self, segment: Segment) -> list[Segment]:
+    def push(self, delta: TextDelta) -> list[TextDelta]:
         """What is certain to come before any stop string; after the hit nothing more."""
         if not self._stops:
-            return [segment]
+            return [delta]
         if self.hit:
             return []
         length = self._length
-        self._held.append(segment)
-        self._length += len(segment.text)
-        for end, char in enumerate(segment.text, start=length + 1):
+        self._held.append(delta)
+        self._length += len(delta.text)
+        for end, char in enumerate(delta.text, start=length + 1):
             ended = [
                 len(stop) for index, stop in enumerate(self._stops) if self._take(index, char) == len(stop)
             ]
@@ -43,7 +43,7 @@ class StopStrings:
                 return released
         return self._release(self._length - max(self._matched))
 
-    def flush(self) -> list[Segment]:
+    def flush(self) -> list[TextDelta]:
         """What was held back: the text ends here, or does not go on."""
         released = self._release(self._length)
         self._matched = [0] * len(self._stops)
@@ -57,9 +57,9 @@ class StopStrings:
         self._matched[index] = matched + (stop[matched] == char)
         return self._matched[index]
 
-    def _release(self, length: int) -> list[Segment]:
+    def _release(self, length: int) -> list[TextDelta]:
         """Takes `length` characters from what is held."""
-        released: list[Segment] = []
+        released: list[TextDelta] = []
         self._length -= length
         while self._held and len(self._held[0].text) <= length:
             length -= len(self._held[0].text)

@@ -1,6 +1,6 @@
 """Token events of one response as text.
 
-TokenEvent ──► PackedOrder ──► bytes of each branch ──► whole characters ──► StopStrings (trunk) ──► Segment
+TokenEvent ──► PackedOrder ──► bytes of each branch ──► whole characters ──► StopStrings (trunk) ──► TextDelta
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_npr.server.text.delta import TextDelta, Token, joined
 from megatron_npr.server.text.packed_order import PackedOrder
-from megatron_npr.server.text.segment import Segment, Token, joined
 from megatron_npr.server.text.stop_strings import StopStrings
 from npr_engine.language.vocabulary import Vocabulary
 from npr_engine.scheduler.streaming import TokenEvent
@@ -62,25 +62,25 @@ class Transcript:
     def counts(self) -> Counts:
         return Counts(self._tokens, self._forced, self._joined + max(self._block.values(), default=0))
 
-    def push(self, event: TokenEvent) -> list[Segment]:
+    def push(self, event: TokenEvent) -> list[TextDelta]:
         """The text that an event makes certain."""
         ready = [event] if self._order is None else self._order.push(event)
-        return joined(segment for event in ready for segment in self._read(event))
+        return joined(delta for event in ready for delta in self._read(event))
 
-    def end(self) -> list[Segment]:
+    def end(self) -> list[TextDelta]:
         """The text that was held back, when no event follows."""
         rest = [] if self._order is None else self._order.rest()
-        last = [segment for event in rest for segment in self._read(event)]
+        last = [delta for event in rest for delta in self._read(event)]
         return joined([*last, *self._flush(sorted(self._decoders)), *self._stops.flush()])
 
-    def _read(self, event: TokenEvent) -> list[Segment]:
+    def _read(self, event: TokenEvent) -> list[TextDelta]:
         branch = event.branch_id
-        segments = self._flush(self._left_behind(branch))
+        deltas = self._flush(self._left_behind(branch))
         if branch == 0:
             self._joined += max(self._block.values(), default=0)
             self._block.clear()
         else:
-            segments += self._stops.flush()
+            deltas += self._stops.flush()
         decoder = self._decoders.setdefault(branch, _DECODER("replace"))
         for number, forced, logprob in zip(
             event.token_ids.tolist(), event.forced.tolist(), event.logprobs.tolist()
@@ -91,9 +91,9 @@ class Transcript:
             if number in self._silent:
                 continue
             token = Token(number, None if math.isnan(logprob) else logprob)
-            segment = Segment(branch, forced, decoder.decode(self._pieces[number]), (token,))
-            segments += self._stops.push(segment) if branch == 0 else [segment]
-        return segments
+            delta = TextDelta(branch, forced, decoder.decode(self._pieces[number]), (token,))
+            deltas += self._stops.push(delta) if branch == 0 else [delta]
+        return deltas
 
     def _left_behind(self, branch: int) -> list[int]:
         """Branches whose text does not go on when one of `branch` arrives."""
@@ -101,13 +101,13 @@ class Transcript:
             return [other for other in sorted(self._decoders) if other != branch]
         return [0] if 0 in self._decoders else []
 
-    def _flush(self, branches: Sequence[int]) -> list[Segment]:
+    def _flush(self, branches: Sequence[int]) -> list[TextDelta]:
         """The ends of texts that were cut inside a character."""
-        segments: list[Segment] = []
+        deltas: list[TextDelta] = []
         for branch in branches:
-            segment = Segment(branch, False, self._decoders.pop(branch).decode(b"", final=True))
-            segments += self._stops.push(segment) if branch == 0 else [segment]
-        return segments
+            delta = TextDelta(branch, False, self._decoders.pop(branch).decode(b"", final=True))
+            deltas += self._stops.push(delta) if branch == 0 else [delta]
+        return deltas
 
     def _count(self, branch: int, forced: bool) -> None:
         self._tokens += 1

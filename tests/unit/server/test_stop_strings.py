@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from megatron_npr.server.text.segment import Segment, Token, joined
+from megatron_npr.server.text.delta import TextDelta, Token, joined
 from megatron_npr.server.text.stop_strings import StopStrings
 
 TEXTS = st.text("ab", max_size=12)
@@ -20,11 +20,11 @@ def expected(text: str, stops: list[str]) -> str:
     return text
 
 
-def read(pieces: list[str], stops: list[str]) -> tuple[list[Segment], bool]:
+def read(pieces: list[str], stops: list[str]) -> tuple[list[TextDelta], bool]:
     scanner = StopStrings(stops)
-    out: list[Segment] = []
+    out: list[TextDelta] = []
     for number, piece in enumerate(pieces):
-        out += scanner.push(Segment(0, False, piece, (Token(number, None),)))
+        out += scanner.push(TextDelta(0, False, piece, (Token(number, None),)))
         if scanner.hit:
             return out, True
     return [*out, *scanner.flush()], False
@@ -35,8 +35,8 @@ def read(pieces: list[str], stops: list[str]) -> tuple[list[Segment], bool]:
 @example(["abc"], ["abcd", "c"])
 def test_stop_strings_are_found_across_pieces(pieces: list[str], stops: list[str]) -> None:
     text = "".join(pieces)
-    segments, hit = read(pieces, stops)
-    assert "".join(segment.text for segment in segments) == expected(text, stops)
+    deltas, hit = read(pieces, stops)
+    assert "".join(delta.text for delta in deltas) == expected(text, stops)
     assert hit == any(stop in text for stop in stops)
 
 
@@ -46,7 +46,7 @@ def test_no_more_is_held_back_than_may_become_a_stop_string(pieces: list[str], s
     read_so_far = given_so_far = ""
     for piece in pieces:
         given_so_far += piece
-        read_so_far += "".join(segment.text for segment in scanner.push(Segment(0, False, piece)))
+        read_so_far += "".join(delta.text for delta in scanner.push(TextDelta(0, False, piece)))
         if scanner.hit:
             return
         held = given_so_far.removeprefix(read_so_far)
@@ -62,6 +62,6 @@ def test_after_the_stop_string_nothing_more_is_text() -> None:
 
 
 def test_a_token_stays_with_the_beginning_of_its_text() -> None:
-    segments, hit = read(["x", "ya", "b!"], ["ab"])
+    deltas, hit = read(["x", "ya", "b!"], ["ab"])
     assert hit
-    assert joined(segments) == [Segment(0, False, "xy", (Token(0, None), Token(1, None)))]
+    assert joined(deltas) == [TextDelta(0, False, "xy", (Token(0, None), Token(1, None)))]

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_npr.server.text.segment import Segment, joined
+from megatron_npr.server.text.delta import TextDelta, joined
 from megatron_npr.server.text.transcript import Transcript
 from npr_engine.engine import Engine, EngineConfig, StepOutput
 from npr_engine.language.vocabulary import Vocabulary
@@ -34,8 +34,8 @@ def event(branch: int, ids: list[int], forced: bool = False) -> TokenEvent:
     )
 
 
-def text_of(segments: list[Segment]) -> str:
-    return "".join(segment.text for segment in segments)
+def text_of(deltas: list[TextDelta]) -> str:
+    return "".join(delta.text for delta in deltas)
 
 
 @pytest.fixture(scope="module")
@@ -59,10 +59,10 @@ def test_the_text_and_counts_of_a_transcript_are_those_of_the_rollout(
 ) -> None:
     for events, rollout in responses:
         transcript = Transcript(GRAMMAR.vocabulary, silent=frozenset((EOS,)))
-        segments = [segment for item in events for segment in transcript.push(item)] + transcript.end()
+        deltas = [delta for item in events for delta in transcript.push(item)] + transcript.end()
         ids = [token for token in rollout.token_ids.tolist() if token != EOS]
-        assert text_of(segments) == GRAMMAR.vocabulary.text(ids)
-        tokens = [token for segment in segments for token in segment.tokens]
+        assert text_of(deltas) == GRAMMAR.vocabulary.text(ids)
+        tokens = [token for delta in deltas for token in delta.tokens]
         assert [token.token_id for token in tokens] == ids
         counts = transcript.counts
         assert counts.tokens == rollout.num_tokens
@@ -77,10 +77,10 @@ def test_interleaved_branches_have_the_same_texts(
         texts: list[dict[int, str]] = []
         for interleave in (False, True):
             transcript = Transcript(GRAMMAR.vocabulary, interleave=interleave)
-            segments = [segment for item in events for segment in transcript.push(item)] + transcript.end()
+            deltas = [delta for item in events for delta in transcript.push(item)] + transcript.end()
             texts.append({})
-            for segment in segments:
-                texts[-1][segment.branch] = texts[-1].get(segment.branch, "") + segment.text
+            for delta in deltas:
+                texts[-1][delta.branch] = texts[-1].get(delta.branch, "") + delta.text
         assert texts[0] == texts[1]
 
 
@@ -108,14 +108,14 @@ def test_the_first_open_branch_is_read_at_once_and_its_siblings_after_it() -> No
 def test_characters_are_never_cut(text: str, data: st.DataObject) -> None:
     raw = text.encode("utf-8", "ignore")
     transcript = Transcript(BYTES)
-    out: list[Segment] = []
+    out: list[TextDelta] = []
     while raw:
         length = data.draw(st.integers(1, len(raw)))
         out += transcript.push(event(0, list(raw[:length])))
         raw = raw[length:]
     whole = text.encode("utf-8", "ignore").decode()
     assert text_of(out + transcript.end()) == whole
-    assert "\ufffd" in whole or all("\ufffd" not in segment.text for segment in out)
+    assert "\ufffd" in whole or all("\ufffd" not in delta.text for delta in out)
 
 
 def test_stop_strings_are_looked_for_in_the_trunk_alone() -> None:
@@ -136,5 +136,5 @@ def test_forced_text_is_marked_and_has_no_log_probability() -> None:
     transcript = Transcript(BYTES, stops=["zz"])
     out = transcript.push(event(0, list(b"az"), forced=True)) + transcript.push(event(0, list(b"bz")))
     out += transcript.end()
-    assert [(segment.text, segment.forced) for segment in joined(out)] == [("az", True), ("bz", False)]
-    assert [token.logprob for segment in out for token in segment.tokens] == [None, None, -1.0, -1.0]
+    assert [(delta.text, delta.forced) for delta in joined(out)] == [("az", True), ("bz", False)]
+    assert [token.logprob for delta in out for token in delta.tokens] == [None, None, -1.0, -1.0]
