@@ -56,8 +56,8 @@ def test_no_more_is_held_back_than_may_become_a_stop_string(pieces: list[str], s
 def test_after_the_stop_string_nothing_more_is_text() -> None:
     """What comes behind it in its own piece, as a character that was cut in it, or later."""
     scanner = StopStrings(["END", "DE"])
-    first = scanner.push(Segment(0, False, "xEND and"))
-    assert [segment.text for segment in [*first, *scanner.push(Segment(0, False, "\ufffd"))]] == ["x"]
+    first = scanner.push(TextDelta(0, False, "xEND and"))
+    assert [delta.text for delta in [*first, *scanner.push(TextDelta(0, False, "\ufffd"))]] == ["x"]
     assert scanner.hit and scanner.flush() == []
 
 
