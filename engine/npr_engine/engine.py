@@ -25,8 +25,10 @@ from npr_engine.model.linear import Weight
 from npr_engine.model.transformer import InferenceModel
 from npr_engine.rollout import Rollout
 from npr_engine.sampling import SamplingParams
+from npr_engine.scheduler.limits import Limits
+from npr_engine.scheduler.response_queue import Finished
 from npr_engine.scheduler.response_state import Request
-from npr_engine.scheduler.scheduler import Finished, Limits, Scheduler
+from npr_engine.scheduler.scheduler import Scheduler
 from npr_engine.scheduler.streaming import TokenEvent
 from npr_ext.errors import UserError
 
@@ -72,7 +74,7 @@ class EngineStats:
 
     steps: int
     sampled_tokens: int
-    fed_tokens: int
+    computed_tokens: int
     forced_tokens: int
     recomputed_tokens: int
     preemptions: int
@@ -260,7 +262,7 @@ class Engine:
         )
 
     def check_integrity(self) -> None:
-        """Asserts that no KV block, slot, table row or seat is lost or has two owners."""
+        """Asserts that no KV block, slot, row or request slot is lost or has two owners."""
         self._scheduler.check_integrity()
 
     def _need_memory(self) -> None:

@@ -18,7 +18,7 @@ def step(token_ids: Tensor, start: int, length: int) -> Step:
         slots=places,
         rows=torch.zeros_like(places),
         lengths=places + 1,
-        tables=torch.arange(len(token_ids), dtype=torch.int32)[None],
+        block_tables=torch.arange(len(token_ids), dtype=torch.int32)[None],
         sample_index=torch.arange(length),
     )
 

@@ -73,7 +73,7 @@ class Runner:
             slots=torch.from_numpy(batch.slots),
             rows=torch.from_numpy(batch.rows),
             lengths=torch.from_numpy(batch.lengths),
-            tables=torch.from_numpy(batch.tables),
+            block_tables=torch.from_numpy(batch.block_tables),
             sample_index=torch.from_numpy(batch.sample_index),
         )
 

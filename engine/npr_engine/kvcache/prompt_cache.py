@@ -18,7 +18,7 @@ class PromptKV:
     Attributes:
         token_ids, slots: int32 [P - 1].
         blocks: the blocks of the slots.
-        fed: tokens whose KV is computed or planned.
+        num_computed_tokens: tokens whose KV is computed or planned.
         row: table row while it is being filled, else -1.
         num_users: running responses that alias the slots.
         planned_step: last engine step that wrote to the slots.
@@ -27,14 +27,14 @@ class PromptKV:
     token_ids: NDArray[np.int32]
     slots: NDArray[np.int32]
     blocks: list[int]
-    fed: int = 0
+    num_computed_tokens: int = 0
     row: int = -1
     num_users: int = 0
     planned_step: int = -1
 
     @property
     def ready(self) -> bool:
-        return self.fed == len(self.token_ids)
+        return self.num_computed_tokens == len(self.token_ids)
 
 
 class PromptCache:

@@ -20,7 +20,7 @@ from npr_engine.language.vocabulary import TokenClass, Vocabulary
 
 
 class Phase(IntEnum):
-    """Of the text since the last tag."""
+    """How far the text since the last tag has come."""
 
     EMPTY = 0  # whitespace at most
     BEGUN = 1  # text, but what is open may not close yet
@@ -39,8 +39,8 @@ _HOLDS_TEXT = (State.PLAN, State.STEP, State.TAKEAWAY)
 
 
 def allowed_classes() -> NDArray[np.bool_]:
-    """bool [states, phases, classes]: the classes of tokens that continue a strictly valid response. The states
-    in which nobody samples (the engine writes what follows) allow nothing."""
+    """bool [states, phases, classes]: the classes of tokens that continue a strictly valid response. The states in which
+    nobody samples (the engine writes what follows) allow nothing."""
     allowed = np.zeros((len(State), len(Phase), len(TokenClass)), np.bool_)
     for state in (State.TRUNK, *_HOLDS_TEXT):
         allowed[state][:, _TEXT_BETWEEN] = True
@@ -54,19 +54,18 @@ def allowed_classes() -> NDArray[np.bool_]:
 class Constraint:
     """The table for one vocabulary and a model with `num_token_ids` output rows, made at its first use.
 
-    `unused_ids`, int64 [U], are the rows that no token has: the table does without them, since they are forbidden to every
-    response, constrained or not.
+    X    response, constrained or not.
     """
 
     def __init__(self, vocabulary: Vocabulary, num_token_ids: int) -> None:
         self._vocabulary = vocabulary
-        self._classes = vocabulary.padded_classes(num_token_ids)
+        self.classes = vocabulary.padded_classes(num_token_ids)
         self.unused_ids = vocabulary.unused_ids(num_token_ids)
 
     @cached_property
     def forbidden(self) -> NDArray[np.bool_]:
         """bool [1 + states * phases, token ids]: row 0 forbids nothing, `masks` names the others."""
-        by_token = ~allowed_classes().reshape(-1, len(TokenClass))[:, self._classes]
+        by_token = ~allowed_classes().reshape(-1, len(TokenClass))[:, self.classes]
         return np.concatenate((np.zeros_like(by_token[:1]), by_token))
 
     def masks(self, states: NDArray[np.int8], phases: NDArray[np.int8]) -> NDArray[np.int32]:
@@ -77,7 +76,7 @@ class Constraint:
         self, states: NDArray[np.int8], phases: NDArray[np.int8], tokens: NDArray[np.int32]
     ) -> NDArray[np.int8]:
         """Phases after tokens that were sampled in `states`, int8 [S]; a \\boxed answer is not looked for."""
-        classes = self._classes[tokens]
+        classes = self.classes[tokens]
         begun = np.where((classes == TokenClass.TEXT) & (phases == Phase.EMPTY), Phase.BEGUN, phases)
         filled = self._printable[tokens] & np.isin(states, _HOLDS_TEXT)
         after_tag = np.where(classes == TokenClass.PLAN_END, Phase.CLOSABLE, Phase.EMPTY)
@@ -98,9 +97,9 @@ class Constraint:
         return self._tokens_with(lambda piece: b"}" in piece)
 
     def _tokens_with(self, quality: Callable[[bytes], bool]) -> NDArray[np.bool_]:
-        found = np.zeros(len(self._classes), np.bool_)
+        found = np.zeros(len(self.classes), np.bool_)
         found[: self._vocabulary.size] = [quality(piece) for piece in self._vocabulary.pieces]
-        return found & (self._classes == TokenClass.TEXT)
+        return found & (self.classes == TokenClass.TEXT)
 
 
 def _is_printable(piece: bytes) -> bool:

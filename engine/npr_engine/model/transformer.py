@@ -37,7 +37,7 @@ class KVCache:
 
 @dataclass(frozen=True)
 class Step:
-    """What a forward needs about its T tokens: see Batch. `tables` int32 [rows, width], the rest [T] or
+    """What a forward needs about its T tokens: see Batch. `block_tables` int32 [rows, width], the rest [T] or
     [S]. `runs` int32 [R, 2] for a GPU, see npr_ext.ops.paged."""
 
     token_ids: Tensor
@@ -45,7 +45,7 @@ class Step:
     slots: Tensor
     rows: Tensor
     lengths: Tensor
-    tables: Tensor
+    block_tables: Tensor
     sample_index: Tensor
     runs: Tensor | None = None
 
@@ -209,7 +209,9 @@ class InferenceModel:
         if wanted is not None:
             queries_TNH = queries_TNH.index_select(0, wanted)
             rows, lengths, runs = rows.index_select(0, wanted), lengths.index_select(0, wanted), None
-        mixed_TNH = paged_attention(queries_TNH, keys_SGH, values_SGH, step.tables, rows, lengths, runs=runs)
+        mixed_TNH = paged_attention(
+            queries_TNH, keys_SGH, values_SGH, step.block_tables, rows, lengths, runs=runs
+        )
         return self._all_reduce(linear(mixed_TNH.flatten(1), weights.proj_DC))
 
     def _feed_forward(self, weights: LayerWeights, normed_TD: Tensor) -> Tensor:

@@ -1,5 +1,4 @@
-"""One engine step as plain arrays: what the scheduler plans and the runner executes without deciding
-anything."""
+"""One engine step as plain arrays: what the scheduler plans and the runner executes without deciding anything."""
 
 from __future__ import annotations
 
@@ -11,18 +10,17 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Batch:
-    """T tokens to feed, S of which are sampled after.
+    """T tokens to compute, S of which are sampled after.
 
     Attributes:
         token_ids, positions, slots: int32 [T]; the KV of token t goes to slots[t].
-        rows: int32 [T], table row of each token.
-        lengths: int32 [T], token t sees tables[rows[t], :lengths[t]] (itself included).
-        tables: int32 [rows, width], all table rows of the engine.
-        births: int64 [rows], tells the owners of a table row apart.
+        rows: int32 [T], batch row of each token.
+        lengths: int32 [T], token t sees the KV slots block_tables[rows[t], :lengths[t]] (its own included).
+        block_tables: int32 [rows, width], KV slots in order, for all batch rows of the engine.
+        generations: int64 [rows], tells the successive owners of a batch row apart.
         sample_index: int64 [S], places in T whose logits are sampled from.
-        sample_rows: int32 [S], their table rows.
-        num_decode: the first so many tokens are steady decoding, the rest prompts, forced tokens and
-        recomputation.
+        sample_rows: int32 [S], their batch rows.
+        num_decode: the first so many tokens are steady decoding, the rest prompts, forced tokens and recomputation.
     """
 
     token_ids: NDArray[np.int32]
@@ -30,8 +28,8 @@ class Batch:
     slots: NDArray[np.int32]
     rows: NDArray[np.int32]
     lengths: NDArray[np.int32]
-    tables: NDArray[np.int32]
-    births: NDArray[np.int64]
+    block_tables: NDArray[np.int32]
+    generations: NDArray[np.int64]
     sample_index: NDArray[np.int64]
     sample_rows: NDArray[np.int32]
     num_decode: int
@@ -48,8 +46,7 @@ class SampleInputs:
     Attributes:
         uniforms: float64 [S] in [0, 1).
         temperature, top_p, top_k, min_p, penalty: [S].
-        penalised: int32 [S, L], tokens that the penalty applies to, padded with -1; L = 0 where no row has
-        one.
+        penalised: int32 [S, L], tokens that the penalty applies to, padded with -1; L = 0 where no row has one.
         masks: int32 [S], rows of Constraint.forbidden: what may not be sampled; 0 where anything may.
     """
 

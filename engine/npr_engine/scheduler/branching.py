@@ -7,6 +7,7 @@ from npr_engine.language.grammar import Grammar
 from npr_engine.language.parser import State
 from npr_engine.language.tree import Defect
 from npr_engine.language.vocabulary import TokenClass
+from npr_engine.scheduler.request_slots import RequestSlots
 from npr_engine.scheduler.response_state import (
     Branch,
     Feed,
@@ -18,24 +19,23 @@ from npr_engine.scheduler.response_state import (
     Resume,
     branch_key,
 )
-from npr_engine.scheduler.rows import Rows, Seats
+from npr_engine.scheduler.rows import Rows
 from npr_ext.layout.violations import Violation
 
 BAD_PLANS = {Violation.PLAN_NUMBERING, Violation.EMPTY_PLAN, Violation.TEXT_IN_GUIDELINE}
 
 
 class Branching:
-    """Reads the grammar, writes tokens and work of responses. Every answer is a finish reason, or None to
-    go on."""
+    """Reads the grammar, writes tokens and work of responses. Every answer is a finish reason, or None to go on."""
 
-    def __init__(self, grammar: Grammar, rows: Rows, seats: Seats) -> None:
+    def __init__(self, grammar: Grammar, rows: Rows, request_slots: RequestSlots) -> None:
         self._grammar = grammar
         self._vocabulary = grammar.vocabulary
         self._rows = rows
-        self._seats = seats
+        self._request_slots = request_slots
 
     def structural(self, response: ResponseState, branch: Branch, token: TokenClass, step: int) -> str | None:
-        """A tag or EOS was sampled in `step` and is the last known token of the branch's row."""
+        """A tag or EOS was sampled in `step` and is the last token of the branch's row."""
         if not response.request.params.branching:
             return self._in_plain_text(response, branch, token)
         if branch.number == 0:
@@ -43,7 +43,7 @@ class Branching:
         if token is TokenClass.STEP_END:  # the branch stands inside its forced <step>
             return self._close(response, branch, step)
         parser = response.parser.branch(branch.number)
-        parser.extend(self._rows.tokens[branch.row, : self._rows.known[branch.row]])
+        parser.extend(self._rows.tokens[branch.row, : self._rows.num_tokens[branch.row]])
         assert parser.structural is not None
         return malformed(parser.structural)
 
@@ -61,15 +61,15 @@ class Branching:
 
     def _parse_trunk(self, response: ResponseState) -> None:
         row = response.trunk.row
-        known = int(self._rows.known[row])
-        response.parser.extend(self._rows.tokens[row, response.parsed : known])
-        response.parsed = known
+        count = int(self._rows.num_tokens[row])
+        response.parser.extend(self._rows.tokens[row, response.parsed : count])
+        response.parsed = count
 
     def _in_plain_text(self, response: ResponseState, branch: Branch, token: TokenClass) -> str | None:
         if token is TokenClass.EOS and not response.request.params.ignore_eos:
             return "eos"
         if token is TokenClass.STEP:
-            self._rows.step_start[branch.row] = self._rows.known[branch.row]
+            self._rows.step_start[branch.row] = self._rows.num_tokens[branch.row]
         elif token is TokenClass.STEP_END:
             self._rows.step_start[branch.row] = -1
         return None
@@ -88,7 +88,7 @@ class Branching:
 
     def _fork(self, response: ResponseState, step: int) -> str | None:
         """Opens a branch per plan with its forced text, if the budgets allow all of them one token more."""
-        row, seat, params = response.trunk.row, response.seat, response.request.params
+        row, slot, params = response.trunk.row, response.request_slot, response.request.params
         numbers = range(1, response.parser.num_plans + 1)
         forced = [self._vocabulary.forced_step(number) for number in numbers]
         first = int(self._rows.position[row]) + 1
@@ -96,11 +96,11 @@ class Branching:
         if (
             len(forced) > params.max_branches
             or len(response.forks) >= params.max_blocks
-            or self._seats.tokens_left[seat] < num_forced + len(forced)
-            or self._seats.last_position[seat] < first + max(map(len, forced))
+            or self._request_slots.tokens_left[slot] < num_forced + len(forced)
+            or self._request_slots.last_position[slot] < first + max(map(len, forced))
         ):
             return "budget"
-        self._seats.tokens_left[seat] -= num_forced
+        self._request_slots.tokens_left[slot] -= num_forced
         block, key = len(response.forks), response.request.key
         branches = [
             Branch(
@@ -112,7 +112,7 @@ class Branching:
             )
             for number, ids in zip(numbers, forced, strict=True)
         ]
-        fork = Fork(int(self._rows.known[row]), branches, open=len(branches))
+        fork = Fork(int(self._rows.num_tokens[row]), branches, open=len(branches))
         response.forks.append(fork)
         self._rows.decoding[row] = False
         response.work.append(Feed(response.trunk, fork.trunk_tokens))
@@ -131,7 +131,7 @@ class Branching:
     def _close_block(self, response: ResponseState, fork: Fork, step: int) -> str | None:
         """All branches have closed: the trunk goes on with the forced opening of the takeaway."""
         rows, trunk = self._rows, response.trunk
-        taken = [rows.tokens[branch.row, : rows.known[branch.row]] for branch in fork.branches]
+        taken = [rows.tokens[branch.row, : rows.num_tokens[branch.row]] for branch in fork.branches]
         response.parser.join(taken)
         position = int(rows.positions[fork.branches[0].row, 0]) + max(map(len, taken))
         response.work.append(Join(fork))
@@ -142,11 +142,14 @@ class Branching:
         self, response: ResponseState, forced: tuple[int, ...], position: int, step: int
     ) -> str | None:
         """The engine goes on writing the trunk from `position` on, if the budgets allow one token more than that."""
-        seat, trunk = response.seat, response.trunk
+        slot, trunk = response.request_slot, response.trunk
         after = position + len(forced)
-        if self._seats.tokens_left[seat] <= len(forced) or self._seats.last_position[seat] < after:
+        if (
+            self._request_slots.tokens_left[slot] <= len(forced)
+            or self._request_slots.last_position[slot] < after
+        ):
             return "budget"
-        self._seats.tokens_left[seat] -= len(forced)
+        self._request_slots.tokens_left[slot] -= len(forced)
         Record.given(forced, position, step + 1).append_to(self._rows, trunk.row)
         self._rows.decoding[trunk.row] = False
         response.work.append(Resume((trunk,)))

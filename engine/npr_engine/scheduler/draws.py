@@ -7,45 +7,46 @@ from numpy.typing import NDArray
 
 from npr_engine.language.constraint import Constraint
 from npr_engine.scheduler.batch import SampleInputs
-from npr_engine.scheduler.rows import Rows, Seats
+from npr_engine.scheduler.request_slots import RequestSlots
+from npr_engine.scheduler.rows import Rows
 from npr_engine.scheduler.uniforms import uniforms
 
 
 class Draws:
-    """Reads the rows and seats of a scheduler."""
+    """Reads the rows and request slots of a scheduler."""
 
-    def __init__(self, rows: Rows, seats: Seats, constraint: Constraint) -> None:
-        self._rows, self._seats, self._constraint = rows, seats, constraint
+    def __init__(self, rows: Rows, request_slots: RequestSlots, constraint: Constraint) -> None:
+        self._rows, self._request_slots, self._constraint = rows, request_slots, constraint
 
     def inputs(self, sampled: NDArray[np.int32]) -> SampleInputs:
-        """For table rows that a planned step samples after, int32 [S]."""
-        rows, seats = self._rows, self._seats
-        seat = rows.seat[sampled]
-        penalty = np.where(rows.step_start[sampled] >= 0, seats.penalty[seat], np.float32(1.0))
+        """How to sample after the rows `sampled`, int32 [S], of a planned engine step."""
+        rows, given = self._rows, self._request_slots
+        slot = rows.request_slot[sampled]
+        penalty = np.where(rows.step_start[sampled] >= 0, given.penalty[slot], np.float32(1.0))
         return SampleInputs(
             uniforms=uniforms(rows.key[sampled], rows.position[sampled]),
-            temperature=seats.temperature[seat],
-            top_p=seats.top_p[seat],
-            top_k=seats.top_k[seat],
-            min_p=seats.min_p[seat],
+            temperature=given.temperature[slot],
+            top_p=given.top_p[slot],
+            top_k=given.top_k[slot],
+            min_p=given.min_p[slot],
             penalty=penalty,
             penalised=self._penalised(sampled, penalty),
-            masks=self._masks(sampled, seat),
+            masks=self._masks(sampled, slot),
         )
 
-    def _masks(self, sampled: NDArray[np.int32], seat: NDArray[np.int32]) -> NDArray[np.int32]:
+    def _masks(self, sampled: NDArray[np.int32], slot: NDArray[np.int32]) -> NDArray[np.int32]:
         """What each sampled row may not draw, as rows of `constraint.forbidden`; 0 where it is not constrained."""
-        if self._seats.num_constrained == 0:
+        if self._request_slots.num_constrained == 0:
             return np.zeros(len(sampled), np.int32)
         masks = self._constraint.masks(self._rows.state[sampled], self._rows.phase[sampled])
-        return np.where(self._seats.constrained[seat], masks, np.int32(0))
+        return np.where(self._request_slots.constrained[slot], masks, np.int32(0))
 
     def _penalised(self, sampled: NDArray[np.int32], penalty: NDArray[np.float32]) -> NDArray[np.int32]:
         """Tokens of the open step of each sampled row, int32 [S, L], padded with -1."""
         if (penalty == 1.0).all():
             return np.empty((len(sampled), 0), np.int32)
         start = self._rows.step_start[sampled]
-        length = np.where(penalty == 1.0, 0, self._rows.known[sampled] - start)
+        length = np.where(penalty == 1.0, 0, self._rows.num_tokens[sampled] - start)
         columns = np.arange(length.max())
         inside = columns < length[:, None]
         source = np.where(inside, start[:, None] + columns, 0)

@@ -48,7 +48,7 @@ class Memory:
         trunk = response.trunk
         row = self._place(response, trunk)
         length = len(prompt.slots)
-        rows.table[row, :length] = prompt.slots
+        rows.block_table[row, :length] = prompt.slots
         rows.length[row] = rows.reserved[row] = length
 
     def open(self, response: ResponseState, fork: Fork) -> None:
@@ -58,7 +58,7 @@ class Memory:
         length = int(rows.length[trunk])
         for branch in fork.branches:
             row = self._place(response, branch)
-            rows.table[row, :length] = rows.table[trunk, :length]
+            rows.block_table[row, :length] = rows.block_table[trunk, :length]
             rows.length[row] = rows.reserved[row] = length
 
     def join(self, response: ResponseState, fork: Fork) -> None:
@@ -68,7 +68,7 @@ class Memory:
         for branch in fork.branches:
             self._spare_tail(response, branch.row)
             length = int(rows.length[branch.row])
-            rows.table[trunk, end : end + length - start] = rows.table[branch.row, start:length]
+            rows.block_table[trunk, end : end + length - start] = rows.block_table[branch.row, start:length]
             end += length - start
             branch.record = Record.take(rows, branch.row)
             rows.decoding[branch.row] = False
@@ -81,7 +81,7 @@ class Memory:
         """Slots for `count` more tokens of the row, from what is spare, free, evictable or idle; False
         without."""
         rows, size = self.rows, self.pool.block_size
-        rows.promised[row] = count
+        rows.num_scheduled_tokens[row] = count
         need = int(rows.length[row]) + count - int(rows.reserved[row])
         while need > 0:
             if not response.spare and not self._take_block(response, step):
@@ -93,7 +93,7 @@ class Memory:
             room = rows.width - end
             taken = min(taken, room)
             assert taken > 0, f"row {row} is full: {end} of {rows.width}"
-            rows.table[row, end : end + taken] = response.spare[:taken]
+            rows.block_table[row, end : end + taken] = response.spare[:taken]
             del response.spare[:taken]
             rows.reserved[row] = end + taken
             need -= taken
@@ -111,7 +111,7 @@ class Memory:
         for owner, block in zip((owner for owner in owners if not owner.spare), blocks, strict=True):
             owner.blocks.append(block)
         columns = rows.reserved[taking, None] + np.arange(size)
-        rows.table[taking[:, None], columns] = self.pool.slots(blocks).reshape(-1, size)
+        rows.block_table[taking[:, None], columns] = self.pool.slots(blocks).reshape(-1, size)
         rows.reserved[taking] += size
         return full[spare]
 
@@ -139,7 +139,7 @@ class Memory:
     def _place(self, response: ResponseState, branch: Branch) -> int:
         """A row that holds the branch's record."""
         assert branch.record is not None
-        branch.row = self.rows.allocate(response.seat, branch.key, int(branch.record.positions[0]))
+        branch.row = self.rows.allocate(response.request_slot, branch.key, int(branch.record.positions[0]))
         branch.record.append_to(self.rows, branch.row)
         self.rows.step_start[branch.row] = branch.step_start
         self.rows.state[branch.row], self.rows.phase[branch.row] = branch.state, branch.phase
@@ -159,21 +159,21 @@ class Memory:
         rows = self.rows
         start, end = int(rows.length[row]) + keep, int(rows.reserved[row])
         if start < end:
-            response.spare += rows.table[row, start:end].tolist()
+            response.spare += rows.block_table[row, start:end].tolist()
             rows.reserved[row] = start
 
     def _spare_idle_tails(self, response: ResponseState, row: int) -> None:
         """Out of blocks: what the response's other rows hold beyond this step's token."""
         for branch in response.branches_on_rows():
             if branch.row != row:
-                self._spare_tail(response, branch.row, keep=int(self.rows.promised[branch.row]))
+                self._spare_tail(response, branch.row, keep=int(self.rows.num_scheduled_tokens[branch.row]))
 
     def utilisation(self) -> float:
         """Slots that hold a token which some row sees / all slots, counted from the tables."""
         rows = self.rows
         live = np.zeros(self.pool.num_blocks * self.pool.block_size, np.bool_)
         for row in rows.in_use().tolist():
-            live[rows.table[row, : rows.length[row]]] = True
+            live[rows.block_table[row, : rows.length[row]]] = True
         return float(live.mean())
 
     def check_integrity(self, running: list[ResponseState]) -> None:
@@ -195,11 +195,11 @@ class Memory:
         assert response.prompt is not None
         trunk = response.trunk.row
         start, shared = len(response.prompt.slots), int(rows.length[trunk])
-        assert np.array_equal(rows.table[trunk, :start], response.prompt.slots)
-        held = [*response.spare, *rows.table[trunk, start : rows.reserved[trunk]].tolist()]
+        assert np.array_equal(rows.block_table[trunk, :start], response.prompt.slots)
+        held = [*response.spare, *rows.block_table[trunk, start : rows.reserved[trunk]].tolist()]
         for branch in response.branches_on_rows()[1:]:
-            assert np.array_equal(rows.table[branch.row, :shared], rows.table[trunk, :shared])
-            held += rows.table[branch.row, shared : rows.reserved[branch.row]].tolist()
+            assert np.array_equal(rows.block_table[branch.row, :shared], rows.block_table[trunk, :shared])
+            held += rows.block_table[branch.row, shared : rows.reserved[branch.row]].tolist()
         assert len(set(held)) == len(held), f"{response.request.request_id}: a slot is held twice"
         assert sorted(held) == sorted(self.pool.slots(response.blocks).tolist())
 

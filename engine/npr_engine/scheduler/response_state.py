@@ -38,7 +38,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Record:
-    """Tokens of a branch and what is known of each, [n]; taken from its row."""
+    """Tokens of a branch and what belongs to each, [n]; taken from its row. `steps` are engine steps."""
 
     tokens: NDArray[np.int32]
     logprobs: NDArray[np.float32]
@@ -70,28 +70,29 @@ class Record:
 
     @classmethod
     def take(cls, rows: Rows, row: int, start: int = 0) -> Record:
-        """A copy of what row `row` knows, from its token `start` on."""
-        known = int(rows.known[row])
+        """A copy of the tokens of row `row`, from its token `start` on."""
+        end = int(rows.num_tokens[row])
         return cls(
-            rows.tokens[row, start:known].copy(),
-            rows.logprobs[row, start:known].copy(),
-            rows.sampler_logprobs[row, start:known].copy(),
-            rows.steps[row, start:known].copy(),
-            rows.positions[row, start:known].copy(),
-            rows.forced[row, start:known].copy(),
+            rows.tokens[row, start:end].copy(),
+            rows.logprobs[row, start:end].copy(),
+            rows.sampler_logprobs[row, start:end].copy(),
+            rows.steps[row, start:end].copy(),
+            rows.positions[row, start:end].copy(),
+            rows.forced[row, start:end].copy(),
         )
 
     def append_to(self, rows: Rows, row: int) -> None:
-        """Writes it behind what row `row` knows."""
-        start = int(rows.known[row])
+        """Writes the record behind the tokens of row `row`."""
+        start = int(rows.num_tokens[row])
         end = start + len(self.tokens)
         rows.need_capacity(end)
         rows.tokens[row, start:end], rows.logprobs[row, start:end] = self.tokens, self.logprobs
         rows.sampler_logprobs[row, start:end], rows.steps[row, start:end] = self.sampler_logprobs, self.steps
         rows.positions[row, start:end], rows.forced[row, start:end] = self.positions, self.forced
-        rows.known[row] = end
+        rows.num_tokens[row] = end
 
     def part(self, start: int, end: int) -> Record:
+        """Tokens start..end-1."""
         return Record(
             self.tokens[start:end],
             self.logprobs[start:end],
@@ -107,8 +108,8 @@ class Record:
 
 @dataclass(eq=False)
 class Branch:
-    """The trunk (number 0) or branch `number` of a block. On a row while it runs, else in a record. `told` of its
-    tokens have been streamed."""
+    """The trunk (number 0) or branch `number` of a block. On a row while it runs, else in a record. The first
+    `num_streamed` of its tokens have gone out as events."""
 
     number: int
     key: int
@@ -118,13 +119,12 @@ class Branch:
     step_start: int = -1
     state: State = State.TRUNK
     phase: Phase = Phase.EMPTY
-    told: int = 0
+    num_streamed: int = 0
 
 
 @dataclass(eq=False)
 class Fork:
-    """A block: it opens after the first `trunk_tokens` tokens of the trunk's row; `open` branches have not
-    closed."""
+    """A block: it opens after the first `trunk_tokens` tokens of the trunk's row; `open` branches have not closed."""
 
     trunk_tokens: int
     branches: list[Branch]
@@ -133,7 +133,7 @@ class Fork:
 
 @dataclass(frozen=True)
 class Feed:
-    """Compute the KV of the branch's tokens before `until` (None: of all that are known)."""
+    """Compute the KV of the branch's tokens before `until` (None: of all that it has)."""
 
     branch: Branch
     until: int | None
@@ -141,8 +141,8 @@ class Feed:
 
 @dataclass(frozen=True)
 class Resume:
-    """Feed what is known of all these branches and sample after each, in one step: siblings stay in
-    lock-step, so what a response is when it ends early does not depend on the batch."""
+    """Compute the KV of all tokens of these branches and sample after each, in one engine step: siblings stay in lock-step,
+    so what a response is when it ends early does not depend on the batch."""
 
     branches: tuple[Branch, ...]
 
@@ -170,8 +170,8 @@ class ResponseState:
 
     Attributes:
         arrival: submission order; smaller is served first and preempted last.
-        tokens_left: what its budget leaves while it has no seat.
-        seat: its index in Seats while it runs, else -1.
+        tokens_left: what its budget leaves while it has no request slot.
+        request_slot: its index in RequestSlots while it runs, else -1.
         blocks: KV blocks it owns; `spare` are slots of them that no row has.
         work: what the next step has to do, in order of dependence; steady decoding is not in it.
         parsed: tokens of the trunk's row that the parser has seen.
@@ -183,7 +183,7 @@ class ResponseState:
     trunk: Branch
     tokens_left: int
     forks: list[Fork] = field(default_factory=list)
-    seat: int = -1
+    request_slot: int = -1
     prompt: PromptKV | None = None
     blocks: list[int] = field(default_factory=list)
     spare: list[int] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""Collects what one step feeds and turns it into a Batch."""
+"""Collects what one engine step computes and turns it into a Batch."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from npr_engine.scheduler.rows import Rows
 
 
 class StepPlan:
-    """Chunks (runs of known tokens of a row) beside the rows that decode; `room` tokens are left for
-    chunks."""
+    """Chunks (consecutive tokens that a row has already) beside the rows that decode; `room` tokens are left for chunks."""
 
     def __init__(self, rows: Rows, room: int) -> None:
         self._rows = rows
         self.room = room
-        self._chunks: list[tuple[int, int, int, int, int]] = []  # row, fed, length, position, count
+        self._chunks: list[tuple[int, int, int, int, int]] = []  # row, first, length, position, count
         self._sampled: list[int] = []  # indices of chunks
         self.num_chunk_tokens = 0
 
     def add(self, row: int, count: int, *, sample: bool = False) -> None:
-        """Feeds the next `count` tokens of the row, whose slots are reserved; then samples, if told so."""
+        """Plans the next `count` tokens of the row, whose KV slots are reserved; `sample`: draws the token after them."""
         rows = self._rows
         if sample:
             self._sampled.append(len(self._chunks))
-        self._chunks.append((row, int(rows.fed[row]), int(rows.length[row]), int(rows.position[row]), count))
-        rows.fed[row] += count
+        first, length = int(rows.num_computed_tokens[row]), int(rows.length[row])
+        self._chunks.append((row, first, length, int(rows.position[row]), count))
+        rows.num_computed_tokens[row] += count
         rows.length[row] += count
         rows.position[row] += count
-        rows.promised[row] = 0
+        rows.num_scheduled_tokens[row] = 0
         self.room -= count
         self.num_chunk_tokens += count
 
@@ -37,20 +37,20 @@ class StepPlan:
         """The step: one token of each decoding row, then the chunks."""
         rows = self._rows
         num_decode = len(decoding)
-        decode_fed, decode_length = rows.fed[decoding], rows.length[decoding]
+        decode_first, decode_length = rows.num_computed_tokens[decoding], rows.length[decoding]
         decode_position = rows.position[decoding]
-        rows.fed[decoding] += 1
+        rows.num_computed_tokens[decoding] += 1
         rows.length[decoding] += 1
         rows.position[decoding] += 1
         if not self._chunks:
             return Batch(
-                token_ids=rows.tokens[decoding, decode_fed],
+                token_ids=rows.tokens[decoding, decode_first],
                 positions=decode_position,
-                slots=rows.table[decoding, decode_length],
+                slots=rows.block_table[decoding, decode_length],
                 rows=decoding.astype(np.int32),
                 lengths=decode_length + 1,
-                tables=rows.table,
-                births=rows.birth,
+                block_tables=rows.block_table,
+                generations=rows.generation,
                 sample_index=np.arange(num_decode),
                 sample_rows=decoding.astype(np.int32),
                 num_decode=num_decode,
@@ -59,19 +59,19 @@ class StepPlan:
         counts = chunks[:, 4]
         ends = np.cumsum(counts)
         offsets = np.arange(ends[-1], dtype=np.int32) - np.repeat(ends - counts, counts).astype(np.int32)
-        row, fed, length, position = (np.repeat(chunks[:, column], counts) for column in range(4))
+        row, first, length, position = (np.repeat(chunks[:, column], counts) for column in range(4))
         row = np.concatenate((decoding.astype(np.int32), row))
-        fed = np.concatenate((decode_fed, fed + offsets))
+        first = np.concatenate((decode_first, first + offsets))
         length = np.concatenate((decode_length, length + offsets))
         sampled = np.array(self._sampled, np.int64)
         return Batch(
-            token_ids=rows.tokens[row, fed],
+            token_ids=rows.tokens[row, first],
             positions=np.concatenate((decode_position, position + offsets)),
-            slots=rows.table[row, length],
+            slots=rows.block_table[row, length],
             rows=row,
             lengths=length + 1,
-            tables=rows.table,
-            births=rows.birth,
+            block_tables=rows.block_table,
+            generations=rows.generation,
             sample_index=np.concatenate((np.arange(num_decode), num_decode + ends[sampled] - 1)),
             sample_rows=np.concatenate((decoding.astype(np.int32), chunks[sampled, 0])),
             num_decode=num_decode,

@@ -34,12 +34,12 @@ class TokenEvent:
 
 
 def new_events(rows: Rows, sampled: Iterable[tuple[ResponseState, Branch]]) -> Iterator[TokenEvent]:
-    """What the branches that a step sampled have become since they were last told; of a response that has ended,
-    all that is left."""
+    """The tokens of the branches that an engine step sampled which have not been streamed; of a response that has ended, all
+    that are left."""
     ended: dict[int, ResponseState] = {}
     for response, branch in sampled:
-        if response.seat >= 0:
-            yield from _told(rows, response, branch)
+        if response.request_slot >= 0:
+            yield from _unstreamed(rows, response, branch)
         else:
             ended[response.arrival] = response
     for response in ended.values():
@@ -47,18 +47,18 @@ def new_events(rows: Rows, sampled: Iterable[tuple[ResponseState, Branch]]) -> I
 
 
 def last_events(rows: Rows, response: ResponseState) -> Iterator[TokenEvent]:
-    """What has not been told of a response that has ended."""
+    """The tokens of a response that has ended which have not been streamed."""
     last = response.forks[-1].branches if response.forks else []
     for branch in (*last, response.trunk):
-        yield from _told(rows, response, branch)
+        yield from _unstreamed(rows, response, branch)
 
 
-def _told(rows: Rows, response: ResponseState, branch: Branch) -> Iterator[TokenEvent]:
-    record = branch.record if branch.row < 0 else Record.take(rows, branch.row, branch.told)
+def _unstreamed(rows: Rows, response: ResponseState, branch: Branch) -> Iterator[TokenEvent]:
+    record = branch.record if branch.row < 0 else Record.take(rows, branch.row, branch.num_streamed)
     assert record is not None
     if branch.row < 0:
-        record = record.part(branch.told, len(record))
-    branch.told += len(record)
+        record = record.part(branch.num_streamed, len(record))
+    branch.num_streamed += len(record)
     if len(record):
         yield TokenEvent(
             response.request.request_id, branch.number, record.tokens, record.forced, record.logprobs

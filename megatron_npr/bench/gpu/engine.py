@@ -230,11 +230,11 @@ def table_update_seconds(device: torch.device, sizes: Sizes) -> float:
     forked, few = sizes.branches, sizes.steps[0]
     joined = sizes.prefix_tokens + forked * few
     tables = np.arange((forked + 1) * joined, dtype=np.int32).reshape(forked + 1, joined)
-    births = np.zeros(forked + 1, np.int64)
+    generations = np.zeros(forked + 1, np.int64)
     table = DeviceTable(device)
 
     def update(rows: list[int], length: int) -> object:
-        births[rows] += 1
+        generations[rows] += 1
         count = np.zeros(len(rows), np.int32)
         return table.update(
             Batch(
@@ -243,8 +243,8 @@ def table_update_seconds(device: torch.device, sizes: Sizes) -> float:
                 slots=count,
                 rows=np.array(rows, np.int32),
                 lengths=count + length,
-                tables=tables,
-                births=births,
+                block_tables=tables,
+                generations=generations,
                 sample_index=np.arange(len(rows)),
                 sample_rows=np.array(rows, np.int32),
                 num_decode=len(rows),

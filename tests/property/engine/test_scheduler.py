@@ -19,8 +19,10 @@ from numpy.typing import NDArray
 
 from npr_engine.sampling import SamplingParams
 from npr_engine.scheduler.batch import Batch, Sampled
+from npr_engine.scheduler.limits import Limits
+from npr_engine.scheduler.response_queue import Finished
 from npr_engine.scheduler.response_state import Request
-from npr_engine.scheduler.scheduler import Finished, Limits, Scheduler
+from npr_engine.scheduler.scheduler import Scheduler
 from npr_engine.testing import EOS, GRAMMAR, PIECES, encode
 
 GUIDELINE, GUIDELINE_END, PLAN, PLAN_END, STEP, STEP_END, TAKEAWAY, TAKEAWAY_END = range(2, 10)
@@ -65,7 +67,7 @@ class ContextModel:
         self.kv[batch.slots] = np.stack((batch.token_ids, batch.positions), 1)
         drawn, invalid = [], []
         for index, barred in zip(batch.sample_index.tolist(), forbidden, strict=True):
-            slots = batch.tables[batch.rows[index], : batch.lengths[index]]
+            slots = batch.block_tables[batch.rows[index], : batch.lengths[index]]
             assert slots[-1] == batch.slots[index]
             context = self.kv[slots]
             assert (context >= 0).all(), "a token sees a slot that nobody has written"
@@ -100,7 +102,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.num_submitted = 0
         self.submitted: dict[str, Request] = {}
         self.finished: dict[str, Finished] = {}
-        self.told: defaultdict[str, list[int]] = defaultdict(list)
+        self.streamed: defaultdict[str, list[int]] = defaultdict(list)
 
     @rule(
         prompt=st.sampled_from(PROMPTS),
@@ -151,14 +153,14 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(count=st.integers(1, 3))
     def preempt(self, count: int) -> None:
         """The youngest give way, as if an older one had asked for memory."""
-        for response in reversed(self.scheduler._running[-count:]):
-            self.scheduler._make_way(response)
+        for response in reversed(self.scheduler._queue.running[-count:]):
+            self.scheduler._planner._make_way(response)
 
     @rule(count=st.integers(1, 3))
     def evict(self, count: int) -> None:
         """Prompts that nobody uses are forgotten, as if somebody had asked for memory."""
         for _ in range(count):
-            self.scheduler._memory.prompts.evict(self.scheduler.step)
+            self.scheduler._memory.prompts.evict(self.scheduler.counters.steps)
 
     @rule()
     def new_weights(self) -> None:
@@ -189,7 +191,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             for name in ("tokens", "positions", "forced"):
                 assert getattr(ended.record, name).tolist() == getattr(alone.record, name).tolist()
             assert len(ended.record) <= request.params.max_tokens
-            assert sorted(self.told[request_id]) == sorted(ended.record.tokens.tolist())
+            assert sorted(self.streamed[request_id]) == sorted(ended.record.tokens.tolist())
             if request.params.constrain:
                 assert not ended.reason.startswith("malformed")
                 assert ended.reason != "eos" or GRAMMAR.read(ended.record.tokens).defect is None
@@ -197,7 +199,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def _hear(self) -> None:
         for event in self.scheduler.take_events():
-            self.told[event.request_id] += event.token_ids.tolist()
+            self.streamed[event.request_id] += event.token_ids.tolist()
 
     def _collect(self) -> None:
         self._hear()

@@ -136,19 +136,19 @@ def test_forks_feed_each_token_once(new_engine: Callable[..., Engine]) -> None:
     engine = new_engine()
     (rollout,) = engine.generate(PROMPTS[:1], GREEDY)
     fed = len(PROMPTS[0]) + rollout.num_tokens - 1  # the last token is never fed
-    assert engine.stats().fed_tokens == fed
+    assert engine.stats().computed_tokens == fed
 
 
 def test_a_group_computes_its_prompt_once_until_the_weights_change(new_engine: Callable[..., Engine]) -> None:
     engine, prompt = new_engine(), PROMPTS[0] * 20
     params = SamplingParams(max_tokens=1, branching=False)
     engine.generate([prompt] * 8, params)
-    assert engine.stats().fed_tokens == len(prompt) - 1 + 8
+    assert engine.stats().computed_tokens == len(prompt) - 1 + 8
     engine.generate([prompt], params)
-    assert engine.stats().fed_tokens == len(prompt) - 1 + 9
+    assert engine.stats().computed_tokens == len(prompt) - 1 + 9
     engine.weights_updated(1)
     (rollout,) = engine.generate([prompt], params)
-    assert engine.stats().fed_tokens == 2 * (len(prompt) - 1) + 10
+    assert engine.stats().computed_tokens == 2 * (len(prompt) - 1) + 10
     assert rollout.weights_version == 1
 
 

@@ -13,7 +13,7 @@ from npr_engine.engine import Engine, EngineConfig
 from npr_engine.model.transformer import InferenceModel, KVCache, Step
 from npr_engine.rollout import Rollout
 from npr_engine.sampling import SamplingParams
-from npr_engine.scheduler.scheduler import NO_DISTRIBUTION
+from npr_engine.scheduler.step_commit import NO_DISTRIBUTION
 from npr_engine.testing import GRAMMAR, PIECES, VOCABULARY, encode
 from npr_ext.errors import UserError
 from tests.support import random_model
@@ -89,11 +89,11 @@ def test_the_prompts_kv_of_a_failed_request_is_computed_anew(plain: Plain) -> No
     model.poison = PROMPTS[0][-1]
     assert engine.generate(PROMPTS[:1], GREEDY)[0].finish_reason == NO_DISTRIBUTION
     assert engine.stats().free_blocks == engine.stats().num_blocks
-    fed = engine.stats().fed_tokens
+    fed = engine.stats().computed_tokens
     model.poison = -1
     (rollout,) = engine.generate(PROMPTS[:1], GREEDY)
     assert rollout.finish_reason == "eos"
-    assert engine.stats().fed_tokens - fed == len(PROMPTS[0]) + rollout.num_tokens - 1
+    assert engine.stats().computed_tokens - fed == len(PROMPTS[0]) + rollout.num_tokens - 1
 
 
 class FailingModel(InferenceModel):
@@ -129,7 +129,7 @@ def waiting(engine: Engine) -> bool:
 
 
 def prefilling(engine: Engine) -> bool:
-    return 0 < engine.stats().fed_tokens < 40
+    return 0 < engine.stats().computed_tokens < 40
 
 
 def in_the_trunk(engine: Engine) -> bool:

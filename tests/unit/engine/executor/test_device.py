@@ -47,7 +47,7 @@ class TableReader(Runner):
     def run(self, batch: Batch, inputs: SampleInputs) -> Sampled:
         on_device = self.table.update(batch).numpy()
         for row, length in zip(batch.rows.tolist(), batch.lengths.tolist(), strict=True):
-            assert np.array_equal(on_device[row, :length], batch.tables[row, :length]), (row, length)
+            assert np.array_equal(on_device[row, :length], batch.block_tables[row, :length]), (row, length)
         self.batches.append(batch)
         return super().run(batch, inputs)
 
@@ -73,18 +73,18 @@ def test_the_table_on_the_device_follows_forks_joins_preemption_and_new_weights(
 
 def test_a_decode_step_moves_one_number_a_row() -> None:
     tables = np.arange(80, dtype=np.int32).reshape(4, 20)
-    births = np.array([1, 2, 3, 4])
+    generations = np.array([1, 2, 3, 4])
     table = DeviceTable(torch.device("cpu"))
-    table.update(batch_of(tables, births, rows=[0, 2], lengths=[7, 12]))
+    table.update(batch_of(tables, generations, rows=[0, 2], lengths=[7, 12]))
     tables[0, 7], tables[2, 12] = 500, 501
-    new = batch_of(tables, births, rows=[0, 2], lengths=[8, 13])
+    new = batch_of(tables, generations, rows=[0, 2], lengths=[8, 13])
     assert table._new_entries(new).tolist() == [7, 2 * 20 + 12]
-    births[2] = 9
-    again = batch_of(tables, births, rows=[2], lengths=[3])
+    generations[2] = 9
+    again = batch_of(tables, generations, rows=[2], lengths=[3])
     assert table._new_entries(again).tolist() == [40, 41, 42]
 
 
-def batch_of(tables: np.ndarray, births: np.ndarray, rows: list[int], lengths: list[int]) -> Batch:
+def batch_of(tables: np.ndarray, generations: np.ndarray, rows: list[int], lengths: list[int]) -> Batch:
     count = len(rows)
     zeros = np.zeros(count, np.int32)
     return Batch(
@@ -93,8 +93,8 @@ def batch_of(tables: np.ndarray, births: np.ndarray, rows: list[int], lengths: l
         slots=tables[rows, np.array(lengths) - 1],
         rows=np.array(rows, np.int32),
         lengths=np.array(lengths, np.int32),
-        tables=tables,
-        births=births,
+        block_tables=tables,
+        generations=generations,
         sample_index=np.arange(count),
         sample_rows=np.array(rows, np.int32),
         num_decode=count,
