@@ -18,9 +18,9 @@ from torch import Tensor
 from megatron_npr.hf.description import copy_description, set_dtype
 from megatron_npr.hf.fp8_export import (
     SCALE_SUFFIX,
-    is_quantised,
-    quantise,
+    is_quantized,
     quantization_config,
+    quantize_blocks,
     require_modelopt,
     scale_shape,
 )
@@ -102,8 +102,8 @@ def convert_folder(
             if name in scales:
                 return scales.pop(name)
             weight = weights.read(name)
-            if fp8 and is_quantised(name):
-                packed, scales[name + SCALE_SUFFIX] = quantise(weight)
+            if fp8 and is_quantized(name):
+                packed, scales[name + SCALE_SUFFIX] = quantize_blocks(weight)
                 return packed
             return (with_tag_rows(weight, pieces) if name in VOCABULARY_MATRICES else weight).to(
                 targets[name].dtype
@@ -137,7 +137,7 @@ def _with_scales(targets: dict[str, _Target]) -> dict[str, _Target]:
     """The tensors of the same folder with FP8 projections, each followed by its scales."""
     found: dict[str, _Target] = {}
     for name, entry in targets.items():
-        if is_quantised(name):
+        if is_quantized(name):
             found[name] = _Target(entry.shape, torch.float8_e4m3fn)
             found[name + SCALE_SUFFIX] = _Target(scale_shape(name, entry.shape), torch.float32)
         else:

@@ -1,4 +1,4 @@
-"""FP8 of a model folder for serving: e4m3 weights with a scale a 128 x 128 block, activations quantised as they come.
+"""FP8 of a model folder for serving: e4m3 weights with a scale a 128 x 128 block, activations quantized as they come.
 
 weight [R, C] ──► nvidia-modelopt ──► e4m3 [R, C] and `weight_scale_inv` [R / 128, C / 128] float32
 
@@ -21,14 +21,13 @@ from torch import Tensor
 from npr_ext.errors import UserError
 
 BLOCK = 128
-LARGEST = 448.0
-"""Of e4m3."""
+E4M3_MAX = 448.0
 SCALE_SUFFIX = "_scale_inv"
 _SMALLEST_SCALE = 1e-12
-"""Of a block of zeros, which would be divided by zero."""
+"""The scale of a block of zeros, which would be divided by zero."""
 
 
-def is_quantised(name: str) -> bool:
+def is_quantized(name: str) -> bool:
     """Whether a weight becomes FP8: projections of the layers, not vocabulary matrices, norms, biases or routers."""
     return name.startswith("model.layers.") and name.endswith("_proj.weight")
 
@@ -43,15 +42,15 @@ def scale_shape(name: str, shape: tuple[int, ...]) -> tuple[int, int]:
     return rows // BLOCK, columns // BLOCK
 
 
-def quantise(weight_RC: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_blocks(weight_RC: Tensor) -> tuple[Tensor, Tensor]:
     """A weight as e4m3 [R, C] and its scales (float32, one a block), by nvidia-modelopt.
 
-    weight = e4m3 * scale; the largest of a block becomes 448. UserError where modelopt is not installed.
+    weight = e4m3 * scale; the amax of a block becomes 448. UserError where modelopt is not installed.
     """
     tensors, utils = _modelopt()
     blocks = {-1: BLOCK, -2: BLOCK}
     wide = weight_RC.float()
-    scales = (utils.reduce_block_amax(wide, blocks) / LARGEST).clamp_min(_SMALLEST_SCALE)
+    scales = (utils.reduce_block_amax(wide, blocks) / E4M3_MAX).clamp_min(_SMALLEST_SCALE)
     packed, scales = tensors.FP8QTensor.quantize(wide, scales=scales, block_sizes=blocks)
     return packed._quantized_data.contiguous(), scales.contiguous()
 
@@ -61,7 +60,7 @@ def quantization_config(names: Iterable[str]) -> dict[str, Any]:
     kept = {
         name.removesuffix(".weight")
         for name in names
-        if name.endswith((".gate.weight", "lm_head.weight")) and not is_quantised(name)
+        if name.endswith((".gate.weight", "lm_head.weight")) and not is_quantized(name)
     }
     return {
         "quant_method": "fp8",

@@ -21,19 +21,8 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_npr.model.fp8_matmul import (
-    FORWARD,
-    GRADIENTS,
-    Fp8Format,
-    Scaled,
-    largest_magnitude,
-    product,
-    rounded,
-    rounded_both,
-    rounded_transposed,
-    scale_of,
-    transposed,
-)
+from megatron_npr.model.fp8_matmul import FORWARD, GRADIENTS, Fp8Format, Scaled, product
+from npr_ext.ops.fp8 import amax, quantize, quantize_both, quantize_transposed, scale_of, transposed
 
 
 @dataclass
@@ -62,9 +51,9 @@ class _Fp8Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_NK: Tensor, sharing: Sharing) -> Tensor:
         x_SK = x.reshape(-1, x.shape[-1])
-        largest = _largest((x_SK, weight_NK), sharing.group)
-        x_scale, weight_scale = scale_of(largest, FORWARD).unbind()
-        values_SK = rounded(x_SK, x_scale, FORWARD)
+        magnitudes = _amax((x_SK, weight_NK), sharing.group)
+        x_scale, weight_scale = scale_of(magnitudes, FORWARD).unbind()
+        values_SK = quantize(x_SK, x_scale, FORWARD)
         # Not the transpose, although backward wants that: under sequence parallelism a part is kept and gathered again.
         ctx.save_for_backward(values_SK, x_scale, weight_NK, weight_scale)
         ctx.sharing, ctx.shape, ctx.dtype = sharing, x.shape, x.dtype
@@ -74,7 +63,7 @@ class _Fp8Linear(torch.autograd.Function):
             gathering.wait()
         y_TN = product(
             Scaled(values_TK, x_scale),
-            Scaled(rounded(weight_NK, weight_scale, FORWARD), weight_scale),
+            Scaled(quantize(weight_NK, weight_scale, FORWARD), weight_scale),
             x.dtype,
             fast=True,
         )
@@ -86,17 +75,17 @@ class _Fp8Linear(torch.autograd.Function):
         values_SK, x_scale, weight_NK, weight_scale = ctx.saved_tensors
         needs_x, needs_weight = ctx.needs_input_grad[:2]
         dy_TN = gradients[0].reshape(-1, len(weight_NK))
-        largest = _largest((dy_TN,), sharing.group if sharing.splits_outputs else None)
-        dy_scale = scale_of(largest[0], sharing.gradient_type)
+        magnitudes = _amax((dy_TN,), sharing.group if sharing.splits_outputs else None)
+        dy_scale = scale_of(magnitudes[0], sharing.gradient_type)
 
         values_TK, gathering = values_SK, None
         if sharing.gathers and needs_weight:
             values_TK, gathering = _gather(values_SK, sharing.group)
-        dy_values_TN, dy_values_NT = rounded_both(dy_TN, dy_scale, sharing.gradient_type)
+        dy_values_TN, dy_values_NT = quantize_both(dy_TN, dy_scale, sharing.gradient_type)
 
         dx_SK, reducing = None, None
         if needs_x:
-            weight_values_KN = rounded_transposed(weight_NK, weight_scale, FORWARD)
+            weight_values_KN = quantize_transposed(weight_NK, weight_scale, FORWARD)
             dx_TK = product(Scaled(dy_values_TN, dy_scale), Scaled(weight_values_KN, weight_scale), ctx.dtype)
             dx_SK, reducing = _reduce(dx_TK, sharing)
 
@@ -112,9 +101,9 @@ class _Fp8Linear(torch.autograd.Function):
         return None if dx_SK is None else dx_SK.view(ctx.shape), weight_gradient, None
 
 
-def _largest(tensors: tuple[Tensor, ...], group: dist.ProcessGroup | None) -> Tensor:
+def _amax(tensors: tuple[Tensor, ...], group: dist.ProcessGroup | None) -> Tensor:
     """Largest magnitude of each tensor over the ranks of the group that hold parts of it, float32 [len(tensors)]."""
-    largest = torch.stack([largest_magnitude(tensor) for tensor in tensors])
+    largest = torch.stack([amax(tensor) for tensor in tensors])
     if group is not None and group.size() > 1:
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
     return largest

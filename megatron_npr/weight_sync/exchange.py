@@ -20,7 +20,8 @@ from torch import Tensor
 
 from megatron_npr.weight_sync.plan import Plan, Routes
 from megatron_npr.weight_sync.schedule import Bucket, num_rows, projections, schedule
-from npr_engine.model.fp8 import FP8, Fp8Weight, row_maxima, row_scales, to_fp8
+from npr_engine.model.fp8 import FP8, Fp8Weight
+from npr_ext.ops.fp8 import quantize, row_amax, scale_of
 
 BUCKET_BYTES = 64 << 20
 CHECKSUM_WORDS = 1 << 20
@@ -71,12 +72,12 @@ class WeightExchange:
         self.version = -1  # nothing yet
         self.tensors: dict[str, Tensor] = {}
         self.fp8: dict[str, Fp8Weight] = {}
-        quantised = fp8 & projections(planned)
+        quantized = fp8 & projections(planned)
         for tensor in self._schedule.held:
             name, shape = planned.names[tensor], planned.shapes[tensor]
             if self._schedule.in_place:
                 self.tensors[name] = sources[name].view(shape)
-            elif quantised[tensor]:
+            elif quantized[tensor]:
                 self.fp8[name] = Fp8Weight.empty(shape[0], shape[1], self._device)
             else:
                 self.tensors[name] = torch.zeros(shape, dtype=self._dtype, device=self._device)
@@ -132,16 +133,16 @@ class WeightExchange:
         A row that arrives in pieces from several ranks has one scale, by the largest magnitude in any of them: senders tell
         theirs, the destination answers.
         """
-        maxima = [row_maxima(self._rows(block, self._source(block))) for block in bucket.sends]
-        incoming = flows.exchange(self._joined(maxima), bucket.send_rows, bucket.receive_rows)
-        largest: dict[int, Tensor] = {}
+        amax = [row_amax(self._rows(block, self._source(block))) for block in bucket.sends]
+        incoming = flows.exchange(self._joined(amax), bucket.send_rows, bucket.receive_rows)
+        own_amax: dict[int, Tensor] = {}
         for block, found in self._by_block(bucket.receives, incoming):
-            part = self._own_rows(largest, block)
+            part = self._own_rows(own_amax, block)
             part.copy_(torch.maximum(part, found))
         for block in bucket.copies:
-            part = self._own_rows(largest, block)
-            part.copy_(torch.maximum(part, row_maxima(self._rows(block, self._source(block)))))
-        scales = {tensor: row_scales(maxima_R) for tensor, maxima_R in largest.items()}
+            part = self._own_rows(own_amax, block)
+            part.copy_(torch.maximum(part, row_amax(self._rows(block, self._source(block)))))
+        scales = {tensor: scale_of(amax_R, FP8) for tensor, amax_R in own_amax.items()}
         answers = [self._own_rows(scales, block) for block in bucket.receives]
         return flows.exchange(self._joined(answers), bucket.receive_rows, bucket.send_rows), scales
 
@@ -153,7 +154,7 @@ class WeightExchange:
             piece = self._source(block)
             if scales is not None:
                 rows = self._rows(block, piece)
-                piece = to_fp8(rows, scales[row : row + len(rows)])
+                piece = quantize(rows, scales[row : row + len(rows)], FP8)
                 row += len(rows)
             outgoing[at : at + piece.numel()].view(piece.shape).copy_(piece)
             at += piece.numel()
@@ -168,7 +169,7 @@ class WeightExchange:
         for block in bucket.copies:
             source, target = self._source(block), self._target(block)
             if bucket.fp8:
-                source = to_fp8(self._rows(block, source), self._own_rows(staged.scales, block))
+                source = quantize(self._rows(block, source), self._own_rows(staged.scales, block), FP8)
             target.copy_(source.reshape(target.shape))
         for tensor, scales_R in staged.scales.items():
             self.fp8[self._plan.names[tensor]].scales_D.copy_(scales_R)
@@ -245,12 +246,12 @@ class Flows:
         if not self._sums_sent:
             wrong = torch.zeros((), dtype=torch.int64, device=self._device)
         else:
-            told, found = (
+            sent_sums, found = (
                 torch.tensor(sums, device=self._device).T.contiguous()
                 for sums in (self._sums_sent, self._sums_received)
             )
-            announced = torch.empty_like(told)
-            dist.all_to_all_single(announced, told, group=self._group)
+            announced = torch.empty_like(sent_sums)
+            dist.all_to_all_single(announced, sent_sums, group=self._group)
             wrong = (announced != found).sum()
         dist.all_reduce(wrong, group=self._group)
         return int(wrong)

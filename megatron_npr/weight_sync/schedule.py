@@ -75,12 +75,12 @@ def schedule(
         sends.append(transfers[(transfers["source"] == rank) & (transfers["destination"] != rank)])
         if number == own_replica:
             receives = transfers[transfers["destination"] == rank]
-    leaving, quantised = np.concatenate(sends), fp8 & projections(planned)
+    leaving, quantized = np.concatenate(sends), fp8 & projections(planned)
     buckets = [
         bucket
         for in_fp8, size in ((False, element_size), (True, 1))
         for bucket in _buckets(
-            planned, leaving, receives, rank, quantised == in_fp8, max(bucket_bytes // size, 1), in_fp8
+            planned, leaving, receives, rank, quantized == in_fp8, max(bucket_bytes // size, 1), in_fp8
         )
     ]
     return Schedule(tuple(buckets), held, False, num_elements)
@@ -101,12 +101,12 @@ def num_rows(planned: Plan, blocks: Routes) -> NDArray[np.int64]:
 
 
 def wire_bytes(planned: Plan, transfers: Routes, element_size: int, *, fp8: bool = False) -> int:
-    """Bytes that transfers send from one rank to another; with `fp8` those of e4m3, of row maxima and of scales."""
+    """Bytes that transfers send from one rank to another; with `fp8` those of e4m3, of the amax of rows and of scales."""
     moving = transfers[transfers["source"] != transfers["destination"]]
-    quantised = fp8 & projections(planned)[moving["tensor"]]
+    quantized = fp8 & projections(planned)[moving["tensor"]]
     elements = moving["rows"] * moving["row_length"]
-    agreed = 2 * SCALE_BYTES * num_rows(planned, moving[quantised]).sum()
-    return int((elements * np.where(quantised, 1, element_size)).sum() + agreed)
+    agreed = 2 * SCALE_BYTES * num_rows(planned, moving[quantized]).sum()
+    return int((elements * np.where(quantized, 1, element_size)).sum() + agreed)
 
 
 def _buckets(

@@ -5,14 +5,8 @@ import itertools
 import pytest
 import torch
 
-from megatron_npr.model.fp8_matmul import (
-    FORWARD,
-    GRADIENTS,
-    product,
-    rounded_both,
-    rounded_transposed,
-    transposed,
-)
+from megatron_npr.model.fp8_matmul import FORWARD, GRADIENTS, product
+from npr_ext.ops.fp8 import quantize_both, quantize_transposed, transposed
 from tests.support.fp8.tensors import scaled
 
 pytestmark = pytest.mark.gpu
@@ -38,8 +32,8 @@ def test_the_gpu_rounds_as_the_cpu_does_in_both_layouts(dtype: torch.dtype, shap
         int(difference.max() if x_RC.numel() else 0) <= 1
         and float(difference.float().sum()) <= 0.001 * x_RC.numel()
     )
-    both = rounded_both(x_RC.cuda(), ours.scale, dtype)
-    turned = rounded_transposed(x_RC.cuda(), ours.scale, dtype)
+    both = quantize_both(x_RC.cuda(), ours.scale, dtype)
+    turned = quantize_transposed(x_RC.cuda(), ours.scale, dtype)
     expected = ours.values.view(torch.uint8)
     assert torch.equal(both[0].view(torch.uint8), expected)
     for each in (both[1], turned, transposed(ours.values)):

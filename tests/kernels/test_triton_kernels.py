@@ -15,7 +15,7 @@ pytest.importorskip(
 
 
 @pytest.mark.parametrize(
-    "case", ["attention", "split_heads", "rows", "quantise", "divide", "categorical", "broken_rows"]
+    "case", ["attention", "split_heads", "rows", "quantize_rows", "quantize", "categorical", "broken_rows"]
 )
 def test_the_gpus_operators_equal_the_cpus(case: str) -> None:
     assert "equal" in output_of("operators", case)

@@ -151,15 +151,15 @@ def reference_paged_attention(
     q_TNH: Tensor,
     k_cache_SKH: Tensor,
     v_cache_SKH: Tensor,
-    tables: Tensor,
+    block_tables: Tensor,
     row_of_token: Tensor,
     lengths: Tensor,
     scale: float,
 ) -> Tensor:
-    """Token by token: q[t] attends to the slots tables[row_of_token[t], :lengths[t]]. [T, N, H]."""
+    """Token by token: q[t] attends to the slots block_tables[row_of_token[t], :lengths[t]]. [T, N, H]."""
     outputs = []
     for q_NH, row, length in zip(q_TNH, row_of_token.tolist(), lengths.tolist(), strict=True):
-        slots = tables[row, :length].long()
+        slots = block_tables[row, :length].long()
         everything = torch.ones(1, length, dtype=torch.bool)
         outputs.append(
             reference_attention(q_NH[None], k_cache_SKH[slots], v_cache_SKH[slots], everything, scale)

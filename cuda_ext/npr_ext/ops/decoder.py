@@ -2,7 +2,7 @@
 
 T tokens, D hidden, F feed-forward, G key/value heads, N query heads per key/value head, H head dim, S slots,
 P positions. All take float32, float64 or bfloat16 (then computed in float32, rounded once at the end) and raise
-ValueError for a shape, type, position or slot that does not fit. CUDA tensors go to npr_ext.triton.paged, which computes in
+ValueError for a shape, type, position or slot that does not fit. CUDA tensors go to npr_ext.triton.decoder, which computes in
 float32 and cannot look at positions and slots.
 """
 
@@ -15,10 +15,10 @@ from npr_ext import library  # noqa: F401  (registers torch.ops.npr)
 
 
 def _gpu() -> ModuleType:
-    """Triton is there wherever torch was built for CUDA, and only there."""
-    from npr_ext.triton import paged as triton_kernels
+    """The kernels for CUDA tensors. Triton is there wherever torch was built for CUDA, and only there."""
+    from npr_ext.triton import decoder as kernels
 
-    return triton_kernels
+    return kernels
 
 
 def categorical(
@@ -31,9 +31,9 @@ def categorical(
     a row with NaN or +inf has log-probability NaN. Results are float32, float64 for float64 logits.
     """
     if logits_SV.is_cuda:
-        from npr_ext.triton import categorical as triton_categorical
+        from npr_ext.triton import categorical as kernels
 
-        return triton_categorical.categorical(logits_SV, uniforms_S, temperatures_S)
+        return kernels.categorical(logits_SV, uniforms_S, temperatures_S)
     indices, policy, sampler = torch.ops.npr.categorical(logits_SV, uniforms_S, temperatures_S)
     return indices, policy, sampler
 

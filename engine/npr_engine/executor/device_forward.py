@@ -26,7 +26,7 @@ from npr_engine.executor.device_table import DeviceTable
 from npr_engine.executor.upload import pinned, upload
 from npr_engine.model.transformer import InferenceModel, KVCache, Step
 from npr_engine.scheduler.batch import Batch
-from npr_ext.ops.paged import RUN_TOKENS
+from npr_ext.sizes import RUN_TOKENS
 
 DECODE_BUCKETS = (1, 2, 4, 8, *range(16, 128, 16), *range(128, 513, 32))
 MIXED_BUCKETS = (16, 32, 64, 128, 256, 512)

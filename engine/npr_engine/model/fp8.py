@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from npr_ext.ops.fp8 import E4M3, quantize, row_amax, scale_of
 from npr_ext.ops.scaled_mm import scaled_mm
 
-FP8 = torch.float8_e4m3fn
-LARGEST = 448.0
+FP8 = E4M3
 PROJECTIONS = ("linear_qkv.weight", "linear_proj.weight", "linear_fc1.weight", "linear_fc2.weight")
 """Ends of the names of the weights that an engine in FP8 holds so; norms, biases, routers and vocabularies stay."""
 
@@ -45,7 +45,8 @@ class Fp8Weight:
 
     @classmethod
     def of(cls, weight_DC: Tensor) -> Fp8Weight:
-        values_DC, scales_D = quantise(weight_DC)
+        """A weight [D, C] of any type, rounded."""
+        values_DC, scales_D = quantize_rows(weight_DC)
         return cls(values_DC, scales_D)
 
     def load(self, weight_DC: Tensor) -> None:
@@ -64,41 +65,23 @@ def is_projection(name: str) -> bool:
     return name.endswith(PROJECTIONS)
 
 
-def quantise(rows_RC: Tensor) -> tuple[Tensor, Tensor]:
-    """(e4m3 [R, C], float32 scales [R]); a row of zeros has scale 1."""
-    scales_R = row_scales(row_maxima(rows_RC))
-    return to_fp8(rows_RC, scales_R), scales_R
-
-
-def row_maxima(rows_RC: Tensor) -> Tensor:
-    """Largest magnitude of each row, float32 [R]; that of a row in pieces is the largest of theirs."""
-    return rows_RC.abs().amax(1).float()
-
-
-def row_scales(maxima_R: Tensor) -> Tensor:
-    """The scale of each row by its largest magnitude."""
-    scales_R = maxima_R / LARGEST
-    return torch.where(scales_R == 0, 1.0, scales_R)
-
-
-def to_fp8(rows_RC: Tensor, scales_R: Tensor) -> Tensor:
-    """Rows, or any columns of them, as e4m3 under their scales."""
-    return (rows_RC.float() / scales_R[:, None]).clamp(-LARGEST, LARGEST).to(FP8)
+def quantize_rows(rows_RC: Tensor) -> tuple[Tensor, Tensor]:
+    """(e4m3 [R, C], float32 scales [R]), a scale a row; a row of zeros has scale 1."""
+    scales_R = scale_of(row_amax(rows_RC), FP8)
+    return quantize(rows_RC, scales_R, FP8), scales_R
 
 
 def fp8_linear(x_TC: Tensor, weight: Fp8Weight, bias_D: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias in x's type, [T, D]."""
     on_gpu = x_TC.is_cuda and len(x_TC) > 0
     if on_gpu:
-        from npr_ext.triton import (
-            paged as triton_kernels,  # there wherever torch was built for CUDA, and only there
-        )
+        # Triton is there wherever torch was built for CUDA, and only there. This is `quantize_rows` in one launch; weights keep
+        # to `quantize_rows` itself, so that those which were quantized on their way to the engine are its own to the bit.
+        from npr_ext.triton import fp8 as kernels
 
-        # The definition in one launch. Weights keep to the definition itself, so that those which were quantised on their
-        # way to the engine are its own to the bit.
-        x_values_TC, x_scales_T = triton_kernels.quantise(x_TC, FP8, LARGEST)
+        x_values_TC, x_scales_T = kernels.quantize_rows(x_TC, FP8, torch.finfo(FP8).max)
     else:
-        x_values_TC, x_scales_T = quantise(x_TC)
+        x_values_TC, x_scales_T = quantize_rows(x_TC)
     product_TD = scaled_mm(
         x_values_TC,
         weight.values_DC.t(),

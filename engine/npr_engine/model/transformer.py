@@ -93,7 +93,7 @@ class InferenceModel:
         reader = _Reader(weights)
         self._weights = reader.taken
         self._embedding_VD = reader["embedding.word_embeddings.weight"]
-        self._quantised: list[tuple[Fp8Weight, Tensor]] = []  # copies, and what they are copies of
+        self._quantized: list[tuple[Fp8Weight, Tensor]] = []  # copies, and what they are copies of
         projection = (lambda name: self._in_fp8(name, reader.weight(name))) if fp8 else reader.weight
         self._layers = [
             _layer_weights(reader, config, layer, projection) for layer in range(config.num_layers)
@@ -126,7 +126,7 @@ class InferenceModel:
 
     def refresh(self) -> None:
         """After the weights' values have changed: the copies in FP8 follow."""
-        for copy, weight in self._quantised:
+        for copy, weight in self._quantized:
             copy.load(weight)
 
     def _in_fp8(self, name: str, weight: Weight) -> Fp8Weight:
@@ -138,7 +138,7 @@ class InferenceModel:
         if isinstance(weight, Fp8Weight):
             return weight
         copy = Fp8Weight.of(weight)
-        self._quantised.append((copy, weight))
+        self._quantized.append((copy, weight))
         return copy
 
     @property

@@ -7,8 +7,9 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from npr_ext.triton import categorical as triton_categorical
+from npr_ext.triton import decoder as triton_decoder
 from npr_ext.triton import fp8 as triton_fp8
-from npr_ext.triton import paged as triton_kernels
+from npr_ext.triton import paged as triton_paged
 
 HOPPER = GPUTarget("cuda", 90, 32)
 SHARED_BYTES = 227 << 10  # of a block, at most
@@ -33,8 +34,8 @@ def attention(dtype: str, *, alone: bool, splits: int) -> None:
     types = f"{x} {x} {x} *i32 *i32 *i32 *i32 {x} *fp32 *fp32 *fp32 i32 fp32"
     shape = {"dim": 128, "block_dim": 128, "group": 4, "num_kv_heads": 8, "block_keys": 64}
     constants = shape | {"block_rows": 16 if alone else 64, "splits": splits, "alone": alone}
-    stages = triton_kernels.stages_of(2 if dtype == "bf16" else 4)
-    check(triton_kernels._attend_run, types, constants, num_stages=stages)
+    stages = triton_paged.stages_of(2 if dtype == "bf16" else 4)
+    check(triton_paged._attend_run, types, constants, num_stages=stages)
 
 
 def main() -> None:
@@ -42,25 +43,25 @@ def main() -> None:
         attention("bf16", alone=alone, splits=splits)
     attention("fp32", alone=False, splits=1)
     merged = {"dim": 128, "block_dim": 128, "splits": 32, "block_splits": 32}
-    check(triton_kernels._merge_splits, "*fp32 *fp32 *fp32 *bf16", merged)
+    check(triton_paged._merge_splits, "*fp32 *fp32 *fp32 *bf16", merged)
     heads = {"group": 4, "num_kv_heads": 8, "half": 64, "block_half": 64}
     tensors = "*bf16 *bf16 *bf16 *bf16 *bf16 *i32 *i32 *bf16 *bf16 *bf16 fp32"
-    check(triton_kernels._split_heads, tensors, heads | {"has_norm": True}, num_warps=1)
+    check(triton_decoder._split_heads, tensors, heads | {"has_norm": True}, num_warps=1)
     without = tensors.replace("*bf16 *bf16 *bf16", "*bf16", 1)
     none = {"query_norm": None, "key_norm": None, "has_norm": False}
-    check(triton_kernels._split_heads, without, heads | none, num_warps=1)
+    check(triton_decoder._split_heads, without, heads | none, num_warps=1)
     for adds in (True, False):
         row = {"width": 2560, "block": 4096, "adds": adds}
-        check(triton_kernels._rms_norm, "*bf16 *bf16 *bf16 *bf16 *bf16 fp32", row, num_warps=8)
-    check(triton_kernels._silu_mul, "*bf16 *bf16 i32", {"block": 1024})
+        check(triton_decoder._rms_norm, "*bf16 *bf16 *bf16 *bf16 *bf16 fp32", row, num_warps=8)
+    check(triton_decoder._silu_mul, "*bf16 *bf16 i32", {"block": 1024})
     row = {"width": 9728, "block": 16_384}
-    check(triton_kernels._quantise, "*bf16 *fp8e4nv *fp32 fp32", row, num_warps=16)
+    check(triton_fp8._quantize_rows, "*bf16 *fp8e4nv *fp32 fp32 fp32", row, num_warps=16)
     for values in ("fp8e4nv", "fp8e5"):
         tile = {"tile": triton_fp8.TILE, "writes_rows": True, "writes_columns": True}
         types = f"*bf16 *fp32 *{values} *{values} i32 i32"
-        check(triton_fp8._divide, types, tile, num_warps=triton_fp8.WARPS)
+        check(triton_fp8._quantize, types, tile, num_warps=triton_fp8.WARPS)
     turned = {"rows_RC": None, "tile": triton_fp8.TILE, "writes_rows": False, "writes_columns": True}
-    check(triton_fp8._divide, "*fp8e4nv *fp32 *fp8e4nv i32 i32", turned, num_warps=triton_fp8.WARPS)
+    check(triton_fp8._quantize, "*fp8e4nv *fp32 *fp8e4nv i32 i32", turned, num_warps=triton_fp8.WARPS)
     for logits, wide in (("bf16", tl.float32), ("fp64", tl.float64)):
         part = {"part_size": triton_categorical.PART, "wide": wide}
         of_rows = "*fp64" if logits == "fp64" else "*fp32"

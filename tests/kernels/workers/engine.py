@@ -16,7 +16,8 @@ from npr_engine.model.transformer import InferenceModel
 from npr_engine.rollout import Rollout
 from npr_engine.sampling import SamplingParams
 from npr_ext.triton import categorical as triton_categorical
-from npr_ext.triton import paged as triton_kernels
+from npr_ext.triton import decoder as triton_decoder
+from npr_ext.triton import paged as triton_paged
 from tests.support.random_model import CONFIG, GRAMMAR, random_weights
 
 PROMPTS = [[3, 4, 5], [3, 4, 6], [3, 4, 5, 7, 8]]
@@ -33,17 +34,17 @@ def again(compute: Callable[[], Tensor]) -> Recording:
 
 
 def paged_attention(*tensors: Tensor, runs: Tensor | None) -> Tensor:
-    return triton_kernels.paged_attention(*tensors, tensors[0].shape[-1] ** -0.5, runs)
+    return triton_paged.paged_attention(*tensors, tensors[0].shape[-1] ** -0.5, runs)
 
 
 def use_tritons_kernels() -> None:
     """What npr_ext does for CUDA tensors; small buckets, since the interpreter takes a millisecond for every program."""
     for name in ("add_rms_norm", "rms_norm", "silu_mul", "split_heads"):
-        setattr(npr_engine.model.transformer, name, getattr(triton_kernels, name))
+        setattr(npr_engine.model.transformer, name, getattr(triton_decoder, name))
     npr_engine.model.transformer.paged_attention = paged_attention
     npr_engine.executor.sampler.categorical = triton_categorical.categorical
     device_forward.MIXED_BUCKETS = (4, 8, 24)
-    triton_kernels.PROGRAMS_WANTED, triton_categorical.PART = 2, 32
+    triton_paged.PROGRAMS_WANTED, triton_categorical.PART = 2, 32
 
 
 def rollouts(*, on_device: bool) -> tuple[list[Rollout], Engine]:

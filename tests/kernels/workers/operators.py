@@ -9,8 +9,9 @@ from torch import Tensor
 import npr_ext
 from npr_engine.model import fp8
 from npr_ext.triton import categorical as triton_categorical
+from npr_ext.triton import decoder as triton_decoder
 from npr_ext.triton import fp8 as triton_fp8
-from npr_ext.triton import paged as triton_kernels
+from npr_ext.triton import paged as triton_paged
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
@@ -56,8 +57,8 @@ def attention() -> None:
             first += tokens
         for form in (None, torch.tensor(runs, dtype=torch.int32, device=DEVICE)):
             for programs in (1, 24):
-                triton_kernels.PROGRAMS_WANTED = programs
-                close(triton_kernels.paged_attention(*on_device, dim**-0.5, form), expected, dtype)
+                triton_paged.PROGRAMS_WANTED = programs
+                close(triton_paged.paged_attention(*on_device, dim**-0.5, form), expected, dtype)
 
 
 def split_heads() -> None:
@@ -79,7 +80,7 @@ def split_heads() -> None:
             tensor.to(DEVICE) if tensor is not None else None
             for tensor in (qkv, *norms, cos, sin, positions, slots)
         ]
-        queries = triton_kernels.split_heads(*inputs, *ours, 1e-6)
+        queries = triton_decoder.split_heads(*inputs, *ours, 1e-6)
         close(queries[:4], expected, dtype)
         for mine, theirs in zip(ours, caches, strict=True):
             close(mine, theirs, dtype)
@@ -92,13 +93,13 @@ def rows() -> None:
         generator = torch.Generator().manual_seed(tokens)
         x, weight = randn(generator, dtype, tokens, width), randn(generator, dtype, width)
         close(
-            triton_kernels.rms_norm(x.to(DEVICE), weight.to(DEVICE), 1e-6),
+            triton_decoder.rms_norm(x.to(DEVICE), weight.to(DEVICE), 1e-6),
             npr_ext.rms_norm(x, weight, 1e-6),
             dtype,
         )
-        close(triton_kernels.silu_mul(x.to(DEVICE)), npr_ext.silu_mul(x), dtype)
+        close(triton_decoder.silu_mul(x.to(DEVICE)), npr_ext.silu_mul(x), dtype)
         more = randn(generator, dtype, tokens, width)
-        ours = triton_kernels.add_rms_norm(x.to(DEVICE), more.to(DEVICE), weight.to(DEVICE), 1e-6)
+        ours = triton_decoder.add_rms_norm(x.to(DEVICE), more.to(DEVICE), weight.to(DEVICE), 1e-6)
         for mine, theirs in zip(ours, npr_ext.add_rms_norm(x, more, weight, 1e-6), strict=True):
             close(mine, theirs, dtype)
 
@@ -107,17 +108,17 @@ def rows() -> None:
 ROUNDED = fp8.FP8 if DEVICE == "cuda" else torch.float32
 
 
-def quantise() -> None:
+def quantize_rows() -> None:
     """To e4m3, a scale a row; a row of zeros, and one in which the greatest is negative."""
     x = randn(torch.Generator().manual_seed(0), torch.float32, 6, 600) * torch.logspace(-6, 6, 6)[:, None]
     x[2], x[3, 7] = 0.0, -1e9
-    values, scales = triton_kernels.quantise(x.to(DEVICE), ROUNDED, fp8.LARGEST)
-    expected_values, expected_scales = fp8.quantise(x)
+    values, scales = triton_fp8.quantize_rows(x.to(DEVICE), ROUNDED, torch.finfo(fp8.FP8).max)
+    expected_values, expected_scales = fp8.quantize_rows(x)
     close(scales, expected_scales, torch.float32)
     close(values.float().cpu().to(fp8.FP8).float(), expected_values.float(), torch.float32)
 
 
-def divide() -> None:
+def quantize() -> None:
     """One scale, both layouts or one of them; shapes that no tile divides, a scale that leaves NaN."""
     for dtype, (num_rows, num_columns) in itertools.product(TYPES, ((0, 5), (3, 200), (257, 130))):
         generator = torch.Generator().manual_seed(num_rows)
@@ -126,15 +127,15 @@ def divide() -> None:
         both = [torch.empty(shape, dtype=ROUNDED, device=DEVICE) for shape in (x.shape, x.T.shape)]
         alone = [torch.empty_like(each) for each in both]
         on_device = x.to(DEVICE), scale.to(DEVICE)
-        triton_fp8.divide(*on_device, *both)
-        triton_fp8.divide(*on_device, alone[0], None)
-        triton_fp8.divide(*on_device, None, alone[1])
+        triton_fp8.quantize(*on_device, *both)
+        triton_fp8.quantize(*on_device, alone[0], None)
+        triton_fp8.quantize(*on_device, None, alone[1])
         for rows_RC, columns_CR in (both, alone):
             close(rows_RC.float(), expected.float(), torch.float32)
             close(columns_CR.float(), expected.T.float(), torch.float32)
     broken = torch.empty(2, 3, dtype=ROUNDED, device=DEVICE)
     infinite = torch.tensor([[1.0, torch.inf, -torch.inf]] * 2, device=DEVICE)
-    triton_fp8.divide(infinite, torch.tensor(torch.inf, device=DEVICE), broken, None)
+    triton_fp8.quantize(infinite, torch.tensor(torch.inf, device=DEVICE), broken, None)
     assert broken.float().cpu().isnan().tolist() == [[False, True, True]] * 2
 
 
@@ -186,7 +187,8 @@ def broken_rows() -> None:
 
 
 CASES = {
-    case.__name__: case for case in (attention, split_heads, rows, quantise, divide, categorical, broken_rows)
+    case.__name__: case
+    for case in (attention, split_heads, rows, quantize_rows, quantize, categorical, broken_rows)
 }
 
 if __name__ == "__main__":

@@ -2,10 +2,11 @@
 
 import torch
 
-from megatron_npr.model.fp8_matmul import Scaled, largest_magnitude, rounded, scale_of
+from megatron_npr.model.fp8_matmul import Scaled
+from npr_ext.ops.fp8 import amax, quantize, scale_of
 
 
 def scaled(x_RC: torch.Tensor, dtype: torch.dtype) -> Scaled:
     """Rounded under a scale of its own."""
-    scale = scale_of(largest_magnitude(x_RC), dtype)
-    return Scaled(rounded(x_RC, scale, dtype), scale)
+    scale = scale_of(amax(x_RC), dtype)
+    return Scaled(quantize(x_RC, scale, dtype), scale)

@@ -149,7 +149,7 @@ def test_a_decode_step_reads_every_weight_once() -> None:
     weights = random_weights(config, CPU, torch.bfloat16)
     assert bytes_read(config, torch.bfloat16, fp8=False) == sum(each.nbytes for each in weights.values())
     model = InferenceModel(config, weights, fp8=True)
-    saved = sum(weight.nbytes - copy.values_DC.nbytes for copy, weight in model._quantised)
+    saved = sum(weight.nbytes - copy.values_DC.nbytes for copy, weight in model._quantized)
     assert saved > 0
     plain_bytes = sum(each.nbytes for each in weights.values())
     assert bytes_read(config, torch.bfloat16, fp8=True) == plain_bytes - saved

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_npr.cli import main
 from megatron_npr.hf.convert import convert_folder
-from megatron_npr.hf.fp8_export import quantise
+from megatron_npr.hf.fp8_export import quantize_blocks
 from megatron_npr.hf.huggingface import read_model_config
 from npr_ext.errors import UserError
 from tests.support.families import save_family
@@ -109,7 +109,7 @@ def test_projections_alone_are_eight_bits_and_everything_else_as_it_was(
 def test_blocks_of_zeros_stay_zero(modelopt: None) -> None:
     weight = torch.zeros(256, 256)
     weight[200, 255] = -3.0
-    packed, scales = quantise(weight)
+    packed, scales = quantize_blocks(weight)
     assert packed[200, 255].float() * scales[1, 1] == -3.0
     assert packed.float().abs().sum() == 448.0 and bool(scales.isfinite().all())
 

@@ -6,17 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_npr.model.fp8_matmul import (
-    FORWARD,
-    GRADIENTS,
-    largest_magnitude,
-    product,
-    rounded,
-    rounded_both,
-    rounded_transposed,
-    scale_of,
-    transposed,
-)
+from megatron_npr.model.fp8_matmul import FORWARD, GRADIENTS, product
+from npr_ext.ops.fp8 import amax, quantize, quantize_both, quantize_transposed, scale_of, transposed
 from tests.support.fp8.tensors import scaled
 from tests.support.fp8.truth import E4M3, E5M2, quantised
 from tests.support.fp8.truth import scale_of as true_scale
@@ -52,10 +43,10 @@ def test_every_number_is_rounded_to_the_nearest_of_the_format(dtype: torch.dtype
 
 def test_the_transposes_hold_the_same_numbers() -> None:
     x_RC = wide_numbers(1, 7, 20)
-    scale = scale_of(largest_magnitude(x_RC), FORWARD)
-    values = rounded(x_RC, scale, FORWARD)
-    rows, columns = rounded_both(x_RC, scale, FORWARD)
-    for turned in (columns, rounded_transposed(x_RC, scale, FORWARD), transposed(values)):
+    scale = scale_of(amax(x_RC), FORWARD)
+    values = quantize(x_RC, scale, FORWARD)
+    rows, columns = quantize_both(x_RC, scale, FORWARD)
+    for turned in (columns, quantize_transposed(x_RC, scale, FORWARD), transposed(values)):
         assert turned.shape == (20, 7) and turned.is_contiguous()
         assert torch.equal(turned.view(torch.uint8), values.view(torch.uint8).t())
     assert torch.equal(rows.view(torch.uint8), values.view(torch.uint8))
