@@ -29,7 +29,7 @@ class BackgroundProcess:
     def __init__(self, folder: Path, phases: Phases, *, threads: int) -> None:
         self.log = folder / "background.log"
         self._phases = phases
-        self._told = set(phases.intervals)
+        self._announced = set(phases.intervals)
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         command = [sys.executable, "-m", "megatron_npr.demo.background", str(folder)]
         with self.log.open("a") as log:
@@ -55,9 +55,9 @@ class BackgroundProcess:
         """Prints what has been finished since the last time; RuntimeError where the process has failed."""
         self._phases.read()
         for name, seconds in self._phases.seconds.items():
-            if name not in self._told:
+            if name not in self._announced:
                 print(f"{self._phases.number(name)} {name}: {seconds:.0f} s (background)", flush=True)
-                self._told.add(name)
+                self._announced.add(name)
         if self._process.poll():
             lines = self.log.read_text(errors="replace").splitlines()[-LAST_LINES:]
             raise RuntimeError(

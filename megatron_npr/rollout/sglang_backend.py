@@ -209,14 +209,14 @@ def check_ids(rollout: Rollout, unused_ids: Collection[int]) -> None:
         )
 
 
-def _reason(told: Mapping[str, Any], eos_ids: Sequence[int]) -> str:
-    match told["type"]:
+def _reason(finish: Mapping[str, Any], eos_ids: Sequence[int]) -> str:
+    match finish["type"]:
         case "length":
             return "length"
         case "stop":
-            return "eos" if told["matched"] in eos_ids else "stopped"
+            return "eos" if finish["matched"] in eos_ids else "stopped"
         case "abort":
-            return f"error({told['message']})"
+            return f"error({finish['message']})"
         case other:
             raise AssertionError(f"SGLang ends with a reason that we do not know: {other!r}")
 

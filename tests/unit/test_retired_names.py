@@ -35,6 +35,16 @@ RETIRED_WORDS = {
     "beside": "background",
     "reshard": "weight_sync",
     "resharding": "weight_sync",
+    "seat": "request_slot",
+    "seats": "request_slots",
+    "promised": "num_scheduled_tokens",
+    "fed": "num_computed_tokens",
+    "told": "num_streamed",
+    "birth": "generation",
+    "births": "generations",
+    "quantise": "quantize",
+    "quantised": "quantized",
+    "maxima": "amax",
 }
 """No identifier has one of these between its underscores or capitals -> the word for it."""
 
@@ -43,6 +53,7 @@ RETIRED_NAMES = {
     "trained": "loss_mask",
     "come_back": "onload",
     "Floor": "Threshold",
+    "Seats": "RequestSlots",
     "max_running": "max_running_requests, max_running_branches",
     "tensor_rank": "tp_rank",
     "tensor_size": "tp_size",
