@@ -27,7 +27,6 @@ GRADIENTS: dict[Fp8Format, torch.dtype] = {"hybrid": E5M2, "e4m3": E4M3}
 """Types of activations and weights, and of gradients. The library has no product of two e5m2 matrices; there is none here."""
 
 
-
 @dataclass(frozen=True)
 class Scaled:
     """values * scale; FP8 [R, C] and float32 []."""
