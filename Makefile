@@ -11,11 +11,13 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 SOURCES := setup.py $(shell find cuda_ext/csrc cuda_ext/include -type f 2>/dev/null)
 OPTIONS = $(if $(RESUME),--resume) $(if $(SEED),--seed $(SEED))
 
-.PHONY: help setup demo test test-all soak gpu cuda-check fuzz base lint format clean
+.PHONY: help setup demo test test-all check sizes soak gpu cuda-check fuzz base lint format clean
 
 help:
 	@echo "make demo       train the small model through all stages and write runs/demo/report.html (RESUME=1, SEED=n)"
-	@echo "make test       lint and the tests that need no GPU and less than ten seconds each"
+	@echo "make test       lint and the tests that need no GPU and less than ten seconds each (JOBS=processes, 2)"
+	@echo "make check      lint and the tests of what changed since main (SINCE=commit)"
+	@echo "make sizes      how long functions, files and folders are; fails where one passes its limit"
 	@echo "make test-all   every test that this machine can run"
 	@echo "make soak       the engine under load with too little memory for 200,000 steps (STEPS=n, SEED=n)"
 	@echo "make setup      install and build into .venv, nothing else"
@@ -53,11 +55,21 @@ setup: $(VENV)/installed $(VENV)/built
 demo: setup
 	$(BIN)/npr demo $(OPTIONS)
 
+# JOBS processes; each takes whole files (tests/conftest.py), in the order of testpaths.
+JOBS ?= 2
+PARALLEL := -n $(JOBS) --dist loadgroup --no-loadscope-reorder
+
 test: setup lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu and not shared"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m "not slow and not gpu and not shared"
 
 test-all: setup lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+sizes: | $(VENV)/bin/python
+	$(BIN)/python -m tests.support.sizes
+
+check: setup lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.support.changed $(if $(SINCE),--since $(SINCE))
 
 soak: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.bench.engine_soak $(if $(STEPS),--steps $(STEPS)) $(if $(SEED),--seed $(SEED))

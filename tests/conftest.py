@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests.support.places import SHARED
+from tests.support.places import SHARED, TESTS
 
 if TYPE_CHECKING:
     from megatron_npr.runtime.process_world import World
@@ -23,13 +23,24 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 settings.register_profile("npr", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("npr")
 
+SHARES_A_MODEL = (TESTS / "unit" / "engine",)
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in this hook
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
+        if config.pluginmanager.hasplugin("xdist"):
+            item.add_marker(pytest.mark.xdist_group(_group_of(item.path)))
         if item.get_closest_marker("gpu") and not _has_gpu():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
         if item.get_closest_marker("shared") and not SHARED.is_dir():
             item.add_marker(pytest.mark.skip(reason=f"{SHARED} does not exist; set NPR_SHARED"))
+
+
+def _group_of(path: Path) -> str:
+    """What `pytest -n` gives to one process: a file, for its fixtures; all files of a folder whose model takes long to make."""
+    whole_folder = next((folder for folder in SHARES_A_MODEL if path.is_relative_to(folder)), path)
+    return str(whole_folder.relative_to(TESTS))
 
 
 def _has_gpu() -> bool:

@@ -15,7 +15,7 @@ from npr_engine.testing import PIECES
 from tests.distributed.workers.expert import LENGTHS, PROMPTS, decode
 from tests.support.families import save_family
 from tests.support.launch import run_worker
-from tests.support.transformers_logits import log_prob_noise, transformers_logits
+from tests.support.logits.transformers import log_prob_noise, transformers_logits
 
 EVERYTHING = list(range(len(PROMPTS)))
 

@@ -16,7 +16,7 @@ from tests.distributed.workers.reshard import GROWTH
 from tests.support.errors import allowed_error
 from tests.support.families import save_family
 from tests.support.launch import run_worker
-from tests.support.transformers_logits import exact_logits, transformers_logits
+from tests.support.logits.transformers import exact_logits, transformers_logits
 
 
 def case(engine_tp: int, engine_ep: int = 1, *, fp8: bool = False, **parallel: int | bool) -> dict[str, Any]:

@@ -15,9 +15,10 @@ from megatron_npr.data.packing import TrainSample
 from megatron_npr.monitoring.metrics import read_metrics
 from megatron_npr.runtime.process_world import close_world
 from tests.e2e.test_expert_parallel_run import save_upcycled
+from tests.support.places import CONFIGS
 from tests.unit.model.test_load_balance import truth
 
-CONFIGS = Path(__file__).parents[2] / "configs" / "demo"
+DEMO = CONFIGS / "demo"
 ROLLOUTS = {
     "rollout.prompts_per_step": 3,
     "rollout.samples_per_prompt": 8,
@@ -48,7 +49,7 @@ def first_step(stage: str, model: Path, run: Path, options: Mapping[str, Any]) -
     fixed = {"run.dir": run, "model.path": model, "run.threads": 1, "model.dtype": "fp32"}
     fixed["log.progress"] = "false"
     words = [word for name, value in {**fixed, **options}.items() for word in (f"--{name}", str(value))]
-    assert main([stage, str(CONFIGS / f"{stage}.toml"), *words]) == 0
+    assert main([stage, str(DEMO / f"{stage}.toml"), *words]) == 0
     return dict(read_metrics(run / "metrics.jsonl")[0])
 
 

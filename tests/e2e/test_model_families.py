@@ -26,11 +26,11 @@ from npr_engine.language.vocabulary import Vocabulary
 from npr_engine.model.transformer import InferenceModel
 from npr_engine.sampling import SamplingParams
 from npr_ext import branch_layout
-from tests.support.engine_logits import engine_logits
 from tests.support.errors import assert_as_exact_as, assert_log_probs_as_exact_as
 from tests.support.families import FAMILIES, save_family
+from tests.support.logits.engine import engine_logits
+from tests.support.logits.transformers import exact_logits, transformers_logits
 from tests.support.training import TAGS
-from tests.support.transformers_logits import exact_logits, transformers_logits
 
 PROMPT = "Write 3 numbers below 1024 and café names:\n\n1. "
 

@@ -29,8 +29,8 @@ from npr_engine.backend import Backend
 from npr_engine.rollout import Rollout
 from npr_ext import branch_layout
 from npr_ext.errors import UserError
+from tests.support.logits.transformers import log_prob_noise
 from tests.support.places import CONFIGS
-from tests.support.transformers_logits import log_prob_noise
 
 DEMO = CONFIGS / "demo" / "stage3.toml"
 

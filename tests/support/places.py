@@ -10,7 +10,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 CONFIGS = ROOT / "configs"
 
-VECTORS = ROOT / "tests" / "vectors"
+TESTS = ROOT / "tests"
+
+VECTORS = TESTS / "vectors"
 """Reference vectors: what the published builders of positions and masks give."""
 
 SHARED = Path(os.environ.get("NPR_SHARED", ROOT.parent / "shared"))

@@ -35,8 +35,8 @@ from megatron_npr.training.engine_weights import full_weights
 from megatron_npr.training.trainer import Trainer
 from npr_ext import branch_layout
 from tests.support.errors import allowed_error, largest_error
+from tests.support.logits.transformers import exact_logits, transformers_logits
 from tests.support.training import TAGS, axes, branching_samples
-from tests.support.transformers_logits import exact_logits, transformers_logits
 
 
 def measure(

@@ -26,8 +26,8 @@ from megatron_npr.runtime.process_world import World
 from megatron_npr.sharding.layouts import EngineLayout
 from megatron_npr.training.engine_weights import EngineWeights
 from npr_engine.model.transformer import InferenceModel
-from tests.support.engine_logits import engine_logits
 from tests.support.errors import largest_error
+from tests.support.logits.engine import engine_logits
 from tests.support.worlds import worlds
 
 Truth = tuple[Tensor, float]

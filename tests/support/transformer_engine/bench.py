@@ -22,7 +22,7 @@ from megatron_npr.training.trainer import Trainer
 from npr_engine.model.transformer import InferenceModel
 from npr_ext import branch_layout
 from tests.fakes.te_on_cpu.quantise import CALLS
-from tests.support.engine_logits import engine_logits
+from tests.support.logits.engine import engine_logits
 from tests.support.training import TAGS, branching_samples, new_trainer, step
 from tests.support.transformer_engine.runs import Figures, Run
 from tests.support.worlds import worlds

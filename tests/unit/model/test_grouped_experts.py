@@ -35,7 +35,7 @@ from npr_ext import branch_layout
 from tests.distributed.workers.parity import TAGS, branching_samples
 from tests.support.errors import assert_as_exact_as
 from tests.support.families import save_family
-from tests.support.transformers_logits import exact_logits, transformers_logits
+from tests.support.logits.transformers import exact_logits, transformers_logits
 
 
 class GroupedLinear(torch.nn.Module):

@@ -22,8 +22,8 @@ from npr_engine.model.architecture import ModelConfig
 from npr_engine.model.transformer import InferenceModel
 from npr_ext import branch_layout
 from npr_ext.errors import UserError
-from tests.support.engine_logits import engine_logits
 from tests.support.families import save_family
+from tests.support.logits.engine import engine_logits
 from tests.support.training import TAGS
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}

@@ -1,0 +1,68 @@
+"""The documents beside the code hold together: links resolve, and the first questions are answered near the top."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.support.places import ROOT
+
+LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
+TOP = ROOT / "README.md"
+
+
+def readmes() -> list[Path]:
+    names = subprocess.run(
+        ["git", "ls-files", "--", "*README.md"], cwd=ROOT, capture_output=True, text=True, check=False
+    ).stdout.split()
+    return [ROOT / name for name in names] or [TOP, *sorted(ROOT.glob("*/README.md"))]
+
+
+def links(page: Path) -> list[str]:
+    """What a page links to within the project, outside of blocks of code."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
+    return [link for link in LINK.findall(text) if not re.match(r"[a-z]+:", link)]
+
+
+def anchors(page: Path) -> set[str]:
+    """The names of a page's headings, as GitHub makes them."""
+    titles = re.findall(r"^#+ +(.+?)\s*$", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def broken(page: Path, link: str) -> bool:
+    name, _, anchor = link.partition("#")
+    target = (page.parent / name).resolve() if name else page
+    return not target.exists() or bool(anchor and anchor not in anchors(target))
+
+
+@pytest.mark.parametrize("page", readmes(), ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_resolve(page: Path) -> None:
+    assert [link for link in links(page) if broken(page, link)] == []
+
+
+def pages_within(hops: int) -> set[Path]:
+    """Pages that a reader of the top page reaches by as many links."""
+    reached = {TOP}
+    for _ in range(hops):
+        reached |= {
+            (page.parent / link.partition("#")[0]).resolve()
+            for page in list(reached)
+            if page.suffix == ".md"
+            for link in links(page)
+        }
+    return reached
+
+
+def test_ten_questions_are_answered_within_two_hops_of_the_top_page() -> None:
+    page = ROOT / "tests" / "README.md"
+    section = page.read_text(encoding="utf-8").split("## Ten questions")[1].split("\n## ")[0]
+    rows = [line for line in section.splitlines() if re.match(r"\| \d+ \|", line)]
+    assert len(rows) >= 10
+    near = pages_within(2)
+    for row in rows:
+        targets = [(page.parent / link.partition("#")[0]).resolve() for link in LINK.findall(row)]
+        assert targets and set(targets) <= near, row
