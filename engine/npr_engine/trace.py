@@ -23,7 +23,7 @@ STEP_MICROSECONDS = 1000
 
 
 @dataclass(frozen=True)
-class Segment:
+class Unit:
     """Tokens start..end-1 of a rollout that stand in one branch (0: trunk)."""
 
     branch: int
@@ -64,13 +64,13 @@ class Execution:
 
 def examine(rollout: Rollout) -> Execution:
     """Checks a rollout's trace and measures it."""
-    segments = list(_segments(rollout))
-    blocks = list(_blocks(segments))
+    units = list(_units(rollout))
+    blocks = list(_blocks(units))
     steps = [[_sampled_steps(rollout, branch) for branch in block] for block in blocks]
     inside = [len(branch) for block in steps for branch in block]
     sampled = rollout.decode_steps[~rollout.forced]
     return Execution(
-        faults=(*_faults(rollout, segments), *_lonely_siblings(blocks, steps)),
+        faults=(*_faults(rollout, units), *_lonely_siblings(blocks, steps)),
         parallel_blocks=sum(len(block) > 1 and _all_at_once(block) for block in steps),
         blocks=len(blocks),
         ideal_steps=len(sampled) - sum(inside) + sum(max(map(len, block)) for block in steps),
@@ -124,20 +124,20 @@ def _slices(rollout: Rollout, process: int, piece: Callable[[int], str]) -> Iter
         }
 
 
-def _segments(rollout: Rollout) -> Iterator[Segment]:
+def _units(rollout: Rollout) -> Iterator[Unit]:
     ids = rollout.branch_ids
     cuts = [0, *(np.flatnonzero(ids[1:] != ids[:-1]) + 1).tolist(), len(ids)]
     for start, end in pairwise(cuts):
         if start < end:
-            yield Segment(int(ids[start]), start, end)
+            yield Unit(int(ids[start]), start, end)
 
 
-def _blocks(segments: Sequence[Segment]) -> Iterator[list[Segment]]:
+def _blocks(units: Sequence[Unit]) -> Iterator[list[Unit]]:
     """Branches between two pieces of trunk."""
-    block: list[Segment] = []
-    for segment in segments:
-        if segment.branch:
-            block.append(segment)
+    block: list[Unit] = []
+    for unit in units:
+        if unit.branch:
+            block.append(unit)
         elif block:
             yield block
             block = []
@@ -145,8 +145,8 @@ def _blocks(segments: Sequence[Segment]) -> Iterator[list[Segment]]:
         yield block
 
 
-def _sampled_steps(rollout: Rollout, segment: Segment) -> NDArray[np.int32]:
-    part = slice(segment.start, segment.end)
+def _sampled_steps(rollout: Rollout, unit: Unit) -> NDArray[np.int32]:
+    part = slice(unit.start, unit.end)
     return rollout.decode_steps[part][~rollout.forced[part]]
 
 
@@ -158,42 +158,40 @@ def _all_at_once(branches: Sequence[NDArray[np.int32]]) -> bool:
     return bool(common)
 
 
-def _faults(rollout: Rollout, segments: Sequence[Segment]) -> Iterator[str]:
+def _faults(rollout: Rollout, units: Sequence[Unit]) -> Iterator[str]:
     """Where order is broken: a sampled token needs a step of its own after everything that it sees."""
     fork = -1  # the last trunk token so far
     ends: list[int] = []  # last tokens of the open block's branches
-    for segment in segments:
-        if segment.branch == 0:
+    for unit in units:
+        if unit.branch == 0:
             for end in ends:
-                yield from _ordered(rollout, end, segment.start, "join")
-            ends, fork = [], segment.end - 1
+                yield from _ordered(rollout, end, unit.start, "join")
+            ends, fork = [], unit.end - 1
         else:
-            if segment.branch != len(ends) + 1:
-                yield f"token {segment.start}: branch {segment.branch} stands after {len(ends)} branches"
+            if unit.branch != len(ends) + 1:
+                yield f"token {unit.start}: branch {unit.branch} stands after {len(ends)} branches"
             if fork < 0:
-                yield f"token {segment.start}: a branch without a trunk before it"
+                yield f"token {unit.start}: a branch without a trunk before it"
             else:
-                yield from _ordered(rollout, fork, segment.start, "fork")
-            ends.append(segment.end - 1)
-        yield from _ordered_inside(rollout, segment)
+                yield from _ordered(rollout, fork, unit.start, "fork")
+            ends.append(unit.end - 1)
+        yield from _ordered_inside(rollout, unit)
 
 
 def _lonely_siblings(
-    blocks: Sequence[Sequence[Segment]], steps: Sequence[Sequence[NDArray[np.int32]]]
+    blocks: Sequence[Sequence[Unit]], steps: Sequence[Sequence[NDArray[np.int32]]]
 ) -> Iterator[str]:
     """Branches that share no step with any sibling: decoded one after the other. A branch without a sampled
     token (the response ended as it opened) proves nothing and is left out."""
     for block, taken in zip(blocks, steps, strict=True):
         sampled = [
-            (segment, set(branch.tolist()))
-            for segment, branch in zip(block, taken, strict=True)
-            if len(branch)
+            (unit, set(branch.tolist())) for unit, branch in zip(block, taken, strict=True) if len(branch)
         ]
         branches_in = Counter(step for _, own in sampled for step in own)
-        for segment, own in sampled:
+        for unit, own in sampled:
             if len(sampled) > 1 and all(branches_in[step] == 1 for step in own):
                 yield (
-                    f"siblings at token {segment.start}: branch {segment.branch} of {len(block)} decoded in steps"
+                    f"siblings at token {unit.start}: branch {unit.branch} of {len(block)} decoded in steps"
                     f" {min(own)}..{max(own)}, none of them together with a sibling"
                 )
 
@@ -204,11 +202,11 @@ def _ordered(rollout: Rollout, earlier: int, later: int, what: str) -> Iterator[
         yield f"{what} at token {later}: step {second} is not after step {first} of token {earlier}"
 
 
-def _ordered_inside(rollout: Rollout, segment: Segment) -> Iterator[str]:
+def _ordered_inside(rollout: Rollout, unit: Unit) -> Iterator[str]:
     """Within a branch steps rise; tokens after forced ones may share their step."""
-    part = slice(segment.start, segment.end)
+    part = slice(unit.start, unit.end)
     steps, forced = rollout.decode_steps[part], rollout.forced[part]
     rising = steps[1:] - steps[:-1]
     for offset in np.flatnonzero(rising < np.where(forced[:-1], 0, 1)).tolist():
-        index = segment.start + offset + 1
+        index = unit.start + offset + 1
         yield f"token {index}: step {steps[offset + 1]} does not follow step {steps[offset]}"
