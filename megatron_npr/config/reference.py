@@ -30,7 +30,14 @@ def reference() -> str:
 def _section(section: str, by_name: dict[str, dict[str, Key]]) -> str:
     rows = {name: found for name, found in by_name.items() if name.partition(".")[0] == section}
     commands = [name for name in COMMANDS if any(name in found for found in rows.values())]
-    lines = [f"### [{section}]", "", f"Of {', '.join(commands)}.", "", "| key | type | default | meaning |", "|---|---|---|---|"]
+    lines = [
+        f"### [{section}]",
+        "",
+        f"Of {', '.join(commands)}.",
+        "",
+        "| key | type | default | meaning |",
+        "|---|---|---|---|",
+    ]
     for name, found in rows.items():
         key = next(iter(found.values()))
         cells = (name.partition(".")[2], key.kind, _defaults(found), key.description)
