@@ -1,7 +1,7 @@
 """Branch layouts and the attention operators that read them: one definition, in C++, for CPU and CUDA.
 
-Names are imported on first use: `npr_ext.errors` and `npr_ext.layout.violations` come without torch, which takes a
-second to load and which the command line's help and error messages do without.
+Names are imported on first use: `npr_ext.errors` and `npr_ext.layout.violations` come without torch, which
+takes a second to load and which the command line's help and error messages do without.
 """
 
 import importlib

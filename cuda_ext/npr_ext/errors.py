@@ -2,4 +2,5 @@
 
 
 class UserError(ValueError):
-    """A mistake that the user can repair; its text names the value and the remedy (the CLI prints it and exits with 2)."""
+    """A mistake that the user can repair; its text names the value and the remedy (the CLI prints it and
+    exits with 2)."""

@@ -1,6 +1,8 @@
-"""The compiled operators: importing this registers torch.ops.npr and chooses the instruction set that they use.
+"""The compiled operators: importing this registers torch.ops.npr and chooses the instruction set that they
+use.
 
-It is the best that the processor has, up to the one that NPR_MAX_CPU_ISA names (as ONEDNN_MAX_CPU_ISA caps oneDNN's).
+It is the best that the processor has, up to the one that NPR_MAX_CPU_ISA names (as ONEDNN_MAX_CPU_ISA caps
+oneDNN's).
 """
 
 import os
@@ -30,7 +32,8 @@ def check_processor(capabilities: Mapping[str, object]) -> None:
 
 
 def allowed_isas(available: Sequence[str], cap: str) -> list[str]:
-    """Those of the processor's instruction sets that are not above the cap ("": all); the first one always is allowed."""
+    """Those of the processor's instruction sets that are not above the cap ("": all); the first one always is
+    allowed."""
     if not cap:
         return list(available)
     if cap.upper() not in ISAS:

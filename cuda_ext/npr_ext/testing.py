@@ -1,4 +1,5 @@
-"""Seeded inputs: every bench and test names its layouts by these arguments. And the choice of an instruction set."""
+"""Seeded inputs: every bench and test names its layouts by these arguments. And the choice of an instruction
+set."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -98,7 +99,8 @@ def _random_split(total: int, parts: int, generator: torch.Generator) -> list[in
 
 @contextmanager
 def using_isa(name: str) -> Iterator[None]:
-    """The CPU's operators by this instruction set of the processor (one of npr_ext.library.cpu_isas), in all threads."""
+    """The CPU's operators by this instruction set of the processor (one of npr_ext.library.cpu_isas), in all
+    threads."""
     before = cpu_isa()
     torch.ops.npr.use_cpu_isa(name)
     try:

@@ -3,8 +3,8 @@
 event loops ──► generate_async ──► inbox ──► one thread: Engine.step, step, step, ... ──► outputs ──► event loops
                     abort, run ────┘        (the only one that touches the engine)
 
-The thread never waits for a consumer: what a request may bring is bounded by its budget, and how many requests are
-in flight by `max_in_flight`; beyond that a request is turned away.
+The thread never waits for a consumer: what a request may bring is bounded by its budget, and how many
+requests are in flight by `max_in_flight`; beyond that a request is turned away.
 """
 
 from __future__ import annotations
@@ -103,8 +103,8 @@ class AsyncEngine:
     ) -> AsyncGenerator[TokenEvent | Rollout]:
         """Tokens as they come to be, and at the end the whole Rollout.
 
-        The request is queued at once. Leaving the iterator early (cancelled, closed) aborts it. A failure of the
-        model ends it with a Rollout of reason "error(...)".
+        The request is queued at once. Leaving the iterator early (cancelled, closed) aborts it. A failure of
+        the model ends it with a Rollout of reason "error(...)".
 
         Raises:
             UserError: a request that is malformed, can never fit, or whose id is in flight already.
@@ -146,7 +146,8 @@ class AsyncEngine:
         return await asyncio.wrap_future(done)
 
     def close(self) -> None:
-        """Aborts what is in flight and ends the thread; its tokens so far arrive before. The engine is usable again."""
+        """Aborts what is in flight and ends the thread; its tokens so far arrive before. The engine is usable
+        again."""
         with self._lock:
             if not self._closed:
                 self._closed = True

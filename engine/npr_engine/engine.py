@@ -67,9 +67,9 @@ class EngineStats:
     """Totals since the engine was made.
 
     `model_seconds` are spent in forward and sampler, `seconds` in all steps; `overhead_us_per_step` is the
-    rest of a step. `forced_tokens` count when their response ends. `kv_utilisation` is the share of KV slots that
-    held a token which some branch sees when memory ran out for the first time; None as long as it has not.
-    `running` and `waiting` are requests of this moment. `graph_steps` replayed a CUDA graph.
+    rest of a step. `forced_tokens` count when their response ends. `kv_utilisation` is the share of KV slots
+    that held a token which some branch sees when memory ran out for the first time; None as long as it has
+    not. `running` and `waiting` are requests of this moment. `graph_steps` replayed a CUDA graph.
     """
 
     steps: int
@@ -97,17 +97,19 @@ class EngineStats:
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What a step has brought: tokens, in an order in which each follows what it sees, and responses that ended."""
+    """What a step has brought: tokens, in an order in which each follows what it sees, and responses that
+    ended."""
 
     events: list[TokenEvent]
     rollouts: list[Rollout]
 
 
 class Engine:
-    """A model, a grammar and KV memory. One thread uses it; with tensor parallelism every rank calls it alike.
+    """A model, a grammar and KV memory. One thread uses it; with tensor parallelism every rank calls it
+    alike.
 
-    Engines whose models share experts (ExpertRanks) generate together, each its own requests, also none: all call `generate`,
-    or all call `step` as often as the one that needs most.
+    Engines whose models share experts (ExpertRanks) generate together, each its own requests, also none: all
+    call `generate`, or all call `step` as often as the one that needs most.
     """
 
     def __init__(self, model: InferenceModel, grammar: Grammar, config: EngineConfig) -> None:
@@ -172,8 +174,8 @@ class Engine:
         return self._scheduler.num_unfinished
 
     def request(self, prompt: TokenIds, sampling: SamplingParams, request_id: str) -> Request:
-        """A request as `submit` takes it; UserError where it is malformed or can never fit. Any thread may call
-        this."""
+        """A request as `submit` takes it; UserError where it is malformed or can never fit. Any thread may
+        call this."""
         request = Request(request_id, np.ascontiguousarray(prompt, dtype=np.int32), sampling)
         size = self.model.config.vocab_size
         ids = request.prompt_ids
@@ -186,8 +188,8 @@ class Engine:
         return request
 
     def room_behind(self, prompt_tokens: int) -> int:
-        """The largest `max_tokens` of a response to a prompt of so many tokens that ever fits; below 1: none does. Any thread
-        may call this."""
+        """The largest `max_tokens` of a response to a prompt of so many tokens that ever fits; below 1: none
+        does. Any thread may call this."""
         return self._scheduler.room_behind(prompt_tokens)
 
     def submit(self, request: Request) -> None:
@@ -195,8 +197,8 @@ class Engine:
         self._scheduler.submit(request)
 
     def step(self) -> StepOutput:
-        """One step of everything that was submitted. An exception of the model passes through; `fail_all` then
-        makes the engine usable again."""
+        """One step of everything that was submitted. An exception of the model passes through; `fail_all`
+        then makes the engine usable again."""
         self._need_memory()
         self._step(stream=True)
         return self.take_output()
@@ -207,7 +209,8 @@ class Engine:
         return StepOutput(events, [self._rollout(ended) for ended in self._scheduler.take_finished()])
 
     def fail_all(self, reason: str) -> None:
-        """After a step that raised: ends every request with this reason and what it had before; no KV is trusted."""
+        """After a step that raised: ends every request with this reason and what it had before; no KV is
+        trusted."""
         self._scheduler.fail_all(reason)
 
     def abort(self, request_id: str) -> bool:
@@ -222,7 +225,8 @@ class Engine:
         self._weights_version = version
 
     def update_weights(self, weights: Mapping[str, Weight], version: int) -> None:
-        """Copies weights into the model's own tensors, in place; those that are these tensors already cost nothing.
+        """Copies weights into the model's own tensors, in place; those that are these tensors already cost
+        nothing.
 
         All KV is void then; what runs starts over from its tokens. All or nothing:
 

@@ -23,7 +23,8 @@ STEPS_AN_OCTAVE = 4
 
 
 def bucket_length(num_tokens: int) -> int:
-    """The least bucket that holds so many tokens: whole tiles, four lengths between powers of two (at most 1/4 more).
+    """The least bucket that holds so many tokens: whole tiles, four lengths between powers of two (at most
+    1/4 more).
 
     FlexAttention is compiled for a shape; a run then needs few shapes.
     """
@@ -144,7 +145,8 @@ class BranchLayout:
 
     @cached_property
     def plan(self) -> Tensor:
-        """int32: what to compute in attention on the CPU, derived once and used by every layer, forward and backward."""
+        """int32: what to compute in attention on the CPU, derived once and used by every layer, forward and
+        backward."""
         plan: Tensor = torch.ops.npr.attention_plan(self.arrays, self.first_query)
         return plan
 
@@ -166,7 +168,8 @@ class BranchLayout:
         return BranchLayout(arrays, first_query=self.first_query)
 
     def block_mask(self, block: int = 128) -> BlockMask:
-        """FlexAttention's mask over tiles of `block` x `block`, with full and partial lists and their transposes.
+        """FlexAttention's mask over tiles of `block` x `block`, with full and partial lists and their
+        transposes.
 
         `first_query` must be a multiple of `block`.
         """
@@ -224,8 +227,8 @@ def branch_layout(
             a prompt follow it directly.
         branching: False lays every sequence out as plain causal text.
 
-    Malformed text never raises: its valid prefix is laid out, the rest is causal trunk, and `status` tells. Neither do
-    integers that make no sense as bounds, prompt lengths or parents: they have a status, too.
+    Malformed text never raises: its valid prefix is laid out, the rest is causal trunk, and `status` tells.
+    Neither do integers that make no sense as bounds, prompt lengths or parents: they have a status, too.
     """
     device = token_ids.device
     if isinstance(prompt_lengths, int):

@@ -1,4 +1,5 @@
-"""The definitions of design/FORMAT.md in plain Python and PyTorch, written token by token for comparison, not for speed.
+"""The definitions of design/FORMAT.md in plain Python and PyTorch, written token by token for comparison, not
+for speed.
 
 Independent of the C++ core: the tag structure is a table, visibility is a question asked of every pair.
 """
@@ -26,7 +27,8 @@ class Place:
 
 
 def _violation_of(state: str, tag: str, plans: int, steps: int) -> Violation:
-    """What is wrong with `tag` in `state`, OK if nothing is. States are named after the open tag or the next one."""
+    """What is wrong with `tag` in `state`, OK if nothing is. States are named after the open tag or the next
+    one."""
     allowed = {
         "trunk": ("guideline",),
         "guideline": ("plan", "guideline_end"),
@@ -78,7 +80,8 @@ VIOLATION_AT_END = {
 def reference_places(
     token_ids: Sequence[int], tags: TagIds, prompt_length: int, *, branching: bool = True
 ) -> tuple[list[Place], Violation, int]:
-    """Places of the tokens of ONE unshared sequence, its violation, and the index of the violating token (-1: none)."""
+    """Places of the tokens of ONE unshared sequence, its violation, and the index of the violating token (-1:
+    none)."""
     names = dict(zip(tags.as_tuple(), vars(tags), strict=True))
     places: list[Place] = []
     state, block, plans, steps = "trunk", 0, 0, 0
@@ -128,7 +131,8 @@ def reference_places(
 
 
 def reference_visible(places: Sequence[Place]) -> Tensor:
-    """bool [T, T] of one sequence: every earlier token, except those of sibling branches of the same block."""
+    """bool [T, T] of one sequence: every earlier token, except those of sibling branches of the same
+    block."""
     block_T = torch.tensor([place.block for place in places], dtype=torch.int64)
     branch_T = torch.tensor([place.branch for place in places], dtype=torch.int64)
     in_branches = (branch_T[:, None] > 0) & (branch_T > 0)
@@ -139,7 +143,8 @@ def reference_visible(places: Sequence[Place]) -> Tensor:
 def reference_attention(
     q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, visible_TT: Tensor, scale: float
 ) -> Tensor:
-    """Dense masked softmax attention with grouped heads, differentiable, in the precision of its inputs. [T, N, H]."""
+    """Dense masked softmax attention with grouped heads, differentiable, in the precision of its inputs. [T,
+    N, H]."""
     group = q_TNH.shape[1] // k_TKH.shape[1]
     k_TNH, v_TNH = (each.repeat_interleave(group, dim=1) for each in (k_TKH, v_TKH))
     scores_NTT = torch.einsum("qnh,knh->nqk", q_TNH, k_TNH) * scale

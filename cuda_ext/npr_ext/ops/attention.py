@@ -32,8 +32,9 @@ def branch_attention(
 ) -> Tensor:
     """Softmax attention in which every query sees what the layout lets it see. [Q, N, H], differentiable.
 
-    Memory is O(T). On the CPU a hidden key is not read at all, so it moves neither output nor gradient of a query by even one
-    bit, and results do not depend on the number of threads. On a GPU it is FlexAttention over the present tiles (ops/flex.py).
+    Memory is O(T). On the CPU a hidden key is not read at all, so it moves neither output nor gradient of a
+    query by even one bit, and results do not depend on the number of threads. On a GPU it is FlexAttention
+    over the present tiles (ops/flex.py).
 
     Args:
         q_QNH: queries of the layout's last Q tokens (all T but in a shard), float32, float64 or bfloat16 (computed in float32

@@ -1,9 +1,9 @@
 """The engine's operators besides attention: a decoder layer's, and drawing from logits; forward only.
 
 T tokens, D hidden, F feed-forward, G key/value heads, N query heads per key/value head, H head dim, S slots,
-P positions. All take float32, float64 or bfloat16 (then computed in float32, rounded once at the end) and raise
-ValueError for a shape, type, position or slot that does not fit. CUDA tensors go to npr_ext.triton.decoder, which computes in
-float32 and cannot look at positions and slots.
+P positions. All take float32, float64 or bfloat16 (then computed in float32, rounded once at the end) and
+raise ValueError for a shape, type, position or slot that does not fit. CUDA tensors go to
+npr_ext.triton.decoder, which computes in float32 and cannot look at positions and slots.
 """
 
 from types import ModuleType
@@ -24,11 +24,13 @@ def _gpu() -> ModuleType:
 def categorical(
     logits_SV: Tensor, uniforms_S: Tensor, temperatures_S: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A draw from each row's softmax: (index int64 [S], its log-probability at temperature 1, and at the row's).
+    """A draw from each row's softmax: (index int64 [S], its log-probability at temperature 1, and at the
+    row's).
 
-    The index is the first whose cumulative probability exceeds the uniform number (in [0, 1), float64; summed in float64, so no
-    mass is lost), at temperature 0 the greatest logit's, whose last result is 0. Temperatures are float32. Logits may be -inf;
-    a row with NaN or +inf has log-probability NaN. Results are float32, float64 for float64 logits.
+    The index is the first whose cumulative probability exceeds the uniform number (in [0, 1), float64; summed
+    in float64, so no mass is lost), at temperature 0 the greatest logit's, whose last result is 0.
+    Temperatures are float32. Logits may be -inf; a row with NaN or +inf has log-probability NaN. Results are
+    float32, float64 for float64 logits.
     """
     if logits_SV.is_cuda:
         from npr_ext.triton import categorical as kernels
@@ -39,9 +41,9 @@ def categorical(
 
 
 def linear(x_TC: Tensor, weight_DC: Tensor, bias_D: Tensor | None = None) -> Tensor:
-    """x @ weight.T + bias, [T, D]; right for any T, meant for the 1 to some hundred rows of a decode step or a
-    prefill chunk: the weight is read from where it lies, never packed. bfloat16 is summed in float32, at AVX512_BF16
-    by the processor's own products of bfloat16 pairs (subnormal numbers then count as zero)."""
+    """x @ weight.T + bias, [T, D]; right for any T, meant for the 1 to some hundred rows of a decode step or
+    a prefill chunk: the weight is read from where it lies, never packed. bfloat16 is summed in float32, at
+    AVX512_BF16 by the processor's own products of bfloat16 pairs (subnormal numbers then count as zero)."""
     product: Tensor = torch.ops.npr.linear(x_TC, weight_DC, bias_D)
     return product
 

@@ -1,8 +1,8 @@
 """The element-wise work of a decoder layer with gradients: on the CPU one pass over memory each way.
 
-Composed of PyTorch's operators it is a dozen passes there, half as long as a narrow model's matrix products. T tokens,
-D hidden, F feed-forward; float32, float64 or bfloat16 (then computed in float32, rounded once at the end). CUDA tensors go to
-PyTorch's own operators.
+Composed of PyTorch's operators it is a dozen passes there, half as long as a narrow model's matrix products.
+T tokens, D hidden, F feed-forward; float32, float64 or bfloat16 (then computed in float32, rounded once at
+the end). CUDA tensors go to PyTorch's own operators.
 """
 
 from __future__ import annotations

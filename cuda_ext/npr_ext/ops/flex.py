@@ -2,8 +2,8 @@
 
     q, k, v [T, heads, H] ──► padded to a bucket length ──► compiled flex_attention(BlockMask) ──► [T, N, H]
 
-FlexAttention is compiled for a shape; lengths are rounded up to few buckets, so a run compiles a handful of kernels. The tokens
-that pad are sequences of their own: they cost the diagonal tile that they stand in.
+FlexAttention is compiled for a shape; lengths are rounded up to few buckets, so a run compiles a handful of
+kernels. The tokens that pad are sequences of their own: they cost the diagonal tile that they stand in.
 """
 
 import functools
@@ -34,8 +34,8 @@ def flex_branch_attention(
     scale: float,
     attend: Callable[..., Any] | None = None,
 ) -> Tensor:
-    """[Q, N, H] by FlexAttention; `mask` is `BranchLayout.bucket_mask`. `attend`: flex_attention itself, compiled
-    if None."""
+    """[Q, N, H] by FlexAttention; `mask` is `BranchLayout.bucket_mask`. `attend`: flex_attention itself,
+    compiled if None."""
     num_queries, num_keys = mask.seq_lengths
     output_1NQH: Tensor = (attend or compiled_attention())(
         _heads_first(q_QNH, num_queries),

@@ -1,10 +1,11 @@
-"""Rounding to FP8: values = x / scale to the nearest, ties to even; scale = amax / largest number of the format.
+"""Rounding to FP8: values = x / scale to the nearest, ties to even; scale = amax / largest number of the
+format.
 
     x ─► amax (of all numbers, or of each row) ─► scale_of ─► quantize: e4m3 or e5m2, row-major, transposed or both
 
-As in Micikevicius et al. 2022 (https://arxiv.org/abs/2209.05433); Transformer Engine calls it current scaling. The engine has a
-scale a row (vLLM: per token, per channel), training one a matrix. Infinities and NaNs are not looked for (the host would wait
-for the device): they make the numbers under their scale NaN.
+As in Micikevicius et al. 2022 (https://arxiv.org/abs/2209.05433); Transformer Engine calls it current
+scaling. The engine has a scale a row (vLLM: per token, per channel), training one a matrix. Infinities and
+NaNs are not looked for (the host would wait for the device): they make the numbers under their scale NaN.
 
 R rows and C columns of a matrix.
 """
@@ -32,15 +33,15 @@ def row_amax(x_RC: Tensor) -> Tensor:
 
 
 def scale_of(amax: Tensor, dtype: torch.dtype) -> Tensor:
-    """The scale under which the largest magnitude becomes the largest number of the format, in the shape of `amax`; where
-    that scale is no normal number (all are zero, or as good as) it is 1."""
+    """The scale under which the largest magnitude becomes the largest number of the format, in the shape of
+    `amax`; where that scale is no normal number (all are zero, or as good as) it is 1."""
     scale = amax / torch.finfo(dtype).max
     return torch.where(scale < _SMALLEST, 1.0, scale)
 
 
 def quantize(x_RC: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """x / scale as `dtype`, [R, C]; the scale is float32 [] or [R]. No number exceeds the format by more than the rounding of
-    the division, so that nothing has to be clamped."""
+    """x / scale as `dtype`, [R, C]; the scale is float32 [] or [R]. No number exceeds the format by more than
+    the rounding of the division, so that nothing has to be clamped."""
     if scale.dim():
         return (x_RC.float() / scale[:, None]).to(dtype)
     values_RC = torch.empty_like(x_RC, dtype=dtype, memory_format=torch.contiguous_format)

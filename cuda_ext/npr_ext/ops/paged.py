@@ -17,7 +17,8 @@ def paged_attention(
     scale: float | None = None,
     runs: Tensor | None = None,
 ) -> Tensor:
-    """Token t attends to the slots ``block_tables[row_of_token[t], :lengths[t]]``; a token without keys gives zeros. [T, N, H].
+    """Token t attends to the slots ``block_tables[row_of_token[t], :lengths[t]]``; a token without keys gives
+    zeros. [T, N, H].
 
     Args:
         q_TNH: queries of this step's tokens, float32, float64 or bfloat16 (then accumulated in float32).

@@ -1,8 +1,9 @@
 """The product of FP8 matrices under scales, by one definition for both devices.
 
-A GPU multiplies by torch._scaled_mm. On a CPU that function has one result or another, or none: oneDNN's where the processor
-has AMX, which fails where oneDNN has no FP8 for the instructions it may use, and elsewhere a plain one that takes layouts which
-no GPU takes. So a CPU multiplies the same numbers in float32, where the product of any two is exact.
+A GPU multiplies by torch._scaled_mm. On a CPU that function has one result or another, or none: oneDNN's
+where the processor has AMX, which fails where oneDNN has no FP8 for the instructions it may use, and
+elsewhere a plain one that takes layouts which no GPU takes. So a CPU multiplies the same numbers in float32,
+where the product of any two is exact.
 """
 
 import torch
@@ -16,8 +17,9 @@ def scaled_mm(
 ) -> Tensor:
     """(a * scale_a) @ (b * scale_b), [M, N] in `dtype`, from e4m3 or e5m2, not both e5m2.
 
-    Scales are float32: one a matrix, [], or one for each row of a and column of b, [M, 1] and [1, N] (on a GPU to bf16 alone).
-    b is the transpose of a row-major matrix. `fast` leaves sums to the tensor cores, without it they are added up in float32.
+    Scales are float32: one a matrix, [], or one for each row of a and column of b, [M, 1] and [1, N] (on a
+    GPU to bf16 alone). b is the transpose of a row-major matrix. `fast` leaves sums to the tensor cores,
+    without it they are added up in float32.
     """
     _check_layout(a_MK, b_KN)
     if a_MK.is_cuda and len(a_MK):

@@ -3,8 +3,8 @@
     parts    a program for each (row, part of the vocabulary): greatest logit, its place, sums of exp at both temperatures
     rows     a program for each row: sums over parts, the part in which the uniform number falls, its place in there
 
-Sums are float64, in a fixed order: what is drawn does not depend on what else is in the batch. Shapes of launches depend on
-shapes of tensors alone. Triton's interpreter (TRITON_INTERPRET=1) runs this on a CPU.
+Sums are float64, in a fixed order: what is drawn does not depend on what else is in the batch. Shapes of
+launches depend on shapes of tensors alone. Triton's interpreter (TRITON_INTERPRET=1) runs this on a CPU.
 
 S rows, V vocabulary, P parts of a row.
 """

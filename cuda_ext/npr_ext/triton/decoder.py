@@ -1,7 +1,8 @@
-"""A decoder layer's element-wise operators on a GPU, in Triton: what npr_ext.ops.decoder calls for CUDA tensors.
+"""A decoder layer's element-wise operators on a GPU, in Triton: what npr_ext.ops.decoder calls for CUDA
+tensors.
 
-A program for each token (and head), one launch each, float32 inside. As in npr_ext.triton.paged a CUDA graph can hold them, and
-Triton's interpreter runs them on a CPU.
+A program for each token (and head), one launch each, float32 inside. As in npr_ext.triton.paged a CUDA graph
+can hold them, and Triton's interpreter runs them on a CPU.
 
 T tokens, D hidden, F feed-forward, N query heads, G key/value heads, H head dim, P positions, S KV slots.
 """
@@ -76,7 +77,8 @@ def split_heads(
     v_SGH: Tensor,
     eps: float,
 ) -> Tensor:
-    """Queries [T, N, H]; see npr_ext.ops.decoder. A token of slot -1 (padding of a CUDA graph) leaves no key and no value."""
+    """Queries [T, N, H]; see npr_ext.ops.decoder. A token of slot -1 (padding of a CUDA graph) leaves no key
+    and no value."""
     num_tokens = len(qkv_TC)
     _, num_kv_heads, dim = k_SGH.shape
     group = qkv_TC.shape[1] // (num_kv_heads * dim) - 2

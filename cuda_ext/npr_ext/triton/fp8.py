@@ -43,8 +43,8 @@ def _quantize(
 
 
 def quantize(x_RC: Tensor, scale: Tensor, rows_RC: Tensor | None, columns_CR: Tensor | None) -> None:
-    """Writes x / scale, rounded to their type, to the matrices that are given: row-major [R, C], transposed [C, R]. All are
-    contiguous; `scale` is float32 []."""
+    """Writes x / scale, rounded to their type, to the matrices that are given: row-major [R, C], transposed
+    [C, R]. All are contiguous; `scale` is float32 []."""
     num_rows, num_columns = x_RC.shape
     if x_RC.numel():
         grid = (triton.cdiv(num_rows, TILE), triton.cdiv(num_columns, TILE))
@@ -76,8 +76,9 @@ def _quantize_rows(x_RC, values_RC, scales_R, format_max, smallest, width: tl.co
 
 
 def quantize_rows(x_RC: Tensor, dtype: torch.dtype, format_max: float) -> tuple[Tensor, Tensor]:
-    """(values of `dtype` [R, C], float32 scales [R]): x = values * scales, the amax of a row becomes `format_max`. What
-    `row_amax`, `scale_of` and `quantize` of npr_ext.ops.fp8 do one after the other, in one launch."""
+    """(values of `dtype` [R, C], float32 scales [R]): x = values * scales, the amax of a row becomes
+    `format_max`. What `row_amax`, `scale_of` and `quantize` of npr_ext.ops.fp8 do one after the other, in one
+    launch."""
     x_RC = x_RC.contiguous()
     num_rows, width = x_RC.shape
     values_RC = torch.empty_like(x_RC, dtype=dtype)

@@ -6,8 +6,9 @@
     decode bucket   every token is a row's next one and is sampled after; each is computed alone
     mixed bucket    forks, joins and short prompts feed several tokens of a row: runs of up to 16 are computed together
 
-A step is padded to its bucket; padding sees no key and leaves none (slot -1). Where hundreds of responses run, some response
-forks or joins in most steps: without mixed buckets few steps would be replayed. The host waits for nothing here.
+A step is padded to its bucket; padding sees no key and leaves none (slot -1). Where hundreds of responses
+run, some response forks or joins in most steps: without mixed buckets few steps would be replayed. The host
+waits for nothing here.
 """
 
 from __future__ import annotations
@@ -66,8 +67,8 @@ def decodes_only(batch: Batch) -> bool:
 
 
 def padded_arrays(batch: Batch, bucket: Bucket) -> NDArray[np.int32]:
-    """int32 [5, T]: token ids, positions, slots, rows, lengths; padding sees no key and leaves none. [7, T] in a mixed
-    bucket: the last two, flat, hold the runs, padded with empty ones."""
+    """int32 [5, T]: token ids, positions, slots, rows, lengths; padding sees no key and leaves none. [7, T]
+    in a mixed bucket: the last two, flat, hold the runs, padded with empty ones."""
     count, size = batch.num_tokens, bucket.num_tokens
     arrays = np.zeros((7 if bucket.mixed else 5, size), np.int32)
     arrays[2] = NO_SLOT
@@ -113,7 +114,8 @@ class DeviceForward:
         self._recorder = recorder()
 
     def logits(self, batch: Batch) -> Tensor:
-        """[S, V]; of a decode step it is overwritten by the next step."""
+        """Logits [S, V] of the sampled tokens; those of an engine step that only decodes are overwritten by
+        the next."""
         table = self._table.update(batch)
         # Which experts have how many tokens is read by the host: such steps cannot be recorded.
         bucket = None if self._model.config.num_experts else bucket_of(batch)

@@ -1,8 +1,8 @@
 """The table of KV slots on the model's device, brought up to date by what is new in it.
 
-Below its length a row of the table never changes while it lives: fork, join and decoding append. So a row is copied from where
-the last copy ended, and from its beginning when it has a new owner. A decode step moves one number a row, a fork the branches'
-prefixes, whatever the width of the table.
+Below its length a row of the table never changes while it lives: fork, join and decoding append. So a row is
+copied from where the last copy ended, and from its beginning when it has a new owner. A decode step moves one
+number a row, a fork the branches' prefixes, whatever the width of the table.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ class DeviceTable:
         self._copied: NDArray[np.int32] = np.zeros(0, np.int32)
 
     def update(self, batch: Batch) -> Tensor:
-        """The table after the batch's new entries; another tensor than before only where its shape has grown."""
+        """The table after the batch's new entries; another tensor than before only where its shape has
+        grown."""
         rows, width = batch.block_tables.shape
         if rows > len(self._table) or width != self._table.shape[1]:
             shape = (max(rows, ROWS_AT_LEAST), width)

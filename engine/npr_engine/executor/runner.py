@@ -1,6 +1,7 @@
 """Executes planned batches: arrays to tensors, model, sampler. It decides nothing.
 
-The logits of rows that no token has are -inf before any sampler sees them, so log-probs are normalised over the tokens alone.
+The logits of rows that no token has are -inf before any sampler sees them, so log-probs are normalised over
+the tokens alone.
 """
 
 from __future__ import annotations

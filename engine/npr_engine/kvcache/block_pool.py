@@ -7,8 +7,8 @@ from numpy.typing import NDArray
 
 
 def slots_needed(prompt_tokens: int, max_tokens: int, block_size: int) -> int:
-    """KV slots, in whole blocks, of a prompt and a response that spends its budget: the prompt's last token is fed with the
-    response, and has its slot there."""
+    """KV slots, in whole blocks, of a prompt and a response that spends its budget: the prompt's last token
+    is fed with the response, and has its slot there."""
     return (-(-(prompt_tokens - 1) // block_size) + -(-(max_tokens + 1) // block_size)) * block_size
 
 

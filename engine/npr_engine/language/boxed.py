@@ -12,8 +12,8 @@ _BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
 class BoxedReader:
     """Takes text piece by piece; `answer` is what the last complete \\boxed{...} so far holds.
 
-    Braces balance, escaped ones do not count. Complete boxes with growing starts do not overlap, so that their contents
-    together are no longer than the text.
+    Braces balance, escaped ones do not count. Complete boxes with growing starts do not overlap, so that
+    their contents together are no longer than the text.
     """
 
     def __init__(self) -> None:

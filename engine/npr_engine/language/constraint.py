@@ -1,9 +1,9 @@
 """What may come next, so that a response cannot be malformed: one table over (state, phase) and tokens.
 
 A row stands in a parser State, and in a Phase of the text since its last tag. Both are small numbers that the
-scheduler keeps beside the row, so the mask of a batch is one gather from the table. What a tag cannot get wrong
-but a text can: a plan's number (the engine writes `N:` itself, as it does in steps), an empty plan, step or
-takeaway, text between plans or before a block, a conclusion that ends without its \\boxed{answer}.
+scheduler keeps beside the row, so the mask of a batch is one gather from the table. What a tag cannot get
+wrong but a text can: a plan's number (the engine writes `N:` itself, as it does in steps), an empty plan,
+step or takeaway, text between plans or before a block, a conclusion that ends without its \\boxed{answer}.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ _HOLDS_TEXT = (State.PLAN, State.STEP, State.TAKEAWAY)
 
 
 def allowed_classes() -> NDArray[np.bool_]:
-    """bool [states, phases, classes]: the classes of tokens that continue a strictly valid response. The states in which
-    nobody samples (the engine writes what follows) allow nothing."""
+    """bool [states, phases, classes]: the classes of tokens that continue a strictly valid response. The
+    states in which nobody samples (the engine writes what follows) allow nothing."""
     allowed = np.zeros((len(State), len(Phase), len(TokenClass)), np.bool_)
     for state in (State.TRUNK, *_HOLDS_TEXT):
         allowed[state][:, _TEXT_BETWEEN] = True
@@ -84,12 +84,14 @@ class Constraint:
         return np.where(classes >= TokenClass.EOS, after_tag, after_text).astype(np.int8)
 
     def may_answer(self, states: NDArray[np.int8], tokens: NDArray[np.int32]) -> NDArray[np.bool_]:
-        """bool [S]: whether the token may have closed (or spoilt) a \\boxed answer in the trunk: only a brace can."""
+        """bool [S]: whether the token may have closed (or spoilt) a \\boxed answer in the trunk: only a brace
+        can."""
         return self._braces[tokens] & (states == State.TRUNK)
 
     @cached_property
     def _printable(self) -> NDArray[np.bool_]:
-        """Tokens that make any text non-empty. A part of a character is not one: parts may add up to a space."""
+        """Tokens that make any text non-empty. A part of a character is not one: parts may add up to a
+        space."""
         return self._tokens_with(_is_printable)
 
     @cached_property

@@ -38,8 +38,8 @@ class Grammar:
         return parser.finish(require_block=require_block)
 
     def parse(self, response_ids: TokenIds, *, require_block: bool = False) -> Response | Defect:
-        """The tree of a strictly valid response, or ONE defect: that of the tag structure, else the first
-        one found.
+        """The tree of a strictly valid response, or ONE defect: that of the tag structure, else the first one
+        found.
 
         Without `require_block` a response without any block (a sequential answer) is valid too.
         """

@@ -23,7 +23,8 @@ _TEXT = bytes((TokenClass.TEXT,))
 
 
 def _value(digits: str) -> int:
-    """A number as written, -1 for one that no block can count to: Python refuses to read thousands of digits."""
+    """A number as written, -1 for one that no block can count to: Python refuses to read thousands of
+    digits."""
     return int(digits) if len(digits) <= _MOST_DIGITS else -1
 
 
@@ -53,8 +54,8 @@ _NEXT: dict[tuple[State, TokenClass], State] = {
 
 
 def _quiet_tags() -> NDArray[np.int8]:
-    """int8 [states, classes]: the next state after a tag that continues a valid response and opens or closes no
-    branch, else -1. Whoever decodes may pass such a tag over and have it parsed later."""
+    """int8 [states, classes]: the next state after a tag that continues a valid response and opens or closes
+    no branch, else -1. Whoever decodes may pass such a tag over and have it parsed later."""
     table = np.full((len(State), len(TokenClass)), -1, np.int8)
     for (state, token_class), following in _NEXT.items():
         if following in (State.TRUNK, State.GUIDELINE, State.PLAN):
@@ -89,8 +90,8 @@ class Parser:
     """Feed tokens one by one or many at once; `structural` and `defects` tell what is wrong so far.
 
     Text between two tags is looked at when the later tag arrives. After EOS or a structural violation the
-    parser only counts. A response with branches is fed in packed order; `branch(n)` gives a parser for
-    branch n alone and `join` takes all of them in.
+    parser only counts. A response with branches is fed in packed order; `branch(n)` gives a parser for branch
+    n alone and `join` takes all of them in.
     """
 
     def __init__(self, vocabulary: Vocabulary) -> None:
@@ -125,7 +126,8 @@ class Parser:
 
     @property
     def has_answer(self) -> bool:
-        """Whether the text after the last tag holds a \\boxed{...} that is not empty; asked again, only what is new is read."""
+        """Whether the text after the last tag holds a \\boxed{...} that is not empty; asked again, only what
+        is new is read."""
         if self._boxed is None:
             self._boxed, self._boxed_end = BoxedReader(), self._text_start
         self._boxed.feed(self._vocabulary.text(self._ids[self._boxed_end :]))

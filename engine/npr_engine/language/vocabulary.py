@@ -1,5 +1,5 @@
-"""What every token id means to the language: its bytes, and its class (text, whitespace, end of sequence,
-or a tag); and which of a model's output rows no token has."""
+"""What every token id means to the language: its bytes, and its class (text, whitespace, end of sequence, or
+a tag); and which of a model's output rows no token has."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ class TokenClass(IntEnum):
 class Vocabulary:
     """Pieces of all token ids: `pieces[i]` is the text (or the raw bytes) that token i stands for.
 
-    Given as None, it is a hole: an id that no token has. Each of `eos_ids` ends a response; `eos_id`, the first of them,
-    is the one that is written where a response is laid out anew.
+    Given as None, it is a hole: an id that no token has. Each of `eos_ids` ends a response; `eos_id`, the
+    first of them, is the one that is written where a response is laid out anew.
     """
 
     def __init__(
@@ -86,8 +86,8 @@ class Vocabulary:
 
     @classmethod
     def from_tokenizer(cls, tokenizer: Any, further_eos_ids: Sequence[int] = ()) -> Vocabulary:
-        """Vocabulary of a Hugging Face fast tokenizer; UserError names the tags that are not single tokens
-        of it. `further_eos_ids` end a response as its own EOS does, if it has one."""
+        """Vocabulary of a Hugging Face fast tokenizer; UserError names the tags that are not single tokens of
+        it. `further_eos_ids` end a response as its own EOS does, if it has one."""
         known: dict[str, int] = tokenizer.get_vocab()
         missing = [text for text in TAG_TEXTS if text not in known]
         if missing:
@@ -119,7 +119,8 @@ class Vocabulary:
         return 0 <= token_id < self.size and token_id not in self._holes
 
     def unused_ids(self, num_rows: int) -> NDArray[np.int64]:
-        """Output rows of a model with `num_rows` that no token has: the holes, and the padding behind the last token."""
+        """Output rows of a model with `num_rows` that no token has: the holes, and the padding behind the
+        last token."""
         return np.array([*sorted(self._holes), *range(self.size, num_rows)], np.int64)
 
     def class_bytes(self, token_ids: list[int]) -> bytes:

@@ -1,4 +1,5 @@
-"""The shape of a model, dense or mixture of experts, as numbers: what planners need, without a tensor and without torch."""
+"""The shape of a model, dense or mixture of experts, as numbers: what planners need, without a tensor and
+without torch."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from npr_ext.errors import UserError
 
 @dataclass(frozen=True)
 class Architecture:
-    """RMSNorm, grouped-query attention, SwiGLU; `num_experts` 0 is a dense model, otherwise every layer routes.
+    """RMSNorm, grouped-query attention, SwiGLU; `num_experts` 0 is a dense model, otherwise every layer
+    routes.
 
     `ffn_hidden_size` is that of the MLP of a dense layer, or of ONE expert.
     """
@@ -44,31 +46,32 @@ class Architecture:
 
     @property
     def attention_parameters(self) -> int:
-        """Of one layer, the norms of queries and keys and the norm before them included."""
+        """Parameters of one layer's attention, the norms of queries and keys and the norm before them
+        included."""
         weights = (self.qkv_rows + self.num_heads * self.head_dim) * self.hidden_size
         bias = self.qkv_rows if self.qkv_bias else 0
         return weights + bias + self.hidden_size + (2 * self.head_dim if self.qk_norm else 0)
 
     @property
     def expert_parameters(self) -> int:
-        """Of one expert, or of the MLP of a dense layer."""
+        """Parameters of one expert, or of the MLP of a dense layer."""
         return 3 * self.ffn_hidden_size * self.hidden_size
 
     @property
     def layer_parameters(self) -> int:
-        """Of one layer: attention, the norm before the MLP, router, all experts."""
+        """Parameters of one layer: attention, the norm before the MLP, router, all experts."""
         router = self.num_experts * self.hidden_size
         experts = max(self.num_experts, 1) * self.expert_parameters
         return self.attention_parameters + self.hidden_size + router + experts
 
     @property
     def embedding_parameters(self) -> int:
-        """Of one vocabulary matrix."""
+        """Parameters of one vocabulary matrix."""
         return self.vocab_size * self.hidden_size
 
     @property
     def num_parameters(self) -> int:
-        """Of the whole model; a tied vocabulary matrix counts once."""
+        """Parameters of the whole model; a tied vocabulary matrix counts once."""
         matrices = 1 if self.tied_embeddings else 2
         return (
             self.num_layers * self.layer_parameters + matrices * self.embedding_parameters + self.hidden_size
@@ -88,7 +91,8 @@ class Architecture:
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How RoPE's wave lengths are stretched, for contexts longer than the first ones that a model was trained for.
+    """How RoPE's wave lengths are stretched, for contexts longer than the first ones that a model was trained
+    for.
 
     Attributes:
         kind: linear (all waves alike), llama3 or yarn (long waves alone).
@@ -110,10 +114,11 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class ModelConfig(Architecture):
-    """All that fixes a model's arithmetic: RoPE (half rotation) and the constants of norms and routing besides the shape.
+    """All that fixes a model's arithmetic: RoPE (half rotation) and the constants of norms and routing
+    besides the shape.
 
-    `rope_scaling` None: wave lengths as `rope_theta` gives them. `norm_topk_prob`: the weights of the chosen experts are
-    divided by their sum.
+    `rope_scaling` None: wave lengths as `rope_theta` gives them. `norm_topk_prob`: the weights of the chosen
+    experts are divided by their sum.
     """
 
     tied_embeddings: bool = True

@@ -1,12 +1,12 @@
-"""The MLPs of a layer: one for all tokens, or experts that a router chooses for each; where experts lie on other ranks, the way
-there and back.
+"""The MLPs of a layer: one for all tokens, or experts that a router chooses for each; where experts lie on
+other ranks, the way there and back.
 
 on the tensor-parallel ranks:  every rank has all rows ──► the parts of its own experts ──► summed by the caller
 over more ranks (ExpertRanks): a run of the rows ──route──► (row, expert) pairs ──all_to_all──► the rank of the expert
                                every row's sum, in the order of its experts ◄──all_to_all── what that expert makes of it
 
-Shapes: T tokens of a step, R of them this rank's run, P = R * K pairs, D hidden, F feed-forward, E experts, K of them for each
-token.
+Shapes: T tokens of a step, R of them this rank's run, P = R * K pairs, D hidden, F feed-forward, E experts, K
+of them for each token.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ class FeedForward:
 
 @dataclass(frozen=True)
 class Experts:
-    """The router of a layer and those of its experts that this rank holds (all of them or a part of each), by number."""
+    """The router of a layer and those of its experts that this rank holds (all of them or a part of each), by
+    number."""
 
     router_ED: Tensor
     held: Mapping[int, FeedForward]
@@ -57,8 +58,8 @@ def route(normed_TD: Tensor, router_ED: Tensor, config: ModelConfig) -> tuple[Te
 
 
 def mixture(normed_TD: Tensor, experts: Experts, config: ModelConfig) -> Tensor:
-    """Each token's experts by their share of it, [T, D], grouped by expert; no token is dropped. This rank's part of the sum
-    over ranks. A token's sum runs in the order of the experts whoever else is in the step."""
+    """Each token's experts by their share of it, [T, D], grouped by expert; no token is dropped. This rank's
+    part of the sum over ranks. A token's sum runs in the order of the experts whoever else is in the step."""
     chosen_TK, shares_TK = route(normed_TD, experts.router_ED, config)
     chosen, shares = chosen_TK.flatten(), shares_TK.flatten()
     order = chosen.argsort(stable=True)
@@ -73,12 +74,13 @@ def mixture(normed_TD: Tensor, experts: Experts, config: ModelConfig) -> Tensor:
 
 
 class ExpertRanks:
-    """The ranks that hold the experts of every layer, equally many neighbours each, for several copies of the model's
-    attention: each copy decodes requests of its own, and all meet in the exchanges of every layer.
+    """The ranks that hold the experts of every layer, equally many neighbours each, for several copies of the
+    model's attention: each copy decodes requests of its own, and all meet in the exchanges of every layer.
 
-    So they step together: before a step all ranks learn whether any of them still has work (`any_busy`); as long as one has,
-    every rank makes a step, and a copy without work serves its experts only: zero rows of its own in the exchanges of every
-    layer. A rank that fails leaves the others waiting in an exchange, as one of any collective does.
+    So they step together: before a step all ranks learn whether any of them still has work (`any_busy`); as
+    long as one has, every rank makes a step, and a copy without work serves its experts only: zero rows of
+    its own in the exchanges of every layer. A rank that fails leaves the others waiting in an exchange, as
+    one of any collective does.
     """
 
     def __init__(self, config: ModelConfig, group: ProcessGroup, tp_group: ProcessGroup | None) -> None:
@@ -102,8 +104,9 @@ class ExpertRanks:
         return bool(flag.item())
 
     def mixture(self, normed_TD: Tensor, experts: Experts) -> Tensor:
-        """As the function of that name, with the same sums bit for bit where a linear layer's rows do not depend on their
-        number; this rank's part of the sum over its copy. Collective over all copies, each with any T, also 0."""
+        """As the function of that name, with the same sums bit for bit where a linear layer's rows do not
+        depend on their number; this rank's part of the sum over its copy. Collective over all copies, each
+        with any T, also 0."""
         share = -(-len(normed_TD) // self._copy_size)
         own = slice(share * self._place, share * (self._place + 1))
         normed_RD = normed_TD[own]

@@ -3,8 +3,9 @@
     weight [D, C] ─► a scale for each output channel ─► e4m3          x [T, C] ─► a scale for each token ─► e4m3
                                             └────── npr_ext.ops.scaled_mm.scaled_mm ─────┘ ─► [T, D]
 
-Per-channel weight scales and per-token activation scales, amax / 448 (Micikevicius et al. 2022; as vLLM and TensorRT-LLM do).
-On a CPU the same numbers are multiplied in float32: what it yields is what a GPU yields, up to the order of summation.
+Per-channel weight scales and per-token activation scales, amax / 448 (Micikevicius et al. 2022; as vLLM and
+TensorRT-LLM do). On a CPU the same numbers are multiplied in float32: what it yields is what a GPU yields, up
+to the order of summation.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from npr_ext.ops.scaled_mm import scaled_mm
 
 FP8 = E4M3
 PROJECTIONS = ("linear_qkv.weight", "linear_proj.weight", "linear_fc1.weight", "linear_fc2.weight")
-"""Ends of the names of the weights that an engine in FP8 holds so; norms, biases, routers and vocabularies stay."""
+"""Ends of the names of the weights that an engine in FP8 holds so; norms, biases, routers and vocabularies
+stay."""
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,11 @@
 """x @ W.T by whatever is fastest for the number of rows.
 
-A decode step has 1 to some hundred rows: our own operator reads the weight from where it lies, where a library's
-GEMM packs it first. A prefill chunk or a training batch has more: oneDNN. (PyTorch's CPU build calls MKL, which on
-processors of other vendors keeps to 256-bit vectors.) Measured on one Zen 5 core, 3072 outputs of 576 features from
-memory, in us for MKL / oneDNN / ours in float32: 1 row 413 / 233 / 193, 16 rows 910 / 564 / 268, 64 rows
-2416 / 1197 / 878, 512 rows 15997 / 7258 / 8131; for oneDNN / ours in bfloat16: 1 row 220 / 114, 16 rows 304 / 144,
-64 rows 616 / 461, 512 rows 3707 / 4031.
+A decode step has 1 to some hundred rows: our own operator reads the weight from where it lies, where a
+library's GEMM packs it first. A prefill chunk or a training batch has more: oneDNN. (PyTorch's CPU build
+calls MKL, which on processors of other vendors keeps to 256-bit vectors.) Measured on one Zen 5 core, 3072
+outputs of 576 features from memory, in us for MKL / oneDNN / ours in float32: 1 row 413 / 233 / 193, 16 rows
+910 / 564 / 268, 64 rows 2416 / 1197 / 878, 512 rows 15997 / 7258 / 8131; for oneDNN / ours in bfloat16: 1 row
+220 / 114, 16 rows 304 / 144, 64 rows 616 / 461, 512 rows 3707 / 4031.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Rotary position embedding (Su et al. 2021): frequencies, as they are or stretched, and the table of angles.
 
-Everything is float32 and in transformers' order of operations, so that a model gets the very angles that it was trained with.
+Everything is float32 and in transformers' order of operations, so that a model gets the very angles that it
+was trained with.
 """
 
 from __future__ import annotations
@@ -54,8 +55,8 @@ def _yarn(waves_h: Tensor, theta: float, scaling: RopeScaling) -> Tensor:
 
 
 class Rotary:
-    """Cosines and sines by position, [P, H / 2], times the attention factor. Angles are float32 whatever the model's type,
-    as in training (transformers and Megatron), so that both sides rotate alike."""
+    """Cosines and sines by position, [P, H / 2], times the attention factor. Angles are float32 whatever the
+    model's type, as in training (transformers and Megatron), so that both sides rotate alike."""
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
         self._frequencies_h = frequencies(config, device)

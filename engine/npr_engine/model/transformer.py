@@ -1,9 +1,9 @@
-"""The inference model: a Qwen3 (dense or with experts), Qwen2.5 or Llama decoder over a paged KV cache, on the trainer's own
-weight tensors.
+"""The inference model: a Qwen3 (dense or with experts), Qwen2.5 or Llama decoder over a paged KV cache, on
+the trainer's own weight tensors.
 
 Shapes: T tokens of a step, S sampled ones, D hidden, V vocabulary, G key/value heads of this rank, N query
-heads per key/value head, H head dim, F feed-forward. Weights keep Megatron's shard layout (fused [q.. k v] per group,
-fused [gate; up]) and are referenced, never copied: an optimizer step is seen by the next forward.
+heads per key/value head, H head dim, F feed-forward. Weights keep Megatron's shard layout (fused [q.. k v]
+per group, fused [gate; up]) and are referenced, never copied: an optimizer step is seen by the next forward.
 """
 
 from __future__ import annotations
@@ -76,9 +76,9 @@ class InferenceModel:
         expert_group: ProcessGroup | None = None,
         fp8: bool = False,
     ) -> None:
-        """`expert_group`: the ranks of several copies of the model that share its experts, see ExpertRanks; None: they lie on
-        the ranks of `tp_group`. `fp8`: those of the layers' projections that are not given in e4m3 are copied into it; all
-        else are the given tensors themselves."""
+        """`expert_group`: the ranks of several copies of the model that share its experts, see ExpertRanks;
+        None: they lie on the ranks of `tp_group`. `fp8`: those of the layers' projections that are not given
+        in e4m3 are copied into it; all else are the given tensors themselves."""
         self.config = config
         self._group = tp_group
         self._tp_size = 1 if tp_group is None else dist.get_world_size(tp_group)
@@ -104,8 +104,8 @@ class InferenceModel:
         self._rotary = Rotary(config, self.dtype, self.device)
 
     def load(self, weights: Mapping[str, Weight]) -> None:
-        """Copies values into the model's own tensors; UserError, and nothing changed, where a name, a shape or a
-        type is not the model's."""
+        """Copies values into the model's own tensors; UserError, and nothing changed, where a name, a shape
+        or a type is not the model's."""
         for name, new in weights.items():
             if name not in self._weights:
                 raise UserError(f"update_weights: the model has no weight {name!r}")
@@ -150,8 +150,8 @@ class InferenceModel:
         return self._embedding_VD.device
 
     def new_cache(self, num_slots: int) -> KVCache:
-        """An empty cache for this rank's heads; what it holds at first is never read. Tokens' positions are below
-        `num_slots` from then on."""
+        """An empty cache for this rank's heads; what it holds at first is never read. Tokens' positions are
+        below `num_slots` from then on."""
         self._rotary.need(num_slots)
         shape = (self.config.num_layers, num_slots, self._num_groups, self.config.head_dim)
         keys = torch.empty(shape, dtype=self.dtype, device=self.device)
@@ -176,12 +176,13 @@ class InferenceModel:
         return self._logits(normed_TD)
 
     def any_busy(self, busy: bool) -> bool:
-        """Whether this model, or any that shares its experts, has something to decode. Collective where they are shared."""
+        """Whether this model, or any that shares its experts, has something to decode. Collective where they
+        are shared."""
         return busy if self._expert_ranks is None else self._expert_ranks.any_busy(busy, self.device)
 
     def serve_experts(self) -> None:
-        """The part of an engine that has nothing to decode in a step of those that share its experts; nothing to do
-        without such."""
+        """The part of an engine that has nothing to decode in a step of those that share its experts; nothing
+        to do without such."""
         if self._expert_ranks is None:
             return
         nothing_TD = torch.empty(0, self.config.hidden_size, dtype=self.dtype, device=self.device)
@@ -198,8 +199,8 @@ class InferenceModel:
         values_SGH: Tensor,
         wanted: Tensor | None,
     ) -> Tensor:
-        """What attention adds to the residual stream, [T, D]; of the `wanted` tokens only, where given: in the last
-        layer the others leave their keys and values and are done."""
+        """What attention adds to the residual stream, [T, D]; of the `wanted` tokens only, where given: in
+        the last layer the others leave their keys and values and are done."""
         qkv_TC = linear(normed_TD, weights.qkv_CD, weights.qkv_bias_C)
         norms, eps = (weights.query_norm_H, weights.key_norm_H), self.config.rms_norm_eps
         queries_TNH = split_heads(

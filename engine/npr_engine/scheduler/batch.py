@@ -1,4 +1,5 @@
-"""One engine step as plain arrays: what the scheduler plans and the runner executes without deciding anything."""
+"""One engine step as plain arrays: what the scheduler plans and the runner executes without deciding
+anything."""
 
 from __future__ import annotations
 
@@ -62,8 +63,8 @@ class SampleInputs:
 
 @dataclass(frozen=True)
 class Sampled:
-    """The outcome of a step, [S]: token ids, their log-probs under the policy and under the sampler, and whether
-    the row's logits are no distribution (NaN or infinite): its token then means nothing."""
+    """The outcome of a step, [S]: token ids, their log-probs under the policy and under the sampler, and
+    whether the row's logits are no distribution (NaN or infinite): its token then means nothing."""
 
     token_ids: NDArray[np.int32]
     logprobs: NDArray[np.float32]

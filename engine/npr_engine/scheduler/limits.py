@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Limits:
-    """Sizes of the engine: KV blocks and the slots of each, tokens that an engine step may compute, responses that may
-    run at once."""
+    """Sizes of the engine: KV blocks and the slots of each, tokens that an engine step may compute, responses
+    that may run at once."""
 
     num_blocks: int
     block_size: int
@@ -20,8 +20,8 @@ class Limits:
 class Counters:
     """What has happened so far; `steps` is also the number of the engine step that comes next.
 
-    `kv_utilisation`: KV slots with a token that some row sees / all slots, counted from the block tables when memory ran
-    out for the first time; None before.
+    `kv_utilisation`: KV slots with a token that some row sees / all slots, counted from the block tables when
+    memory ran out for the first time; None before.
     """
 
     steps: int = 0

@@ -100,8 +100,9 @@ class Memory:
         return True
 
     def extend(self, full: NDArray[np.int64], owners: Sequence[ResponseState]) -> NDArray[np.int64]:
-        """A free block to each of the rows, which have used up theirs, all at once. Returns those that need `reserve`:
-        rows of responses with spare slots, which go first, and all of them where free blocks or columns are too few."""
+        """A free block to each of the rows, which have used up theirs, all at once. Returns those that need
+        `reserve`: rows of responses with spare slots, which go first, and all of them where free blocks or
+        columns are too few."""
         rows, size = self.rows, self.pool.block_size
         if self.pool.num_free < len(full) or int(rows.reserved[full].max()) + size > rows.width:
             return full

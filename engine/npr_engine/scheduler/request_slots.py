@@ -1,4 +1,5 @@
-"""What the running responses' budgets leave and how they sample, as arrays: a response has a request slot while it runs."""
+"""What the running responses' budgets leave and how they sample, as arrays: a response has a request slot
+while it runs."""
 
 from __future__ import annotations
 

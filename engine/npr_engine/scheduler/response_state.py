@@ -124,7 +124,8 @@ class Branch:
 
 @dataclass(eq=False)
 class Fork:
-    """A block: it opens after the first `trunk_tokens` tokens of the trunk's row; `open` branches have not closed."""
+    """A block: it opens after the first `trunk_tokens` tokens of the trunk's row; `open` branches have not
+    closed."""
 
     trunk_tokens: int
     branches: list[Branch]
@@ -141,8 +142,8 @@ class Feed:
 
 @dataclass(frozen=True)
 class Resume:
-    """Compute the KV of all tokens of these branches and sample after each, in one engine step: siblings stay in lock-step,
-    so what a response is when it ends early does not depend on the batch."""
+    """Compute the KV of all tokens of these branches and sample after each, in one engine step: siblings stay
+    in lock-step, so what a response is when it ends early does not depend on the batch."""
 
     branches: tuple[Branch, ...]
 

@@ -5,8 +5,9 @@
                  └─ preempt ┘          └ prompts, forced tokens,                └ fork at </guideline>, join after
                    (recompute)           one row a branch                         the last </step>, budgets
 
-First come, first served: the oldest response is never preempted, so everything ends. A preempted response keeps its tokens;
-when it is admitted again, `ResponseState.all_work` computes their KV through the same forks and joins.
+First come, first served: the oldest response is never preempted, so everything ends. A preempted response
+keeps its tokens; when it is admitted again, `ResponseState.all_work` computes their KV through the same forks
+and joins.
 """
 
 from __future__ import annotations
@@ -81,8 +82,8 @@ class Scheduler:
             )
 
     def room_behind(self, prompt_tokens: int) -> int:
-        """The largest max_tokens that ever fits behind a prompt of so many tokens; below 1 where none does. Reads sizes
-        alone, so any thread may ask."""
+        """The largest max_tokens that ever fits behind a prompt of so many tokens; below 1 where none does.
+        Reads sizes alone, so any thread may ask."""
         return self._memory.pool.room_behind(prompt_tokens)
 
     def submit(self, request: Request) -> None:
@@ -104,7 +105,8 @@ class Scheduler:
             self._end(response, reason)
 
     def take_events(self) -> list[TokenEvent]:
-        """The tokens of the last commit, and those of responses that have ended since then and are not streamed yet."""
+        """The tokens of the last commit, and those of responses that have ended since then and are not
+        streamed yet."""
         events = [*self._events, *new_events(self._rows, self._sampled)]
         self._events, self._sampled = [], []
         return events
@@ -122,8 +124,8 @@ class Scheduler:
         return self._draws.inputs(batch.sample_rows)
 
     def commit(self, batch: Batch, sampled: Sampled, *, stream: bool = False) -> None:
-        """Takes what the planned engine step has sampled: new tokens, forks, joins, ends. `stream` keeps in mind which
-        branches have grown, for take_events()."""
+        """Takes what the planned engine step has sampled: new tokens, forks, joins, ends. `stream` keeps in
+        mind which branches have grown, for take_events()."""
         self._memory.release_retired()
         if stream:
             rows = batch.sample_rows.tolist()
@@ -131,7 +133,8 @@ class Scheduler:
         self._commit.commit(batch, sampled)
 
     def restart_all(self) -> None:
-        """All KV is void (other weights, or a step that failed): every running response starts over from its tokens."""
+        """All KV is void (other weights, or a step that failed): every running response starts over from its
+        tokens."""
         self._memory.release_retired()
         for response in reversed(list(self._queue.running)):
             self._queue.preempt(response)
@@ -139,7 +142,8 @@ class Scheduler:
         self._memory.prompts.clear()
 
     def check_integrity(self) -> None:
-        """Asserts that no block, KV slot, row or request slot is lost or owned twice. Not between plan() and commit()."""
+        """Asserts that no block, KV slot, row or request slot is lost or owned twice. Not between plan() and
+        commit()."""
         self._memory.check_integrity(self._queue.running)
         self._queue.check_integrity()
 

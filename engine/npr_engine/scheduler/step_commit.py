@@ -24,7 +24,8 @@ NO_DISTRIBUTION = error("the model's logits are NaN or infinite")
 
 @dataclass(frozen=True)
 class NewTokens:
-    """The sampled tokens that are taken: their batch rows and request slots int32 [S], and what was drawn [S]."""
+    """The sampled tokens that are taken: their batch rows and request slots int32 [S], and what was drawn
+    [S]."""
 
     rows: NDArray[np.int32]
     slots: NDArray[np.int32]
@@ -93,8 +94,8 @@ class StepCommit:
         self._counters.sampled_tokens += len(row)
 
     def _end_invalid(self, new: NewTokens, invalid: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """Ends the responses of rows without a distribution; which rows are left, bool [S]. Nobody else has seen their KV
-        but the users of their prompt: the last of them takes it along."""
+        """Ends the responses of rows without a distribution; which rows are left, bool [S]. Nobody else has
+        seen their KV but the users of their prompt: the last of them takes it along."""
         for slot in np.unique(new.slots[invalid]).tolist():
             response = self._queue.in_slot(slot)
             assert response is not None
@@ -104,8 +105,8 @@ class StepCommit:
         return left
 
     def _within_budget(self, new: NewTokens, counts: NDArray[np.int64]) -> NDArray[np.bool_] | None:
-        """Which sampled tokens max_tokens still allows, the first ones in packed order, bool [S]; None: all of them.
-        `counts` [request slots] are the tokens that each response has sampled."""
+        """Which sampled tokens max_tokens still allows, the first ones in packed order, bool [S]; None: all
+        of them. `counts` [request slots] are the tokens that each response has sampled."""
         left = self._request_slots.tokens_left
         over = np.flatnonzero(left < 0)
         if len(over) == 0:

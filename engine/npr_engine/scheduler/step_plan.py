@@ -10,7 +10,8 @@ from npr_engine.scheduler.rows import Rows
 
 
 class StepPlan:
-    """Chunks (consecutive tokens that a row has already) beside the rows that decode; `room` tokens are left for chunks."""
+    """Chunks (consecutive tokens that a row has already) beside the rows that decode; `room` tokens are left
+    for chunks."""
 
     def __init__(self, rows: Rows, room: int) -> None:
         self._rows = rows
@@ -20,7 +21,8 @@ class StepPlan:
         self.num_chunk_tokens = 0
 
     def add(self, row: int, count: int, *, sample: bool = False) -> None:
-        """Plans the next `count` tokens of the row, whose KV slots are reserved; `sample`: draws the token after them."""
+        """Plans the next `count` tokens of the row, whose KV slots are reserved; `sample`: draws the token
+        after them."""
         rows = self._rows
         if sample:
             self._sampled.append(len(self._chunks))

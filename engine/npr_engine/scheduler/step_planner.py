@@ -1,7 +1,8 @@
-"""What the next engine step computes: chunks of prompts and of known tokens, and one token of every branch that decodes.
+"""What the next engine step computes: chunks of prompts and of known tokens, and one token of every branch
+that decodes.
 
-Chunks leave room for the decoding of older responses only: the oldest always gets on, and where all do not fit, the youngest
-wait. Where KV slots run out the youngest response gives way.
+Chunks leave room for the decoding of older responses only: the oldest always gets on, and where all do not
+fit, the youngest wait. Where KV slots run out the youngest response gives way.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ class StepPlanner:
         self._filling = []
 
     def _start_filling(self, response: ResponseState) -> None:
-        """Gives the response's prompt a row to compute its KV on, where it is neither there nor on its way."""
+        """Gives the response's prompt a row to compute its KV on, where it is neither there nor on its
+        way."""
         prompt, rows = response.prompt, self._rows
         assert prompt is not None
         if prompt.ready or prompt.row >= 0:
@@ -127,8 +129,8 @@ class StepPlanner:
         return count == pending
 
     def _resume(self, response: ResponseState, branches: tuple[Branch, ...], plan: StepPlan) -> bool:
-        """Plans all that is pending of the branches, sampled after, if it fits; else what fits without their last tokens,
-        which wait for each other."""
+        """Plans all that is pending of the branches, sampled after, if it fits; else what fits without their
+        last tokens, which wait for each other."""
         rows = [branch.row for branch in branches]
         pending = (self._rows.num_tokens[rows] - self._rows.num_computed_tokens[rows]).tolist()
         whole = sum(pending) <= plan.room
@@ -144,7 +146,8 @@ class StepPlanner:
         return whole
 
     def _reserve_decoding(self) -> None:
-        """A KV slot for the next token of every branch; the youngest response gives way where there is none."""
+        """A KV slot for the next token of every branch; the youngest response gives way where there is
+        none."""
         rows = self._rows
         decoding = np.flatnonzero(rows.decoding)
         rows.num_scheduled_tokens[decoding] = 1

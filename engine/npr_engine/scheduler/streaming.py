@@ -16,8 +16,9 @@ from npr_engine.scheduler.rows import Rows
 class TokenEvent:
     """New tokens of one branch of one request, in order.
 
-    Forced tokens come with the token that is sampled after them, so an event follows everything that its tokens
-    see: the trunk before a fork, then its branches (of one step in any order), then the trunk after the join.
+    Forced tokens come with the token that is sampled after them, so an event follows everything that its
+    tokens see: the trunk before a fork, then its branches (of one step in any order), then the trunk after
+    the join.
 
     Attributes:
         branch_id: 0 for the trunk, i for branch i of the block that is open.
@@ -34,8 +35,8 @@ class TokenEvent:
 
 
 def new_events(rows: Rows, sampled: Iterable[tuple[ResponseState, Branch]]) -> Iterator[TokenEvent]:
-    """The tokens of the branches that an engine step sampled which have not been streamed; of a response that has ended, all
-    that are left."""
+    """The tokens of the branches that an engine step sampled which have not been streamed; of a response that
+    has ended, all that are left."""
     ended: dict[int, ResponseState] = {}
     for response, branch in sampled:
         if response.request_slot >= 0:
