@@ -9,7 +9,10 @@ from npr_engine.language.constraint import Constraint
 from npr_engine.scheduler.batch import SampleInputs
 from npr_engine.scheduler.request_slots import RequestSlots
 from npr_engine.scheduler.rows import Rows
-from npr_engine.scheduler.uniforms import uniforms
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_FIRST = np.uint64(0xBF58476D1CE4E5B9)
+_SECOND = np.uint64(0x94D049BB133111EB)
 
 
 class Draws:
@@ -52,3 +55,14 @@ class Draws:
         inside = columns < length[:, None]
         source = np.where(inside, start[:, None] + columns, 0)
         return np.where(inside, self._rows.tokens[sampled[:, None], source], -1).astype(np.int32)
+
+
+def uniforms(keys: NDArray[np.uint64], positions: NDArray[np.int32]) -> NDArray[np.float64]:
+    """Uniform numbers by identity, float64 [S] in [0, 1): a draw depends on the branch and the position, not on the
+    batch that it is made in. splitmix64 (https://prng.di.unimi.it/splitmix64.c) at state key + position."""
+    state = keys + (positions.astype(np.uint64) + np.uint64(1)) * _GOLDEN
+    state = (state ^ (state >> np.uint64(30))) * _FIRST
+    state = (state ^ (state >> np.uint64(27))) * _SECOND
+    state ^= state >> np.uint64(31)
+    drawn: NDArray[np.float64] = (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return drawn

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from npr_engine.executor.sampler import sample
 from npr_engine.scheduler.batch import Sampled, SampleInputs
-from npr_engine.scheduler.uniforms import uniforms
+from npr_engine.scheduler.draws import uniforms
 
 LOGITS = torch.tensor([2.0, 1.0, 0.5, -1.0, 3.0, -torch.inf, 0.0], dtype=torch.float64)
 PROBS = LOGITS.softmax(0).numpy()
