@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from megatron_npr.monitoring.progress import duration
+from megatron_npr.runtime.whole_file import write_whole
 
 MEASURING = "measure"
 """Phases whose names begin so count as evaluation."""
@@ -46,9 +47,7 @@ class Phases:
         began = time.time()
         work()
         self.intervals[name] = (began, time.time())
-        written = self._path.with_suffix(".new")
-        written.write_text(json.dumps(self.intervals))
-        written.replace(self._path)
+        write_whole(self._path, json.dumps(self.intervals))
         print(f"{title}: {self.seconds[name]:.0f} s  {outlook()}".rstrip(), flush=True)
 
     def number(self, name: str) -> str:

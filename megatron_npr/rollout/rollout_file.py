@@ -9,6 +9,7 @@ import numpy as np
 
 from megatron_npr.runtime.format_version import CURRENT, FORMAT_VERSION, Kind, check_format
 from megatron_npr.runtime.json_lines import read_json_lines
+from megatron_npr.runtime.whole_file import whole_file
 from npr_engine.language.vocabulary import Vocabulary
 from npr_engine.rollout import Rollout
 from npr_ext.errors import UserError
@@ -53,9 +54,7 @@ def pieces(rollout: Rollout, vocabulary: Vocabulary) -> tuple[str, ...]:
 
 def write_rollouts(path: Path, rollouts: Iterable[Rollout], vocabulary: Vocabulary) -> None:
     """Write a JSONL file with the tokens' texts beside their ids, in one piece or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".tmp")
-    with unfinished.open("w") as file:
+    with whole_file(path) as file:
         for rollout in rollouts:
             record = {
                 FORMAT_VERSION: CURRENT[KIND],
@@ -63,7 +62,6 @@ def write_rollouts(path: Path, rollouts: Iterable[Rollout], vocabulary: Vocabula
                 "pieces": pieces(rollout, vocabulary),
             }
             file.write(json.dumps(record) + "\n")
-    unfinished.replace(path)
 
 
 def read_rollouts(path: Path) -> list[Rollout]:

@@ -30,6 +30,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from megatron_npr.hf.description import copy_description
 from megatron_npr.model.policy import Policy, PolicyChunk
 from megatron_npr.runtime.process_world import World, megatron_context, on_first_rank
+from megatron_npr.runtime.whole_file import write_whole
 from megatron_npr.training.manifest import (
     POINTER,
     DamagedCheckpointError,
@@ -191,13 +192,7 @@ class Checkpoints:
         dist.barrier()
 
     def _point_to(self, path: Path) -> None:
-        pointer = self._folder / POINTER
-        written = pointer.with_suffix(".new")
-        with written.open("w") as file:
-            file.write(path.name + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(written, pointer)
+        write_whole(self._folder / POINTER, path.name + "\n")
         _sync_folder(self._folder)
 
     def _drop_old(self, newest: Path) -> None:

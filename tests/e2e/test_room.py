@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from megatron_npr import config as schema
-from megatron_npr.cli import STAGES, main
+from megatron_npr.cli import main
+from megatron_npr.cli.commands import STAGES
 from megatron_npr.config import Stage3Config, keys, load_config
 from megatron_npr.data.samples import SftSample, write_samples
 from megatron_npr.demo.base import FOLDER

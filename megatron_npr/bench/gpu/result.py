@@ -6,7 +6,6 @@ part ─► record ─► tests/bench/results/<device>.json (measured again, a p
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_npr.report import Threshold
+from megatron_npr.runtime.whole_file import write_whole
 
 Parts = Mapping[str, Any]
 """Figures by part, as they stand in the file."""
@@ -143,10 +143,7 @@ def read_result(path: Path) -> dict[str, Any]:
 
 def write_result(path: Path, result: Mapping[str, Any]) -> None:
     """There whole or as it was."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_suffix(".new")
-    staging.write_text(json.dumps(result, indent=2) + "\n")
-    os.replace(staging, path)
+    write_whole(path, json.dumps(result, indent=2) + "\n")
 
 
 def thresholds(parts: Parts) -> Iterator[Threshold]:

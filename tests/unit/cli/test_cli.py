@@ -1,3 +1,4 @@
+import importlib.util
 import resource
 import subprocess
 import sys
@@ -6,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_npr.cli import STAGES, TOOLS, main
+from megatron_npr import config as schema
+from megatron_npr.cli import main
+from megatron_npr.cli.commands import STAGES, TOOLS
 from megatron_npr.config import CONFIGS
 
 
@@ -48,6 +51,35 @@ def test_help_comes_without_torch_and_at_once() -> None:
     ended = resource.getrusage(resource.RUSAGE_CHILDREN)
     # Seconds of work, not of waiting for a disk or for other processes.
     assert ended.ru_utime + ended.ru_stime - began.ru_utime - began.ru_stime < 1.0
+
+
+def test_every_tool_has_its_module_whose_options_and_help_come_without_torch() -> None:
+    """In a process of its own, all in one: each module of the table is there and offers its two functions."""
+    code = """
+import sys
+from megatron_npr.cli import main
+from megatron_npr.cli.commands import TOOLS
+for name, tool in TOOLS.items():
+    module = tool.load()
+    assert callable(module.add_arguments) and callable(module.run), name
+    try:
+        main([name, '--help'])
+    except SystemExit as end:
+        assert end.code == 0, name
+assert 'torch' not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[2] for line in done.stdout.splitlines() if line.startswith("usage: npr ")] == [
+        *TOOLS
+    ]
+
+
+@pytest.mark.parametrize("command", STAGES)
+def test_every_stage_has_its_module_and_its_configuration(command: str) -> None:
+    stage = STAGES[command]
+    assert importlib.util.find_spec(f"megatron_npr.stages.{stage.module}") is not None
+    assert issubclass(getattr(schema, stage.config), schema.StageConfig)
 
 
 def test_a_mistyped_command_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
@@ -118,7 +150,9 @@ def test_an_interrupt_exits_130_and_says_how_to_continue(
     def run(config: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(sys.modules, f"megatron_npr.{command}", types.SimpleNamespace(run=run))
+    monkeypatch.setitem(
+        sys.modules, f"megatron_npr.stages.{STAGES[command].module}", types.SimpleNamespace(run=run)
+    )
     words = [command, "--model.path", "m", "--data.train", "demo", "--run.dir", str(tmp_path)]
     assert main([*words, *start]) == 130
     said = f"npr: interrupted; continue with: npr {' '.join([*words, *again])} --run.resume auto\n"

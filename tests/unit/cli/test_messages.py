@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_npr import config as schema
-from megatron_npr.cli import STAGES, TOOLS, Parser
+from megatron_npr.cli.commands import STAGES, TOOLS, tool_parser
 from megatron_npr.config import keys
 from tests.support.places import ROOT
 
@@ -31,10 +31,8 @@ OTHERS_OPTIONS = {"--nproc-per-node", "--no-deps"}
 def options() -> set[str]:
     """Of all tools."""
     found = {"--help"}
-    for name, tool in TOOLS.items():
-        parser = Parser(prog=name)
-        tool.arguments(parser)
-        found |= set(_options(parser))
+    for name in TOOLS:
+        found |= set(_options(tool_parser(name)))
     return found
 
 
