@@ -6,9 +6,16 @@ schema ─► keys of each command ─► one table a section: key, type, defaul
 from __future__ import annotations
 
 from megatron_npr.config.loading import Key, keys
-from megatron_npr.config.stages import EvalConfig, SampleConfig, Stage1Config, Stage2Config, Stage3Config
+from megatron_npr.config.stages import (
+    EvalConfig,
+    SampleConfig,
+    Stage1Config,
+    Stage2Config,
+    Stage3Config,
+    StageConfig,
+)
 
-COMMANDS = {
+COMMANDS: dict[str, type[StageConfig]] = {
     "stage1": Stage1Config,
     "sample": SampleConfig,
     "stage2": Stage2Config,
