@@ -17,7 +17,7 @@ PACKAGE_DIR = {
     "npr_ext": "cuda_ext/npr_ext",
 }
 
-# What every processor must have that runs the operators; cuda_ext/csrc/isa_*.cpp hold faster ones for some.
+# What every processor must have that runs the operators; cuda_ext/csrc/cpu/isa_*.cpp hold faster ones for some.
 BASE = ["-march=x86-64-v3"] if platform.machine() in ("x86_64", "AMD64") else []
 CUDA_TARGETS = runpy.run_path(str(ROOT / "cuda_ext/cuda_check.py"))["TARGETS"]
 
@@ -46,15 +46,16 @@ def extension() -> Extension:
     ]
     shared = {
         "include_dirs": [str(ROOT / "cuda_ext/include")],
-        "depends": sources("*.h") + sources("../include/npr/*.h"),
+        "depends": sources("**/*.h") + sources("../include/npr/**/*.h"),
         "extra_link_args": ["-fopenmp"],
     }
+    cpu = sources("*.cpp") + sources("cpu/*.cpp")
     if shutil.which("nvcc") is None or torch.version.cuda is None:
         print("npr_ext: building the CPU operators only (CUDA ones need nvcc and a CUDA build of torch)")
-        return CppExtension("npr_ext._operators", sources("*.cpp"), extra_compile_args=cpp_flags, **shared)
+        return CppExtension("npr_ext._operators", cpu, extra_compile_args=cpp_flags, **shared)
     return CUDAExtension(
         "npr_ext._operators",
-        [*sources("*.cpp"), *sources("cuda/*.cpp"), *sources("cuda/*.cu")],
+        [*cpu, *sources("cuda/*.cpp"), *sources("cuda/*.cu")],
         extra_compile_args={"cxx": cpp_flags, "nvcc": ["-O3", "-std=c++20", *CUDA_TARGETS]},
         **shared,
     )

@@ -4,7 +4,7 @@
 
 #include <tuple>
 
-#include "cpu_operators.h"
+#include "cpu/cpu_operators.h"
 
 namespace npr {
 namespace {

@@ -5,7 +5,7 @@
 #include <optional>
 #include <tuple>
 
-#include "cpu_operators.h"
+#include "cpu/cpu_operators.h"
 #include "npr/sizes.h"
 
 namespace npr {

@@ -6,7 +6,7 @@
 #include <optional>
 #include <string>
 
-#include "npr/layout_units.h"
+#include "npr/layout/layout_units.h"
 
 namespace npr {
 

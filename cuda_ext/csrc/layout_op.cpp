@@ -1,5 +1,5 @@
-// npr::branch_layout on the CPU: tensors in, tensors out, around npr/layout.h.
-#include "npr/layout.h"
+// npr::branch_layout on the CPU: tensors in, tensors out, around npr/layout/layout.h.
+#include "npr/layout/layout.h"
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>

@@ -4,7 +4,7 @@
 
 #include <optional>
 
-#include "cpu_operators.h"
+#include "cpu/cpu_operators.h"
 
 namespace npr {
 namespace {

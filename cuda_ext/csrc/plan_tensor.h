@@ -6,7 +6,7 @@
 
 #include <cstring>
 
-#include "npr/visibility.h"
+#include "npr/layout/visibility.h"
 
 namespace npr {
 

@@ -1,5 +1,5 @@
-// npr::attention_plan and npr::block_lists on the CPU, around npr/visibility.h.
-#include "npr/visibility.h"
+// npr::attention_plan and npr::block_lists on the CPU, around npr/layout/visibility.h.
+#include "npr/layout/visibility.h"
 
 #include <ATen/ATen.h>
 #include <torch/library.h>

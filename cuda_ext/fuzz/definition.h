@@ -1,5 +1,5 @@
 // The layout of one segment by its definition (design/FORMAT.md), by descent over the list of its tags and pair by
-// pair: shares no code with npr/layout_rules.h and npr/layout_units.h, which it is compared with.
+// pair: shares no code with npr/layout/layout_rules.h and npr/layout/layout_units.h, which it is compared with.
 #pragma once
 
 #include <algorithm>
@@ -7,7 +7,7 @@
 #include <utility>
 #include <vector>
 
-#include "npr/layout_units.h"
+#include "npr/layout/layout_units.h"
 
 namespace npr::definition {
 

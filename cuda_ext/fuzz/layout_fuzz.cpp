@@ -12,8 +12,8 @@
 #include <vector>
 
 #include "definition.h"
-#include "npr/layout.h"
-#include "npr/visibility.h"
+#include "npr/layout/layout.h"
+#include "npr/layout/visibility.h"
 
 namespace {
 

@@ -37,7 +37,7 @@ def test_all_forty_reference_vectors_are_equal() -> None:
 
 
 def test_the_cpp_table_of_codes_mirrors_the_python_one() -> None:
-    header = (ROOT / "cuda_ext/include/npr/layout_rules.h").read_text()
+    header = (ROOT / "cuda_ext/include/npr/layout/layout_rules.h").read_text()
     in_cpp = {
         name: int(code) for name, code in re.findall(r"\bk(\w+) = (\d+),", header.split("enum class Tag")[0])
     }

@@ -9,7 +9,7 @@
 #include <cooperative_groups.h>
 #include <cooperative_groups/reduce.h>
 
-#include "npr/block_lists_cuda.h"
+#include "npr/layout/block_lists_cuda.h"
 
 namespace npr {
 namespace {

@@ -1,4 +1,4 @@
-// npr::block_lists on the GPU, around npr/block_lists_cuda.h; headers as in layout_cuda_op.cpp.
+// npr::block_lists on the GPU, around npr/layout/block_lists_cuda.h; headers as in layout_cuda_op.cpp.
 #include <ATen/ATen.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "../layout_check.h"
-#include "npr/block_lists_cuda.h"
+#include "npr/layout/block_lists_cuda.h"
 
 namespace npr {
 namespace {

@@ -1,4 +1,4 @@
-// Branch layout on the GPU: the arrays of npr/layout.h, from the same UnitWalker.
+// Branch layout on the GPU: the arrays of npr/layout/layout.h, from the same UnitWalker.
 //
 //   segments_kernel   one block: safe bounds of all segments (make_segments)
 //   layout_kernel     one block a segment
@@ -7,7 +7,7 @@
 //       3. all threads   every token copies from the first token of its unit (binary search)
 //
 // Phase 2 is serial, but over tags: some sixty for a response of 32k tokens.
-#include "npr/layout_cuda.h"
+#include "npr/layout/layout_cuda.h"
 
 namespace npr {
 namespace {

@@ -1,4 +1,4 @@
-// npr::branch_layout on the GPU, around npr/layout_cuda.h. ATen/cuda's own headers would ask for those of cuBLAS and cuSPARSE, which a
+// npr::branch_layout on the GPU, around npr/layout/layout_cuda.h. ATen/cuda's own headers would ask for those of cuBLAS and cuSPARSE, which a
 // machine with nvcc alone has not.
 #include <ATen/ATen.h>
 #include <c10/cuda/CUDAException.h>
@@ -10,7 +10,7 @@
 #include <tuple>
 
 #include "../layout_check.h"
-#include "npr/layout_cuda.h"
+#include "npr/layout/layout_cuda.h"
 
 namespace npr {
 namespace {

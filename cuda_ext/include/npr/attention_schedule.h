@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "npr/sizes.h"
-#include "npr/visibility.h"
+#include "npr/layout/visibility.h"
 
 namespace npr {
 

@@ -8,7 +8,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "npr/layout_units.h"
+#include "npr/layout/layout_units.h"
 
 namespace npr {
 

@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#include "npr/layout_rules.h"
+#include "npr/layout/layout_rules.h"
 
 namespace npr {
 

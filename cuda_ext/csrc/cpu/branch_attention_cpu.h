@@ -9,7 +9,7 @@
 #include <memory>
 
 #include "npr/branch_attention.h"
-#include "plan_tensor.h"
+#include "../plan_tensor.h"
 #include "tasks.h"
 
 NPR_ISA_BEGIN

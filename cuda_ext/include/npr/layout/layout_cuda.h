@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "npr/layout_units.h"
+#include "npr/layout/layout_units.h"
 
 namespace npr {
 
