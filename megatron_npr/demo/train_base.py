@@ -21,7 +21,7 @@ from megatron_npr.data.synthetic_tokenizer import demo_tokenizer, save_demo_toke
 from megatron_npr.demo import base
 from megatron_npr.hf.huggingface import export_model, read_model_config
 from megatron_npr.hf.model_folder import check_target
-from megatron_npr.model.policy import build_policy
+from megatron_npr.model.policy_builder import build_policy
 from megatron_npr.monitoring.monitor import Monitor, monitored
 from megatron_npr.rl.losses import sft_loss
 from megatron_npr.runtime.process_world import init_world

@@ -10,7 +10,8 @@ from pathlib import Path
 from megatron_npr.hf.convert import Conversion
 from megatron_npr.hf.huggingface import export_model
 from megatron_npr.hf.model_folder import check_target
-from megatron_npr.model.policy import build_policy, local_weights
+from megatron_npr.model.policy_builder import build_policy
+from megatron_npr.model.policy_weights import local_weights
 from megatron_npr.runtime.process_world import init_world
 from megatron_npr.training.checkpoint import DESCRIPTION, Checkpoints, load_weights
 from megatron_npr.training.manifest import MANIFEST, DamagedCheckpointError, Manifest, candidates

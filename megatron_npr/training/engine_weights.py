@@ -12,7 +12,8 @@ import numpy as np
 from torch import Tensor
 
 from megatron_npr.model.fp8_parameters import PlainWeights, in_fp8
-from megatron_npr.model.policy import Policy, local_weights
+from megatron_npr.model.policy import Policy
+from megatron_npr.model.policy_weights import local_weights
 from megatron_npr.sharding.layouts import EngineLayout
 from megatron_npr.weight_sync.exchange import Exchanged, WeightExchange
 from megatron_npr.weight_sync.plan import Plan, plan

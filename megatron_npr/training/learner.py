@@ -23,7 +23,8 @@ from megatron_npr.config import (
 )
 from megatron_npr.hf.huggingface import export_model
 from megatron_npr.model.linears import describe, require_fp8
-from megatron_npr.model.policy import build_policy, load_policy_weights
+from megatron_npr.model.policy_builder import build_policy
+from megatron_npr.model.policy_weights import load_policy_weights
 from megatron_npr.monitoring.monitor import mean
 from megatron_npr.rollout.engine_groups import engine_layout
 from megatron_npr.training.checkpoint import Checkpoints

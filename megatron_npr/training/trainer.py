@@ -21,13 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from numpy.typing import NDArray
 from torch import Tensor
@@ -48,10 +42,11 @@ from megatron_npr.model.experts import Router
 from megatron_npr.model.layers import LAYOUTS
 from megatron_npr.model.linears import token_multiple
 from megatron_npr.model.load_balance import ExpertLoad
-from megatron_npr.model.policy import Policy, PolicyChunk
+from megatron_npr.model.policy import Policy
 from megatron_npr.rl.losses import LossSum, with_entropy
 from megatron_npr.runtime.agreement import agree
 from megatron_npr.runtime.process_world import World, megatron_context
+from megatron_npr.training.distributed_optimizer import build_optimizer, build_schedule, wrap_chunks
 from npr_ext import TagIds
 
 Objective = Callable[[Tensor, PackedRow], LossSum]
@@ -102,36 +97,22 @@ class Trainer:
         overlap = world.device.type == "cuda" if optimizer.overlap is None else optimizer.overlap
         self._overlap_param_gather = overlap_param_gather and overlap
         with megatron_context():
-            self.chunks = [
-                DistributedDataParallel(
-                    config=policy.config,
-                    ddp_config=DistributedDataParallelConfig(
-                        use_distributed_optimizer=True,
-                        grad_reduce_in_fp32=True,
-                        overlap_grad_reduce=overlap,
-                        overlap_param_gather=self._overlap_param_gather,
-                        bucket_size=optimizer.bucket_size,
-                        fp8_param_gather=policy.config.fp8_param,
-                    ),
-                    module=chunk,
-                    disable_bucketing=number
-                    > 0,  # only the first chunk's reduction ends behind all the others
-                )
-                for number, chunk in enumerate(policy.chunks)
-            ]
-            self.optimizer = _build_optimizer(
+            self.chunks = wrap_chunks(
+                policy,
+                bucket_size=optimizer.bucket_size,
+                overlap_grad_reduce=overlap,
+                overlap_param_gather=self._overlap_param_gather,
+            )
+            self.optimizer = build_optimizer(
                 self.chunks, policy, optimizer, overlap_param_gather=self._overlap_param_gather
             )
-            self.schedule = _build_schedule(self.optimizer, optimizer, num_updates)
+            self.schedule = build_schedule(self.optimizer, optimizer, num_updates)
         policy.config.finalize_model_grads_func = finalize_model_grads
         policy.config.grad_scale_func = self.optimizer.scale_loss
         if overlap:  # gradients travel in the last micro-batch's backward pass
             policy.config.no_sync_func = [chunk.no_sync for chunk in self.chunks]
             if len(self.chunks) == 1:
                 (policy.config.no_sync_func,) = policy.config.no_sync_func
-        if self._overlap_param_gather:
-            for wrapped, chunk in zip(self.chunks, policy.chunks, strict=True):
-                _gather_head_in_time(wrapped, chunk)
 
     def step(
         self, samples: Sequence[TrainSample], objective: Objective, *, branching: bool, idle_targets: int = 0
@@ -388,53 +369,3 @@ def _log_probs_of_row(figures: Tensor, row: PackedRow) -> tuple[Tensor, Tensor, 
     log_probs = figures[0]
     count = torch.tensor(row.num_targets, dtype=torch.int, device=log_probs.device)
     return log_probs.sum(), count, {"log_probs": log_probs.detach()}
-
-
-def _gather_head_in_time(wrapped: DistributedDataParallel, chunk: PolicyChunk) -> None:
-    """Log-probs read the head's weight itself, so Megatron's hook on its module does not wait for it."""
-    if chunk.post_process:
-        group = wrapped.param_to_bucket_group[chunk.head_weight]
-        chunk.decoder.final_layernorm.register_forward_pre_hook(lambda *_: group.finish_param_sync())
-
-
-def _build_optimizer(
-    chunks: list[torch.nn.Module], policy: Policy, settings: OptimizerSettings, *, overlap_param_gather: bool
-) -> MegatronOptimizer:
-    config = OptimizerConfig(
-        optimizer="adam",
-        lr=settings.lr,
-        min_lr=settings.min_lr,
-        weight_decay=settings.weight_decay,
-        adam_beta1=settings.beta1,
-        adam_beta2=settings.beta2,
-        adam_eps=settings.eps,
-        clip_grad=settings.grad_clip,
-        use_distributed_optimizer=True,
-        overlap_param_gather=overlap_param_gather,
-        bf16=policy.config.bf16,
-        params_dtype=policy.config.params_dtype,
-        fp8_recipe=policy.config.fp8_recipe if policy.config.fp8 else None,
-    )
-    return get_megatron_optimizer(config, chunks, use_gloo_process_groups=policy.world.device.type == "cuda")
-
-
-def _build_schedule(
-    optimizer: MegatronOptimizer, settings: OptimizerSettings, num_updates: int
-) -> OptimizerParamScheduler:
-    warmup = min(settings.warmup(num_updates), max(num_updates - 1, 0))
-    return OptimizerParamScheduler(
-        optimizer,
-        init_lr=0.0,
-        max_lr=settings.lr,
-        min_lr=settings.min_lr,
-        lr_warmup_steps=warmup,
-        lr_decay_steps=max(num_updates, warmup + 1),
-        lr_decay_style=settings.schedule,
-        start_wd=settings.weight_decay,
-        end_wd=settings.weight_decay,
-        wd_incr_steps=max(num_updates, 1),
-        wd_incr_style="constant",
-        # A run that resumes counts on from its checkpoint, on the schedule of its own settings.
-        use_checkpoint_opt_param_scheduler=False,
-        override_opt_param_scheduler=True,
-    )

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 from megatron_npr.config import BatchSettings, OptimizerSettings
 from megatron_npr.data.packing import TrainSample
 from megatron_npr.hf.huggingface import export_model, load_tokenizer, read_model_config
-from megatron_npr.model.policy import build_policy, load_policy_weights
+from megatron_npr.model.policy_builder import build_policy
+from megatron_npr.model.policy_weights import load_policy_weights
 from megatron_npr.runtime.process_world import World, megatron_context
 from megatron_npr.training.engine_weights import full_weights
 from megatron_npr.training.session import read_shards

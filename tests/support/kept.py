@@ -9,7 +9,8 @@ from torch import Tensor
 
 from megatron_npr.config import Fp8Settings, Recompute
 from megatron_npr.model.linears import LinearModules
-from megatron_npr.model.policy import Policy, build_policy
+from megatron_npr.model.policy import Policy
+from megatron_npr.model.policy_builder import build_policy
 from megatron_npr.runtime.process_world import World, megatron_context
 from megatron_npr.sharding.architecture import Architecture
 from npr_engine.model.transformer import ModelConfig

@@ -11,7 +11,8 @@ from megatron_npr.config import BatchSettings, Fp8Settings, OptimizerSettings, P
 from megatron_npr.data.packing import TrainSample
 from megatron_npr.hf.huggingface import read_model_config
 from megatron_npr.model.linears import LinearModules
-from megatron_npr.model.policy import NO_AXES, build_policy, load_policy_weights
+from megatron_npr.model.policy_builder import NO_AXES, build_policy
+from megatron_npr.model.policy_weights import load_policy_weights
 from megatron_npr.rl.losses import sft_loss
 from megatron_npr.runtime.process_world import World
 from megatron_npr.training.trainer import Trainer

@@ -12,7 +12,7 @@ import torch
 
 from megatron_npr.config import BatchSettings, OptimizerSettings
 from megatron_npr.data.packing import TrainSample, plan_rows
-from megatron_npr.model.policy import build_policy
+from megatron_npr.model.policy_builder import build_policy
 from megatron_npr.rl.losses import papo_loss
 from megatron_npr.runtime.process_world import World, world_of
 from megatron_npr.training.trainer import StepReport, Trainer

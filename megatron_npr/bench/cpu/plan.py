@@ -20,7 +20,7 @@ import torch
 from megatron_npr.bench.timing import peak_bytes
 from megatron_npr.config import BatchSettings, OptimizerSettings
 from megatron_npr.data.packing import TrainSample
-from megatron_npr.model.policy import build_policy
+from megatron_npr.model.policy_builder import build_policy
 from megatron_npr.planning import Layout, Workload, memory_of
 from megatron_npr.planning.memory import RUNTIME_BYTES
 from megatron_npr.rl.losses import sft_loss

@@ -24,7 +24,7 @@ from megatron_npr.bench.gpu.result import PapoFigures, PhaseFigures
 from megatron_npr.bench.gpu.timing import synchronize
 from megatron_npr.config import BatchSettings, MemorySettings, OptimizerSettings, Recompute
 from megatron_npr.data.packing import PackedRow, TrainSample
-from megatron_npr.model.policy import build_policy
+from megatron_npr.model.policy_builder import build_policy
 from megatron_npr.rl.advantage import papo_advantages
 from megatron_npr.rl.losses import LossSum, papo_loss
 from megatron_npr.rollout.collect import train_sample

@@ -27,7 +27,7 @@ from megatron_npr.model.linears import (
     linear_modules,
     transformer_engine_version,
 )
-from megatron_npr.model.policy import build_policy
+from megatron_npr.model.policy_builder import build_policy
 from megatron_npr.planning import Layout, Modules, Workload, memory_of
 from megatron_npr.planning.memory import RUNTIME_BYTES, USABLE
 from megatron_npr.planning.times import model_flops

@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_npr.hf.huggingface import read_model_config
-from megatron_npr.model.policy import build_policy, load_policy_weights
+from megatron_npr.model.policy_builder import build_policy
+from megatron_npr.model.policy_weights import load_policy_weights
 from megatron_npr.runtime.process_world import world_of
 from npr_ext.errors import UserError
 

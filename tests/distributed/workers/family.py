@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 
 from megatron_npr.config import ParallelSettings
 from megatron_npr.hf.huggingface import export_tensors, read_model_config
-from megatron_npr.model.policy import build_policy, load_policy_weights
+from megatron_npr.model.policy_builder import build_policy
+from megatron_npr.model.policy_weights import load_policy_weights
 from megatron_npr.runtime.process_world import World, world_of
 from megatron_npr.training.engine_weights import full_weights
 from tests.distributed.workers.parity import logits_error, strayed

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from megatron_npr.config import Fp8Settings, OptimizerSettings, ParallelSettings
 from megatron_npr.model.fp8_parameters import PlainWeights
 from megatron_npr.model.linears import TRANSFORMER_ENGINE
-from megatron_npr.model.policy import local_weights
+from megatron_npr.model.policy_weights import local_weights
 from megatron_npr.runtime.process_world import World, world_of
 from megatron_npr.sharding.layouts import EngineLayout
 from megatron_npr.training.checkpoint import Checkpoints

@@ -25,7 +25,9 @@ from megatron_npr.data.packing import TrainSample
 from megatron_npr.hf.huggingface import read_model_config
 from megatron_npr.model.context_parallel import shard_bounds
 from megatron_npr.model.log_probs import token_log_probs
-from megatron_npr.model.policy import Policy, build_policy, load_policy_weights, local_weights
+from megatron_npr.model.policy import Policy
+from megatron_npr.model.policy_builder import build_policy
+from megatron_npr.model.policy_weights import load_policy_weights, local_weights
 from megatron_npr.rl.losses import papo_loss, sft_loss
 from megatron_npr.runtime.process_world import World, megatron_context, world_of
 from megatron_npr.sharding.catalog import catalog

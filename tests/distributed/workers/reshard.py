@@ -20,7 +20,9 @@ from torch import Tensor
 
 from megatron_npr.config import ParallelSettings, RolloutSettings
 from megatron_npr.hf.huggingface import read_model_config
-from megatron_npr.model.policy import Policy, build_policy, load_policy_weights, local_weights
+from megatron_npr.model.policy import Policy
+from megatron_npr.model.policy_builder import build_policy
+from megatron_npr.model.policy_weights import load_policy_weights, local_weights
 from megatron_npr.rollout.engine_groups import engine_groups, engine_layout
 from megatron_npr.runtime.process_world import World
 from megatron_npr.sharding.layouts import EngineLayout

@@ -8,7 +8,7 @@ import torch
 from megatron_npr.config import Fp8Settings, ParallelSettings
 from megatron_npr.model.fp8_linears import Fp8ColumnParallelLinear, Fp8RowParallelLinear, LinearConfig
 from megatron_npr.model.fp8_matmul import Fp8Format
-from megatron_npr.model.policy import transformer_config
+from megatron_npr.model.transformer_config import transformer_config
 from megatron_npr.runtime.process_world import World, megatron_context
 from npr_engine.model.transformer import ModelConfig
 from tests.support.fp8.truth import E4M3, E5M2, Array, quantised

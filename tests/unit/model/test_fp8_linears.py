@@ -14,7 +14,8 @@ from megatron_npr.hf.huggingface import read_model_config
 from megatron_npr.model import linears
 from megatron_npr.model.fp8_linears import Fp8ColumnParallelLinear, Fp8RowParallelLinear
 from megatron_npr.model.fp8_matmul import Fp8Format
-from megatron_npr.model.policy import Policy, build_policy
+from megatron_npr.model.policy import Policy
+from megatron_npr.model.policy_builder import build_policy
 from megatron_npr.runtime.process_world import World, megatron_context
 from tests.support.families import save_family
 from tests.support.fp8 import layers as fp8_layers

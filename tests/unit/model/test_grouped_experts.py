@@ -25,7 +25,8 @@ from megatron_npr.hf.tensor_names import huggingface_names
 from megatron_npr.model import linears
 from megatron_npr.model.experts import experts_spec
 from megatron_npr.model.linears import LinearModules
-from megatron_npr.model.policy import build_policy, load_policy_weights, local_weights
+from megatron_npr.model.policy_builder import build_policy
+from megatron_npr.model.policy_weights import load_policy_weights, local_weights
 from megatron_npr.rl.losses import papo_loss
 from megatron_npr.runtime.process_world import World, init_world, megatron_context
 from megatron_npr.sharding.weights import global_name

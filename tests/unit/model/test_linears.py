@@ -28,7 +28,8 @@ from megatron_npr.model.linears import (
     linear_modules,
     token_multiple,
 )
-from megatron_npr.model.policy import build_policy, transformer_config
+from megatron_npr.model.policy_builder import build_policy
+from megatron_npr.model.transformer_config import transformer_config
 from megatron_npr.runtime.process_world import World, megatron_context
 from megatron_npr.stages import stage3
 from npr_engine.model.transformer import ModelConfig

@@ -15,7 +15,8 @@ from megatron_npr.config import BatchSettings, OptimizerSettings, Recompute
 from megatron_npr.data.packing import TrainSample, pack_row, plan_rows
 from megatron_npr.hf.huggingface import export_tensors, read_model_config
 from megatron_npr.model.load_balance import ExpertLoad
-from megatron_npr.model.policy import build_policy, load_policy_weights
+from megatron_npr.model.policy_builder import build_policy
+from megatron_npr.model.policy_weights import load_policy_weights
 from megatron_npr.rl.losses import sft_loss
 from megatron_npr.runtime.process_world import World, init_world
 from megatron_npr.sharding.weights import global_name

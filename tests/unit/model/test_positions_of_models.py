@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from megatron_npr.hf.huggingface import read_engine_weights, read_model_config
-from megatron_npr.model.policy import build_policy, load_policy_weights
+from megatron_npr.model.policy_builder import build_policy
+from megatron_npr.model.policy_weights import load_policy_weights
 from megatron_npr.runtime.process_world import World, megatron_context
 from megatron_npr.sharding.architecture import from_config
 from npr_engine.model.architecture import ModelConfig

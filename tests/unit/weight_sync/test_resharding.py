@@ -14,7 +14,8 @@ from megatron.core.resharding.utils import ParameterMetadata
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-from megatron_npr.model.policy import build_policy, local_weights
+from megatron_npr.model.policy_builder import build_policy
+from megatron_npr.model.policy_weights import local_weights
 from megatron_npr.runtime.process_world import world_of
 from megatron_npr.sharding.architecture import KNOWN, Architecture
 from megatron_npr.sharding.catalog import Kind, catalog, engine_cut, kinds
