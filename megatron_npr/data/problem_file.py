@@ -27,6 +27,8 @@ ID_FIELDS = ("problem_id", "unique_id", "id")
 def load_problems(path: Path | str, count: int | None = None) -> list[Problem]:
     """The first `count` problems (None: all) of a JSON or JSONL file; UserError names file and line."""
     path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: name the .json or .jsonl file in it")
     if not path.is_file():
         raise UserError(f"no data file {path}: give the path of a .json or .jsonl file")
     problems: list[Problem] = []

@@ -109,7 +109,10 @@ def _indexed(folder: Path) -> dict[str, Stored]:
         raise UserError(f"{path} names {some(elsewhere)}: files have to lie beside it")
     absent = [file for file in files if not (folder / file).exists()]
     if absent:
-        raise UserError(f"{folder} lacks {some(absent)}, which {INDEX} names: copy what is missing")
+        tensors = sorted(name for name, file in file_of.items() if file in absent)
+        raise UserError(
+            f"{folder} lacks {some(absent)}, which {INDEX} names for {some(tensors)}: copy what is missing"
+        )
     if (folder / WHOLE).exists() and WHOLE not in files:
         _say_unread(folder)
     stored = {file: _stored(folder / file) for file in files}
