@@ -91,7 +91,7 @@ def test_a_malformed_file_is_one_line_that_names_the_place(
 def test_a_missing_file_and_a_repeated_id_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no data file"):
         load_problems(tmp_path / "none.json")
-    with pytest.raises(UserError, match="is a folder: name the .json or .jsonl file in it"):
+    with pytest.raises(UserError, match="is a folder: name the"):
         load_problems(tmp_path)
     (tmp_path / "twice.jsonl").write_text('{"question": "a", "answer": "b", "id": 1}\n' * 2)
     with pytest.raises(UserError, match=r"twice.jsonl:2: id '1' was used before"):
