@@ -26,7 +26,7 @@ from megatron_npr.bench.contenders.greedy import (
     times_faster,
     tokens_per_second,
 )
-from megatron_npr.bench.contenders.vllm import Stillness, Vllm, VllmSettings
+from megatron_npr.bench.contenders.vllm_process import Stillness, Vllm, VllmSettings
 from megatron_npr.bench.cpu import branch_response, kv_pressure
 from megatron_npr.bench.cpu.bench_model import Opened, made_folder, open_model
 from megatron_npr.bench.cpu.branch_response import BranchFigures

@@ -25,7 +25,7 @@ from megatron_npr.bench.contenders.greedy import (
     times_faster,
     tokens_per_second,
 )
-from megatron_npr.bench.contenders.vllm import Vllm, VllmSettings, environment
+from megatron_npr.bench.contenders.vllm_process import Vllm, VllmSettings, environment
 from megatron_npr.bench.cpu import branch_response, engine, kv_pressure
 from megatron_npr.bench.cpu.bench_model import Opened, made_folder, open_model
 from megatron_npr.bench.cpu.engine import EngineBench
@@ -289,7 +289,7 @@ def test_the_other_process_answers_and_stands_still_between_its_turns(stand_in: 
 OWNER = """
 import sys, torch
 from pathlib import Path
-from megatron_npr.bench.contenders.vllm import Vllm, VllmSettings
+from megatron_npr.bench.contenders.vllm_process import Vllm, VllmSettings
 
 vllm = Vllm(VllmSettings(Path(sys.argv[1]), Path("."), torch.bfloat16, 64, (0, 1)))
 print(vllm.pid, flush=True)

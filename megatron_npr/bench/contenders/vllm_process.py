@@ -27,6 +27,7 @@ import torch
 from megatron_npr.bench.contenders.greedy import Decoded
 from npr_ext.errors import UserError
 
+# Its folder is where the worker looks first for `import vllm`: no module here may have that name.
 WORKER = Path(__file__).with_name("vllm_worker.py")
 KV_CACHE_GIB = 2
 OURS_ALONE = ("OMP_", "GOMP_", "KMP_", "PYTHON", "LD_PRELOAD", "VIRTUAL_ENV")
