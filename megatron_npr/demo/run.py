@@ -40,6 +40,7 @@ from megatron_npr.rl.verifier import Verifier
 from megatron_npr.rollout.rollout_file import pieces, read_rollouts
 from megatron_npr.rollout.scoring import answer_of
 from megatron_npr.runtime.format_version import CURRENT, FORMAT_VERSION, check_format
+from megatron_npr.runtime.latest import LATEST, latest, point_to
 from megatron_npr.runtime.whole_file import write_whole
 from megatron_npr.stages import rejection_sampling as sample
 from megatron_npr.stages import stage1, stage2, stage3
@@ -51,7 +52,6 @@ from npr_ext.errors import UserError
 
 Config = TypeVar("Config", bound=Section)
 
-LATEST = "latest"
 NUM_TIMELINES = 4
 SPEED_PROMPTS = {1: 8, 32: 64}
 """Problems decoded both ways at each batch size."""
@@ -97,34 +97,30 @@ def run(folder: Path, *, seed: int | None = None, resume: bool = False) -> list[
 
 def run_folder(folder: Path, seed: int | None, resume: bool) -> Path:
     """A new folder of this run, or with `resume` the last one."""
-    pointer = folder / LATEST
+    pointer, last = folder / LATEST, latest(folder)
     if resume:
-        if not pointer.exists():
+        if last is None:
             raise UserError(f"nothing to resume in {folder}: start with `make demo`")
-        latest = folder / pointer.read_text().strip()
-        if not (latest / "demo.json").is_file():
+        if not (last / "demo.json").is_file():
             raise UserError(
-                f"{pointer} names {latest.name}, which is no demo: write another name into it, or start anew"
+                f"{pointer} names {last.name}, which is no demo: write another name into it, or start anew"
             )
-        known = json.loads((latest / "demo.json").read_text())
-        check_format("demo folder", latest, known.get(FORMAT_VERSION))
+        known = json.loads((last / "demo.json").read_text())
+        check_format("demo folder", last, known.get(FORMAT_VERSION))
         started = known["seed"]
         if seed not in (None, started):
             raise UserError(
                 f"the demo to resume has seed {started}, not {seed}: give SEED={started} or start anew"
             )
-        return latest
+        return last
     seed = seed or 0
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-seed{seed}-{os.getpid()}"
     write_whole(
         folder / name / "demo.json", json.dumps({FORMAT_VERSION: CURRENT["demo folder"], "seed": seed}) + "\n"
     )
-    if pointer.is_file():
-        last = pointer.read_text().strip()
-        print(
-            f"the last demo stays in {folder / last}; to continue it write {last} into {pointer}", flush=True
-        )
-    write_whole(pointer, name + "\n")
+    if last is not None:
+        print(f"the last demo stays in {last}; to continue it write {last.name} into {pointer}", flush=True)
+    point_to(folder / name)
     return folder / name
 
 

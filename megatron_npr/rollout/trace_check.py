@@ -10,15 +10,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_npr.rollout.rollout_file import read_with_pieces
+from megatron_npr.runtime.latest import latest
 from npr_engine.trace import examine, write_chrome_trace
 from npr_ext.errors import UserError
 
 SHOWN_FAULTS = 10
 PLACES = ("rollouts.jsonl", "measured/npr.jsonl")
 """Where `npr eval` and `npr demo` leave rollouts in a run's folder."""
-
-LATEST = "latest"
-"""A file of the demo's folder that names the folder of the last run."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +61,8 @@ def rollouts_of(run: Path) -> Path:
     """The rollouts of a run's folder, or the file itself; UserError names where they were looked for."""
     if not run.is_dir():
         return run
-    pointer = run / LATEST
-    folders = [run, run / pointer.read_text().strip()] if pointer.is_file() else [run]
-    places = [folder / place for folder in folders for place in PLACES]
+    last = latest(run)  # of a demo's folder
+    places = [folder / place for folder in (run, last) if folder is not None for place in PLACES]
     found = next((path for path in places if path.is_file()), None)
     if found is None:
         raise UserError(f"{run} has no rollouts ({', '.join(PLACES)}): `npr eval` and `npr demo` write them")

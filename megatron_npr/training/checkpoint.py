@@ -29,16 +29,17 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 
 from megatron_npr.hf.description import copy_description
 from megatron_npr.model.policy import Policy, PolicyChunk
+from megatron_npr.runtime.latest import point_to
 from megatron_npr.runtime.process_world import World, megatron_context, on_first_rank
-from megatron_npr.runtime.whole_file import write_whole
 from megatron_npr.training.manifest import (
-    POINTER,
     DamagedCheckpointError,
     FileSum,
     Manifest,
     candidates,
+    complete,
     file_sum,
     find_damage,
+    first_whole,
     read_manifest,
     versions,
     write_manifest,
@@ -124,14 +125,8 @@ class Checkpoints:
         What is damaged or half written is named in a line and skipped. UserError where all that were complete are damaged.
         """
         interrupted = sorted(self._folder.glob("step_*.writing"))
-        damaged: list[str] = []
-        restored = None
-        for path in on_first_rank(self._world, lambda: candidates(self._folder)):
-            try:
-                restored = self.load(path, trainer)
-                break
-            except DamagedCheckpointError as error:
-                damaged.append(str(error))
+        paths = on_first_rank(self._world, lambda: candidates(self._folder))
+        restored, damaged = first_whole(paths, lambda path: self.load(path, trainer))
         if self._world.is_main:
             for line in [f"{path.name}: the save was interrupted" for path in interrupted] + damaged:
                 print(f"npr: checkpoint skipped: {line}", file=sys.stderr, flush=True)
@@ -187,18 +182,14 @@ class Checkpoints:
             write_manifest(staging, dataclasses.replace(unsummed, files=_collect_sums(staging)))
             shutil.rmtree(final, ignore_errors=True)
             staging.rename(final)
-            self._point_to(final)
+            point_to(final)
+            _sync_folder(self._folder)
             self._drop_old(final)
         dist.barrier()
 
-    def _point_to(self, path: Path) -> None:
-        write_whole(self._folder / POINTER, path.name + "\n")
-        _sync_folder(self._folder)
-
     def _drop_old(self, newest: Path) -> None:
         """Keep the last few. Those of later steps are of another history of the run and go first; so do broken-off saves."""
-        paths = (path for path in self._folder.glob("step_??????") if path.is_dir())
-        order = sorted(paths, key=lambda path: (path.name <= newest.name, path.name))
+        order = sorted(complete(self._folder), key=lambda path: (path.name <= newest.name, path.name))
         for path in (*order[: -self._keep], *self._folder.glob("step_*.writing")):
             shutil.rmtree(path)
 

@@ -14,7 +14,7 @@ from megatron_npr.model.policy_builder import build_policy
 from megatron_npr.model.policy_weights import local_weights
 from megatron_npr.runtime.process_world import init_world
 from megatron_npr.training.checkpoint import DESCRIPTION, Checkpoints, load_weights
-from megatron_npr.training.manifest import MANIFEST, DamagedCheckpointError, Manifest, candidates
+from megatron_npr.training.manifest import MANIFEST, candidates, complete, first_whole
 from megatron_npr.training.session import DTYPES
 from npr_engine.model.transformer import ModelConfig
 from npr_ext.errors import UserError
@@ -31,7 +31,12 @@ def convert_checkpoint(source: Path, target: Path, *, force: bool = False) -> Co
     world = init_world()
     folder = _checkpoint_folder(source)
     checkpoints = Checkpoints(folder or source.parent, world, keep=1, model_folder=source, config={})
-    path, manifest = _newest_whole(checkpoints, [source] if folder is None else candidates(folder))
+    found, damaged = first_whole(
+        [source] if folder is None else candidates(folder), lambda path: (path, checkpoints.verified(path))
+    )
+    if found is None:
+        raise UserError(f"no checkpoint is whole: {damaged[0]}; name another one")
+    path, manifest = found
     dtype = DTYPES[manifest.config["model"]["dtype"]]
     policy = build_policy(ModelConfig.of(manifest.model), world, dtype=dtype)
     load_weights(path, policy)
@@ -43,14 +48,4 @@ def convert_checkpoint(source: Path, target: Path, *, force: bool = False) -> Co
 def _checkpoint_folder(source: Path) -> Path | None:
     """The folder of checkpoints that `source` is or has."""
     places = (source, source / "checkpoints")
-    return next((place for place in places if any(place.glob("step_??????"))), None)
-
-
-def _newest_whole(checkpoints: Checkpoints, paths: list[Path]) -> tuple[Path, Manifest]:
-    damaged: list[str] = []
-    for path in paths:
-        try:
-            return path, checkpoints.verified(path)
-        except DamagedCheckpointError as error:
-            damaged.append(str(error))
-    raise UserError(f"no checkpoint is whole: {damaged[0]}; name another one")
+    return next((place for place in places if complete(place)), None)

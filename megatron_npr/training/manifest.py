@@ -12,17 +12,19 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from megatron_npr import __version__
 from megatron_npr.runtime.format_version import CURRENT, FORMAT_VERSION, check_format
+from megatron_npr.runtime.latest import latest
 from npr_ext.errors import UserError
 
+Read = TypeVar("Read")
+
 MANIFEST = "manifest.json"
-POINTER = "latest"
 _OWN_SUM = "sha256"
 _BLOCK = 1 << 22
 
@@ -99,13 +101,24 @@ def read_manifest(folder: Path) -> Manifest:
 
 def candidates(folder: Path) -> list[Path]:
     """Complete checkpoints in the order in which to resume: the one that `latest` names, then those before it."""
-    paths = sorted(
-        (path for path in folder.glob("step_[0-9][0-9][0-9][0-9][0-9][0-9]") if path.is_dir()), reverse=True
-    )
-    pointer = folder / POINTER
-    named = pointer.read_text(errors="replace").strip() if pointer.is_file() else ""
-    known = [path.name for path in paths]
-    return paths[known.index(named) :] if named in known else paths
+    paths, named = sorted(complete(folder), reverse=True), latest(folder)
+    return paths[paths.index(named) :] if named in paths else paths
+
+
+def complete(folder: Path) -> list[Path]:
+    """Checkpoints that were written to their end, in no order."""
+    return [path for path in folder.glob("step_" + 6 * "[0-9]") if path.is_dir()]
+
+
+def first_whole(paths: Iterable[Path], read: Callable[[Path], Read]) -> tuple[Read | None, list[str]]:
+    """What `read` makes of the first checkpoint that it does not find damaged, or None; what is wrong with those before."""
+    damaged: list[str] = []
+    for path in paths:
+        try:
+            return read(path), damaged
+        except DamagedCheckpointError as error:
+            damaged.append(str(error))
+    return None, damaged
 
 
 def find_damage(folder: Path, manifest: Manifest, names: Sequence[str]) -> str | None:

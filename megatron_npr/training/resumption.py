@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron_npr.config import Section, toml_value
 from megatron_npr.config.resuming import BY_SUM, KEPT
-from megatron_npr.training.manifest import DamagedCheckpointError, Manifest, candidates, read_manifest
+from megatron_npr.training.manifest import candidates, first_whole, read_manifest
 from npr_ext.errors import UserError
 
 INPUTS = "inputs"
@@ -26,7 +26,7 @@ _DESCRIPTION = ("*.json", "*.jinja", "*.txt", "*.model")
 
 def check_resumable(config: Section, checkpoints: Path) -> None:
     """UserError where the run whose checkpoints lie in this folder keeps what `config` changes."""
-    manifest = _newest(checkpoints)
+    manifest, _ = first_whole(candidates(checkpoints), read_manifest)  # KEPT is the same in all of a run's
     if manifest is None:
         return
     before, now = _flat(manifest.config), settings_of(config)
@@ -90,16 +90,6 @@ def _folder_sum(folder: Path) -> str:
                 file.seek(-_ENDS, 2)
                 digest.update(file.read())
     return digest.hexdigest()
-
-
-def _newest(checkpoints: Path) -> Manifest | None:
-    """The first readable manifest in the order of resuming. Kept settings are the same in all of a run's."""
-    for path in candidates(checkpoints):
-        try:
-            return read_manifest(path)
-        except DamagedCheckpointError:
-            continue
-    return None
 
 
 def settings_of(config: Section) -> dict[str, Any]:
