@@ -18,9 +18,9 @@ from torch import Tensor
 from megatron_npr.hf.description import copy_description, set_dtype
 from megatron_npr.hf.fp8_export import (
     SCALE_SUFFIX,
-    is_quantized,
     quantization_config,
     quantize_blocks,
+    quantized_names,
     require_modelopt,
     scale_shape,
 )
@@ -81,7 +81,7 @@ def convert_folder(
     """Write a Hugging Face folder from another: weights in `dtype` (none = as they are), tokenizer, chat template.
 
     With `add_tags` each tag that the tokenizer lacks gets an id behind its last one; the vocabulary matrices keep their
-    spare rows and grow only where these do not suffice. With `fp8` the layers' projections become FP8 (see fp8_weights.py).
+    spare rows and grow only where these do not suffice. With `fp8` the layers' projections become FP8 (see fp8_export.py).
     UserError for a model that is none of ours.
     """
     check_target(target, replace=force)  # before the work
@@ -96,13 +96,14 @@ def convert_folder(
     with HuggingFaceWeights(source, model_config) as weights, whole_folder(target, replace=force) as folder:
         targets = {name: _target_of(weights, name, rows, dtype) for name in weights.names}
         num_parameters = sum(math.prod(entry.shape) for entry in targets.values())
+        projections = quantized_names(model_config) if fp8 else set()
         scales: dict[str, Tensor] = {}
 
         def read(name: str) -> Tensor:
             if name in scales:
                 return scales.pop(name)
             weight = weights.read(name)
-            if fp8 and is_quantized(name):
+            if name in projections:
                 packed, scales[name + SCALE_SUFFIX] = quantize_blocks(weight)
                 return packed
             return (with_tag_rows(weight, pieces) if name in VOCABULARY_MATRICES else weight).to(
@@ -112,7 +113,7 @@ def convert_folder(
         written: dict[str, Any] = {}
         if fp8:
             written["quantization_config"] = quantization_config(targets)
-            targets = _with_scales(targets)
+            targets = _with_scales(targets, projections)
         copy_description(source, folder, new_tokens=add_tags)
         write_json(folder / "config.json", {**config, "vocab_size": rows, **written})
         if dtype is not None:
@@ -133,11 +134,11 @@ def _target_of(weights: HuggingFaceWeights, name: str, rows: int, dtype: torch.d
     return _Target(shape, dtype or SAFETENSORS_TYPES[stored.format])
 
 
-def _with_scales(targets: dict[str, _Target]) -> dict[str, _Target]:
-    """The tensors of the same folder with FP8 projections, each followed by its scales."""
+def _with_scales(targets: dict[str, _Target], projections: set[str]) -> dict[str, _Target]:
+    """The tensors of a folder whose projections are FP8, each followed by its scales."""
     found: dict[str, _Target] = {}
     for name, entry in targets.items():
-        if is_quantized(name):
+        if name in projections:
             found[name] = _Target(entry.shape, torch.float8_e4m3fn)
             found[name + SCALE_SUFFIX] = _Target(scale_shape(name, entry.shape), torch.float32)
         else:

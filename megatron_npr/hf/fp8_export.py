@@ -18,18 +18,20 @@ from typing import Any
 
 from torch import Tensor
 
+from megatron_npr.hf.tensor_names import huggingface_names
+from megatron_npr.sharding.architecture import Architecture
+from megatron_npr.sharding.catalog import catalog
+from npr_engine.model.fp8 import is_projection
 from npr_ext.errors import UserError
+from npr_ext.ops.fp8 import E4M3, scale_of
 
 BLOCK = 128
-E4M3_MAX = 448.0
 SCALE_SUFFIX = "_scale_inv"
-_SMALLEST_SCALE = 1e-12
-"""The scale of a block of zeros, which would be divided by zero."""
 
 
-def is_quantized(name: str) -> bool:
-    """Whether a weight becomes FP8: projections of the layers, not vocabulary matrices, norms, biases or routers."""
-    return name.startswith("model.layers.") and name.endswith("_proj.weight")
+def quantized_names(architecture: Architecture) -> set[str]:
+    """The tensors of a model folder that become FP8: the parts of Megatron's projections."""
+    return {part for name in catalog(architecture) if is_projection(name) for part in huggingface_names(name)}
 
 
 def scale_shape(name: str, shape: tuple[int, ...]) -> tuple[int, int]:
@@ -45,12 +47,12 @@ def scale_shape(name: str, shape: tuple[int, ...]) -> tuple[int, int]:
 def quantize_blocks(weight_RC: Tensor) -> tuple[Tensor, Tensor]:
     """A weight as e4m3 [R, C] and its scales (float32, one a block), by nvidia-modelopt.
 
-    weight = e4m3 * scale; the amax of a block becomes 448. UserError where modelopt is not installed.
+    weight = e4m3 * scale, the scale that training and engine take, too. UserError where modelopt is not installed.
     """
     tensors, utils = _modelopt()
     blocks = {-1: BLOCK, -2: BLOCK}
     wide = weight_RC.float()
-    scales = (utils.reduce_block_amax(wide, blocks) / E4M3_MAX).clamp_min(_SMALLEST_SCALE)
+    scales = scale_of(utils.reduce_block_amax(wide, blocks), E4M3)
     packed, scales = tensors.FP8QTensor.quantize(wide, scales=scales, block_sizes=blocks)
     return packed._quantized_data.contiguous(), scales.contiguous()
 
@@ -58,9 +60,7 @@ def quantize_blocks(weight_RC: Tensor) -> tuple[Tensor, Tensor]:
 def quantization_config(names: Iterable[str]) -> dict[str, Any]:
     """The entry of config.json for a model of these tensors, in which linear layers that stay as they are are named."""
     kept = {
-        name.removesuffix(".weight")
-        for name in names
-        if name.endswith((".gate.weight", "lm_head.weight")) and not is_quantized(name)
+        name.removesuffix(".weight") for name in names if name.endswith((".gate.weight", "lm_head.weight"))
     }
     return {
         "quant_method": "fp8",

@@ -13,6 +13,7 @@ from megatron_npr.planning.job import Layout, Modules, Workload
 from megatron_npr.sharding.architecture import Architecture
 from megatron_npr.sharding.catalog import Kind, Place, engine_cut, kinds
 from megatron_npr.sharding.cuts import local_size
+from npr_engine.model.fp8 import is_projection
 
 GRADIENT_BYTES = 4  # Megatron's buffers accumulate in fp32
 LOSS_CHUNK = 4096  # rows of logits at a time; megatron_npr.model.log_probs
@@ -82,7 +83,7 @@ def projections_of(architecture: Architecture, layout: Layout, stage: int) -> in
         _copies(kind, architecture, layout, stage, num_layers)
         * local_size(kind.matrix, kind.cut, trainer.etp if kind.place is Place.EXPERT else layout.tp)
         for kind in kinds(architecture)
-        if kind.is_projection
+        if is_projection(kind.pattern)
     )
 
 

@@ -31,12 +31,6 @@ class Kind:
     matrix: Matrix
     cut: Cut
 
-    @property
-    def is_projection(self) -> bool:
-        """Whether it is what FP8 rounds: the matrices of layers that tensor parallelism cuts, so no router."""
-        in_layers = self.place in (Place.LAYER, Place.EXPERT)
-        return in_layers and self.matrix.columns > 1 and self.cut is not Cut.REPLICATED
-
     def name(self, layer: int, expert: int) -> str:
         return self.pattern.format(layer=layer, expert=expert)
 

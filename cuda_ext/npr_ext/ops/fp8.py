@@ -49,6 +49,12 @@ def quantize(x_RC: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return values_RC
 
 
+def quantize_rows(x_RC: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(values [R, C], float32 scales [R]), a scale a row; a row of zeros has scale 1."""
+    scales_R = scale_of(row_amax(x_RC), dtype)
+    return quantize(x_RC, scales_R, dtype), scales_R
+
+
 def quantize_transposed(x_RC: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The transpose of `quantize` under one scale, [C, R]."""
     values_CR = x_RC.new_empty(x_RC.shape[1], x_RC.shape[0], dtype=dtype)

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from npr_ext.ops.fp8 import E4M3, quantize, row_amax, scale_of
+from npr_ext.ops.fp8 import E4M3, quantize_rows
 from npr_ext.ops.scaled_mm import scaled_mm
 
 FP8 = E4M3
 PROJECTIONS = ("linear_qkv.weight", "linear_proj.weight", "linear_fc1.weight", "linear_fc2.weight")
-"""Ends of the names of the weights that an engine in FP8 holds so; norms, biases, routers and vocabularies
-stay."""
+"""Ends of the names of the weights that become FP8 in training, engine and export; norms, biases, routers and
+vocabularies stay."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Fp8Weight:
     @classmethod
     def of(cls, weight_DC: Tensor) -> Fp8Weight:
         """A weight [D, C] of any type, rounded."""
-        values_DC, scales_D = quantize_rows(weight_DC)
+        values_DC, scales_D = quantize_rows(weight_DC, FP8)
         return cls(values_DC, scales_D)
 
     def load(self, weight_DC: Tensor) -> None:
@@ -63,14 +63,8 @@ class Fp8Weight:
 
 
 def is_projection(name: str) -> bool:
-    """Whether an engine in FP8 holds the weight of that name so."""
+    """Whether the weight of that name (Megatron's, or its pattern) is a projection, which becomes FP8."""
     return name.endswith(PROJECTIONS)
-
-
-def quantize_rows(rows_RC: Tensor) -> tuple[Tensor, Tensor]:
-    """(e4m3 [R, C], float32 scales [R]), a scale a row; a row of zeros has scale 1."""
-    scales_R = scale_of(row_amax(rows_RC), FP8)
-    return quantize(rows_RC, scales_R, FP8), scales_R
 
 
 def fp8_linear(x_TC: Tensor, weight: Fp8Weight, bias_D: Tensor | None = None) -> Tensor:
@@ -83,7 +77,7 @@ def fp8_linear(x_TC: Tensor, weight: Fp8Weight, bias_D: Tensor | None = None) ->
 
         x_values_TC, x_scales_T = kernels.quantize_rows(x_TC, FP8, torch.finfo(FP8).max)
     else:
-        x_values_TC, x_scales_T = quantize_rows(x_TC)
+        x_values_TC, x_scales_T = quantize_rows(x_TC, FP8)
     product_TD = scaled_mm(
         x_values_TC,
         weight.values_DC.t(),

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import npr_ext
-from npr_engine.model import fp8
+from npr_ext.ops import fp8
 from npr_ext.triton import categorical as triton_categorical
 from npr_ext.triton import decoder as triton_decoder
 from npr_ext.triton import fp8 as triton_fp8
@@ -105,17 +105,17 @@ def rows() -> None:
 
 
 # The interpreter loses the carry when it rounds to FP8: 31.9 becomes 16.
-ROUNDED = fp8.FP8 if DEVICE == "cuda" else torch.float32
+ROUNDED = fp8.E4M3 if DEVICE == "cuda" else torch.float32
 
 
 def quantize_rows() -> None:
     """To e4m3, a scale a row; a row of zeros, and one in which the greatest is negative."""
     x = randn(torch.Generator().manual_seed(0), torch.float32, 6, 600) * torch.logspace(-6, 6, 6)[:, None]
     x[2], x[3, 7] = 0.0, -1e9
-    values, scales = triton_fp8.quantize_rows(x.to(DEVICE), ROUNDED, torch.finfo(fp8.FP8).max)
-    expected_values, expected_scales = fp8.quantize_rows(x)
+    values, scales = triton_fp8.quantize_rows(x.to(DEVICE), ROUNDED, torch.finfo(fp8.E4M3).max)
+    expected_values, expected_scales = fp8.quantize_rows(x, fp8.E4M3)
     close(scales, expected_scales, torch.float32)
-    close(values.float().cpu().to(fp8.FP8).float(), expected_values.float(), torch.float32)
+    close(values.float().cpu().to(fp8.E4M3).float(), expected_values.float(), torch.float32)
 
 
 def quantize() -> None:

@@ -18,7 +18,7 @@ from megatron_npr.model.policy_builder import build_policy
 from megatron_npr.model.policy_weights import local_weights
 from megatron_npr.runtime.process_world import world_of
 from megatron_npr.sharding.architecture import KNOWN, Architecture
-from megatron_npr.sharding.catalog import Kind, catalog, engine_cut, kinds
+from megatron_npr.sharding.catalog import Kind, Place, catalog, engine_cut, kinds
 from megatron_npr.sharding.cuts import Cut, local_shape, local_size, pieces
 from megatron_npr.sharding.layouts import EngineLayout, TrainerLayout, split_layers
 from megatron_npr.weight_sync.plan import for_replica, plan
@@ -101,9 +101,11 @@ def test_the_catalog_lists_the_names_and_shapes_that_megatrons_modules_have(tied
 
 
 @pytest.mark.parametrize("name", KNOWN)
-def test_the_projections_of_the_catalog_are_those_that_an_engine_holds_in_fp8(name: str) -> None:
+def test_what_becomes_fp8_are_the_matrices_of_layers_that_tensor_parallelism_cuts(name: str) -> None:
     for kind in kinds(KNOWN[name]):
-        assert kind.is_projection == is_projection(kind.pattern), kind.pattern
+        in_layers = kind.place in (Place.LAYER, Place.EXPERT)
+        expected = in_layers and kind.matrix.columns > 1 and kind.cut is not Cut.REPLICATED
+        assert is_projection(kind.pattern) == expected, kind.pattern
 
 
 SHARDED = Architecture(

@@ -25,12 +25,13 @@ from npr_engine.executor.device_forward import (
 from npr_engine.executor.device_table import DeviceTable
 from npr_engine.executor.runner import Runner
 from npr_engine.language.constraint import Constraint
-from npr_engine.model.fp8 import Fp8Weight, fp8_linear, is_projection, quantize_rows
+from npr_engine.model.fp8 import FP8, Fp8Weight, fp8_linear, is_projection
 from npr_engine.model.linear import Weight
 from npr_engine.model.transformer import InferenceModel
 from npr_engine.sampling import SamplingParams
 from npr_engine.scheduler.batch import Batch, Sampled, SampleInputs
 from npr_ext.errors import UserError
+from npr_ext.ops.fp8 import quantize_rows
 from npr_ext.sizes import RUN_TOKENS
 from tests.support.errors import product_bound
 from tests.support.random_model import CONFIG, GRAMMAR, random_weights
@@ -155,7 +156,7 @@ def test_a_mixed_bucket_computes_the_tokens_of_a_row_together_and_padding_alone(
 def test_fp8_keeps_three_bits_of_every_number(seed: int, size: float) -> None:
     rows = torch.randn(5, 32, generator=torch.Generator().manual_seed(seed)) * size
     rows[2] = 0.0
-    values, scales = quantize_rows(rows)
+    values, scales = quantize_rows(rows, FP8)
     back = values.float() * scales[:, None]
     smallest_normal = 2.0**-6
     error = (back - rows).abs()
@@ -166,7 +167,7 @@ def test_fp8_keeps_three_bits_of_every_number(seed: int, size: float) -> None:
 def test_an_fp8_product_is_that_of_the_rounded_numbers() -> None:
     generator = torch.Generator().manual_seed(0)
     x, weight, bias = (torch.randn(*shape, generator=generator) for shape in ((7, 48), (32, 48), (32,)))
-    (x_values, x_scales), fp8 = quantize_rows(x), Fp8Weight.of(weight)
+    (x_values, x_scales), fp8 = quantize_rows(x, FP8), Fp8Weight.of(weight)
     rounded, weights = x_values.double() * x_scales[:, None], fp8.values_DC.double() * fp8.scales_D[:, None]
     bound = product_bound(rounded, weights)
     assert ((fp8_linear(x, fp8, bias).double() - (rounded @ weights.T + bias)).abs() <= bound).all()
