@@ -17,8 +17,7 @@ from torch import Tensor
 
 from megatron_npr.hf.convert import convert_gguf
 from megatron_npr.hf.generation_config import read_vocabulary
-from megatron_npr.hf.huggingface import HuggingFaceWeights, load_tokenizer, read_model_config
-from megatron_npr.sharding.catalog import catalog
+from megatron_npr.hf.huggingface import load_tokenizer, read_engine_weights, read_model_config
 from npr_engine.language.grammar import Grammar
 from npr_engine.model.transformer import InferenceModel, KVCache, ModelConfig, Step
 
@@ -85,6 +84,5 @@ def open_model(folder: Path, dtype: torch.dtype) -> Opened:
     """Weights and grammar of a Hugging Face folder; UserError where the engine cannot run it."""
     config = read_model_config(folder)
     grammar = Grammar(read_vocabulary(folder, load_tokenizer(folder)))
-    with HuggingFaceWeights(folder, config) as source:
-        weights = {name: source.full(name).to(dtype).contiguous() for name in catalog(config)}
+    weights = read_engine_weights(folder, config, dtype, torch.device("cpu"))
     return Opened(BenchModel(config, weights), grammar)
