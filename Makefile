@@ -91,9 +91,9 @@ cuda-check: | $(VENV)/bin/python
 fuzz: setup
 	@mkdir -p build
 	$(CXX) -std=c++20 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -Icuda_ext/include \
-		cuda_ext/fuzz/layout_fuzz.cpp -o build/layout_fuzz
+		tests/fuzz/layout_fuzz.cpp -o build/layout_fuzz
 	build/layout_fuzz $(or $(COUNT),2000000) $(or $(SEED),0)
-	$(BIN)/python cuda_ext/fuzz/grammar_fuzz.py $(or $(COUNT),1000000) $(or $(SEED),0)
+	$(BIN)/python tests/fuzz/grammar_fuzz.py $(or $(COUNT),1000000) $(or $(SEED),0)
 
 lint: setup
 	$(BIN)/ruff format --check --quiet .

@@ -5,8 +5,8 @@
 #include <cstdint>
 #include <vector>
 
-#include "npr/sizes.h"
 #include "npr/layout/visibility.h"
+#include "npr/sizes.h"
 
 namespace npr {
 

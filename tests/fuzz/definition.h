@@ -1,5 +1,6 @@
-// The layout of one segment by its definition (design/FORMAT.md), by descent over the list of its tags and pair by
-// pair: shares no code with npr/layout/layout_rules.h and npr/layout/layout_units.h, which it is compared with.
+// The layout of one segment by its definition (cuda_ext/README.md, "Who sees whom"), by descent over the list of
+// its tags and pair by pair: shares no code with npr/layout/layout_rules.h and npr/layout/layout_units.h, which it is
+// compared with.
 #pragma once
 
 #include <algorithm>
@@ -40,7 +41,7 @@ class Places {
 
   const Place& operator[](int32_t t) const { return places_[t - begin_]; }
 
-  // FORMAT.md: every earlier token of its sequence except those of sibling branches of the same block.
+  // README.md: every earlier token of its sequence except those of sibling branches of the same block.
   bool may_attend(int32_t q, int32_t k) const {
     const Place& query = (*this)[q];
     const Place& key = (*this)[k];
