@@ -2,8 +2,8 @@
 
     TrainSample* ──► plan_rows (pure, lengths only) ──► pack_row ──► PackedRow (token ids, int32 [5, T] layout, targets)
 
-With `share_prompts` the samples of one prompt stand behind ONE copy of it (FORMAT.md, "parents"): a group of 16 pays for its
-prompt once, in attention and in every GEMM.
+With `share_prompts` the samples of one prompt stand behind ONE copy of it (`parent` in cuda_ext/README.md): a group of 16
+pays for its prompt once, in attention and in every GEMM.
 
 Shape legend: P prompt, R response, T tokens of a row (a multiple of `ROW_MULTIPLE`), M trained tokens of a row.
 """

@@ -25,7 +25,7 @@ KIND: Kind = "samples file"
 
 @dataclass(frozen=True)
 class SftSample:
-    """A response that was right and valid. Token ids are the canonical ones of FORMAT.md, forced text included."""
+    """A response that was right and valid. Token ids are canonical (npr_engine.language), forced text included."""
 
     problem_id: str
     prompt_ids: list[int]

@@ -1,4 +1,4 @@
-"""The format reward of stage 1, by the table of REFERENCE.md, read off the one grammar.
+"""The format reward of stage 1, read off the one grammar (NPR, arXiv 2512.07461).
 
 0      strictly valid, texts long enough
 -1.5   no complete block, or stray text around the blocks

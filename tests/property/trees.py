@@ -39,8 +39,8 @@ class Tree:
         return self.ids[self.prompt_length :]
 
     def may_attend(self) -> Tensor:
-        """bool [T, T], FORMAT.md word for word: a token sees every earlier token of its sequence (and itself)
-        EXCEPT those of sibling branches of the same block."""
+        """bool [T, T], the definition in cuda_ext/README.md word for word: a token sees every earlier token of its
+        sequence (and itself) EXCEPT those of sibling branches of the same block."""
         block_T, branch_T = torch.tensor(self.blocks), torch.tensor(self.branches)
         in_one_block = (block_T[:, None] == block_T) & (block_T[:, None] > 0)
         siblings = in_one_block & (branch_T[:, None] != branch_T)

@@ -1,4 +1,6 @@
-"""Branch layouts: who sees whom, at which position, predicted by whom, as O(T) integers (design/FORMAT.md).
+"""Branch layouts: who sees whom, at which position, predicted by whom, as O(T) integers.
+
+The definition is cuda_ext/README.md, "Who sees whom"; the arrays are explained in "The layout" there.
 
 token ids + segments ──► branch_layout (C++, one pass) ──► BranchLayout ──► as_tensor [5, T] travels with the batch
                                                                 └──► attention plan, block mask (derived on demand)

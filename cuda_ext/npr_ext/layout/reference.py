@@ -1,5 +1,5 @@
-"""The definitions of design/FORMAT.md in plain Python and PyTorch, written token by token for comparison, not
-for speed.
+"""Who sees whom, as cuda_ext/README.md defines it, in plain Python and PyTorch: token by token, for comparison,
+not for speed.
 
 Independent of the C++ core: the tag structure is a table, visibility is a question asked of every pair.
 """

@@ -42,7 +42,7 @@ WARM_UP_TOKENS = 4
 
 @dataclass(frozen=True)
 class EngineBench:
-    """What is measured; the defaults are those of the issue.
+    """What is measured.
 
     Attributes:
         model: Hugging Face folder; where it does not exist it becomes SmolLM2-135M.

@@ -1,4 +1,4 @@
-"""The format reward: each row of the penalty table (REFERENCE.md, stage 1)."""
+"""The format reward: each row of the penalty table (megatron_npr/README.md, stage 1)."""
 
 import pytest
 

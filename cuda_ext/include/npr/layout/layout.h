@@ -2,7 +2,7 @@
 //
 //   segments (cu_seqlens, parents) -> make_segments -> [UnitWalker per segment, in parallel] -> six int32 arrays
 //
-// The definition is design/FORMAT.md: "Who sees whom", "Positions", "Who predicts whom".
+// The definition is cuda_ext/README.md, "Who sees whom".
 #pragma once
 
 #include <algorithm>

@@ -1,8 +1,7 @@
 // From the tags of a response to its units: runs of tokens that count up from one position and share who sees them.
 // Torch-free and usable from host and device: the one place in C++ that knows positions, joins and predecessors.
 //
-// A unit is a stretch of the trunk or one branch. The definition is design/FORMAT.md: "Who sees whom", "Positions",
-// "Who predicts whom".
+// A unit is a stretch of the trunk, one branch or a join. The definition is cuda_ext/README.md, "Who sees whom".
 #pragma once
 
 #include <cstdint>
