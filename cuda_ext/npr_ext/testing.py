@@ -17,7 +17,6 @@ TAGS = TagIds(2, 3, 4, 5, 6, 7, 8, 9)
 GAP_TOKEN = 10
 FIRST_TEXT_TOKEN = 11
 NUM_TEXT_TOKENS = 1000
-TAGS_PER_BRANCH = 4  # <plan> </plan> <step> </step>
 TAGS_PER_BLOCK = 4  # <guideline> </guideline> <takeaway> </takeaway>
 
 

@@ -56,7 +56,6 @@ class World:
     device: torch.device
     tp_group: dist.ProcessGroup
     pp_group: dist.ProcessGroup
-    dp_group: dist.ProcessGroup
 
     @property
     def is_main(self) -> bool:
@@ -129,7 +128,6 @@ def init_world(*, tp: int = 1, pp: int = 1, cp: int = 1, vpp: int = 1, ep: int =
         device=torch.device("cuda", torch.cuda.current_device()) if has_gpu() else torch.device("cpu"),
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
-        dp_group=parallel_state.get_data_parallel_group(),
     )
 
 

@@ -64,12 +64,10 @@ class Plan:
 
 @dataclass(frozen=True)
 class ReplicaPlan:
-    """What replica `replica` gets: transfers (source = destination is a copy on the rank itself) and, without any
-    transfer, whole weights that its ranks read in place."""
+    """What a replica gets: transfers (source = destination is a copy on the rank itself) and, without any transfer,
+    whole weights that its ranks read in place."""
 
-    replica: int
     transfers: Routes  # TRANSFER
-    aliases: NDArray[np.int32]  # [A, 2] of (rank, tensor)
     elements_aliased: int
 
     @property
@@ -125,13 +123,7 @@ def for_replica(plan: Plan, replica: int, *, in_place: bool = True) -> ReplicaPl
     transfers["source"], transfers["destination"] = source[~alias], destination[~alias]
     for field, _ in _BLOCK:
         transfers[field] = routes[field][~alias]
-    pairs = np.stack([destination[alias], routes["tensor"][alias]], axis=1)
-    return ReplicaPlan(
-        replica=replica,
-        transfers=transfers,
-        aliases=np.unique(pairs, axis=0).astype(np.int32),
-        elements_aliased=int((routes["rows"][alias] * routes["row_length"][alias]).sum()),
-    )
+    return ReplicaPlan(transfers, int((routes["rows"][alias] * routes["row_length"][alias]).sum()))
 
 
 def _stages(kind: Kind, trainer: TrainerLayout) -> NDArray[np.int32]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from npr_ext import BranchLayout, TagIds, UserError, Violation, branch_layout
-from npr_ext.layout.violations import FIRST_GRAMMAR_CODE, MESSAGES
+from npr_ext.layout.violations import MESSAGES
 from npr_ext.testing import TAGS, random_layout
 from tests.support.places import ROOT, VECTORS
 
@@ -44,7 +44,7 @@ def test_the_cpp_table_of_codes_mirrors_the_python_one() -> None:
     in_python = {
         "".join(part.capitalize() for part in violation.name.split("_")): int(violation)
         for violation in Violation
-        if violation < FIRST_GRAMMAR_CODE
+        if violation < 100  # the grammar's own begin there
     }
     assert in_cpp == in_python
     assert set(MESSAGES) == set(Violation)

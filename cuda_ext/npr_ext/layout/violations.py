@@ -48,8 +48,6 @@ class Violation(IntEnum):
     NO_BLOCK = 113
 
 
-FIRST_GRAMMAR_CODE = 100
-
 MESSAGES: dict[Violation, str] = {
     Violation.OK: "well-formed",
     Violation.STRAY_TAG: "a tag stands where no tag may stand",

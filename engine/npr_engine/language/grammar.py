@@ -51,11 +51,3 @@ class Grammar:
         text = self.vocabulary.text([int(token) for token in response_ids[span.start : span.end]])
         match = NUMBER.match(text) if span.number else None
         return text[match.end() if match else 0 :].strip()
-
-    def boxed_answer(self, response_ids: TokenIds) -> str | None:
-        """What the last \\boxed{...} of the conclusion holds; None without one, or where the tags are
-        malformed."""
-        reading = self.read(response_ids)
-        if reading.structural is not None:
-            return None
-        return last_boxed(self.text(response_ids, reading.response.conclusion))

@@ -170,7 +170,3 @@ def error(cause: str) -> str:
 
 def is_error(reason: str) -> bool:
     return reason.startswith("error(")
-
-
-def is_malformed(reason: str) -> bool:
-    return reason.startswith("malformed(")

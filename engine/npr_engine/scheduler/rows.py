@@ -63,10 +63,6 @@ class Rows:
     def width(self) -> int:
         return int(self.block_table.shape[1])
 
-    @property
-    def num_used(self) -> int:
-        return len(self.num_tokens) - len(self._free)
-
     def allocate(self, request_slot: int, key: int, position: int) -> int:
         """A clean row; the arrays may move."""
         if not self._free:

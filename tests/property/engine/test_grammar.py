@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from npr_engine.language.grammar import Defect, Response
+from npr_engine.language.grammar import Defect, Response, last_boxed
 from npr_engine.testing import EOS, GRAMMAR, PIECES, VOCABULARY, answer, block, encode
 from npr_ext import branch_layout
 from npr_ext.testing import GAP_TOKEN as GAP
@@ -50,7 +50,7 @@ def test_what_is_written_is_read_back(blocks: list[tuple[list[tuple[str, str]], 
         for b in response.blocks
     ]
     assert read == [([(p.strip(), s.strip()) for p, s in items], end.strip()) for items, end in blocks]
-    assert GRAMMAR.boxed_answer(ids) == result.strip()
+    assert last_boxed(GRAMMAR.text(ids, response.conclusion)) == result.strip()
 
 
 @given(MOVES, st.booleans())
