@@ -1,8 +1,6 @@
-"""The compiled operators: importing this registers torch.ops.npr and chooses the instruction set that they
-use.
+"""The compiled operators: importing this registers torch.ops.npr and chooses the instruction set that they use.
 
-It is the best that the processor has, up to the one that NPR_MAX_CPU_ISA names (as ONEDNN_MAX_CPU_ISA caps
-oneDNN's).
+It is the best that the processor has, up to the one that NPR_MAX_CPU_ISA names (as ONEDNN_MAX_CPU_ISA caps oneDNN's).
 """
 
 import os

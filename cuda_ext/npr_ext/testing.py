@@ -1,5 +1,4 @@
-"""Seeded inputs: every bench and test names its layouts by these arguments. And the choice of an instruction
-set."""
+"""Seeded inputs: every bench and test names its layouts by these arguments. And the choice of an instruction set."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -146,8 +146,7 @@ class AsyncEngine:
         return await asyncio.wrap_future(done)
 
     def close(self) -> None:
-        """Aborts what is in flight and ends the thread; its tokens so far arrive before. The engine is usable
-        again."""
+        """Aborts what is in flight and ends the thread; its tokens so far arrive before. The engine is usable again."""
         with self._lock:
             if not self._closed:
                 self._closed = True

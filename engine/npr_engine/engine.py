@@ -97,16 +97,14 @@ class EngineStats:
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What a step has brought: tokens, in an order in which each follows what it sees, and responses that
-    ended."""
+    """What a step has brought: tokens, in an order in which each follows what it sees, and responses that ended."""
 
     events: list[TokenEvent]
     rollouts: list[Rollout]
 
 
 class Engine:
-    """A model, a grammar and KV memory. One thread uses it; with tensor parallelism every rank calls it
-    alike.
+    """A model, a grammar and KV memory. One thread uses it; with tensor parallelism every rank calls it alike.
 
     Engines whose models share experts (ExpertRanks) generate together, each its own requests, also none: all
     call `generate`, or all call `step` as often as the one that needs most.
@@ -209,13 +207,11 @@ class Engine:
         return StepOutput(events, [self._rollout(ended) for ended in self._scheduler.take_finished()])
 
     def fail_all(self, reason: str) -> None:
-        """After a step that raised: ends every request with this reason and what it had before; no KV is
-        trusted."""
+        """After a step that raised: ends every request with this reason and what it had before; no KV is trusted."""
         self._scheduler.fail_all(reason)
 
     def abort(self, request_id: str) -> bool:
-        """Ends a request with what it has decoded, reason "aborted"; False where no such request runs or
-        waits."""
+        """Ends a request with what it has decoded, reason "aborted"; False where no such request runs or waits."""
         return self._scheduler.abort(request_id)
 
     def weights_updated(self, version: int) -> None:
@@ -225,8 +221,7 @@ class Engine:
         self._weights_version = version
 
     def update_weights(self, weights: Mapping[str, Weight], version: int) -> None:
-        """Copies weights into the model's own tensors, in place; those that are these tensors already cost
-        nothing.
+        """Copies weights into the model's own tensors, in place; those that are these tensors already cost nothing.
 
         All KV is void then; what runs starts over from its tokens. All or nothing:
 

@@ -1,5 +1,4 @@
-"""Proof of genuine parallelism from rollouts alone: which (request, branch) produced a token in which engine
-step.
+"""Proof of genuine parallelism from rollouts alone: which (request, branch) produced a token in which engine step.
 
 Nothing here knows the scheduler. A rollout's `branch_ids` cut it into trunk and blocks of branches; its
 `decode_steps` must then respect fork and join, and show siblings decoding in the same steps.
@@ -86,9 +85,8 @@ def ran_in_parallel(rollout: Rollout) -> bool:
 
 
 def write_chrome_trace(path: Path, rollouts: Sequence[Rollout], piece: Callable[[int], str] = str) -> None:
-    """Writes a trace that Perfetto and chrome://tracing open: a process per request, a thread per branch, a
-    slice per token (forced ones of a step share it), a millisecond per engine step. `piece` gives the text of
-    a token."""
+    """Writes a trace that Perfetto and chrome://tracing open: a process per request, a thread per branch, a slice
+    per token (forced ones of a step share it), a millisecond per engine step. `piece` gives the text of a token."""
     events: list[dict[str, object]] = []
     for process, rollout in enumerate(rollouts):
         _name(events, "process_name", process, 0, f"request {rollout.request_id} ({rollout.finish_reason})")

@@ -234,6 +234,5 @@ def toml_value(value: Any) -> str:
         return "[" + ", ".join(toml_value(item) for item in value) + "]"
     if isinstance(value, Path) and str(value).lower() == NONE:
         return f'"./{value}"'  # a file of that name, not the absence of one
-    return json.dumps(
-        str(value), ensure_ascii=False
-    )  # the schema lets no character pass that TOML escapes otherwise
+    # The schema lets no character pass that TOML escapes otherwise.
+    return json.dumps(str(value), ensure_ascii=False)

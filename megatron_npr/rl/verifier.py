@@ -49,8 +49,7 @@ class Verifier:
     """Compares answers. `correct` for one, `judge` for many at once on `num_workers` processes.
 
     With `compare_whole_numbers` two plain whole numbers, or two tuples of them, are compared by their digits
-    (math-verify agrees, tests show, but takes 10 ms to parse a tuple); without it only equal texts are
-    decided here.
+    (math-verify agrees, tests show, but takes 10 ms to parse a tuple); without it only equal texts are decided here.
     """
 
     def __init__(

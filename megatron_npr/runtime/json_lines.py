@@ -43,10 +43,8 @@ def json_value(text: bytes, path: Path, line: int = 1) -> Any:
     except json.JSONDecodeError as error:
         line += error.lineno - 1
         raise UserError(f"{path}:{line}: not JSON: {error.msg} at column {error.colno}") from None
-    except (
-        RecursionError,
-        ValueError,
-    ) as error:  # nested thousands of times, a number of thousands of digits
+    except (RecursionError, ValueError) as error:
+        # Nested thousands of times, a number of thousands of digits.
         raise UserError(f"{path}:{line}: JSON that cannot be read: {error}") from None
 
 

@@ -97,9 +97,8 @@ class Checkpoints:
                 async_sharded_save=True,
             )
             assert isinstance(request, AsyncRequest)
-            if (
-                request.async_fn is not None
-            ):  # a rank whose tensors others hold, too, may have nothing to write
+            if request.async_fn is not None:
+                # A rank whose tensors others hold, too, has nothing to write.
                 request = request._replace(
                     async_fn=partial(_write_and_sum, request.async_fn, staging, self._world.rank)
                 )

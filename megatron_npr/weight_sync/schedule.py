@@ -94,10 +94,8 @@ def projections(planned: Plan) -> NDArray[np.bool_]:
 def num_rows(planned: Plan, blocks: Routes) -> NDArray[np.int64]:
     """Rows of the destination's matrix that each block is a piece of."""
     columns = np.array([shape[-1] for shape in planned.shapes])[blocks["tensor"]]
-    found: NDArray[np.int64] = blocks["rows"] * -(
-        -blocks["row_length"] // columns
-    )  # one run may be many rows
-    return found
+    rows_of_a_run: NDArray[np.int64] = -(-blocks["row_length"] // columns)  # one run may be many rows
+    return blocks["rows"] * rows_of_a_run
 
 
 def wire_bytes(planned: Plan, transfers: Routes, element_size: int, *, fp8: bool = False) -> int:

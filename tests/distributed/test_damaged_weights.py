@@ -18,7 +18,5 @@ def test_a_nan_that_the_last_stage_alone_reads_is_told_by_every_rank(tmp_path: P
     tensors["model.layers.3.mlp.down_proj.weight"][0, 0] = torch.nan
     save_file(tensors, folder / "model.safetensors")
     said = json.loads(run_worker("damaged", [folder], 2))
-    assert (
-        said
-        == [f"{folder}: model.layers.3.mlp.down_proj.weight holds NaN: " + said[0].rpartition(": ")[2]] * 2
-    )
+    remedy = said[0].rpartition(": ")[2]
+    assert said == [f"{folder}: model.layers.3.mlp.down_proj.weight holds NaN: {remedy}"] * 2

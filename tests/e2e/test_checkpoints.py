@@ -136,10 +136,8 @@ def test_a_run_that_never_completed_a_checkpoint_begins_anew(
 
 
 def test_a_folder_without_checkpoints_is_a_new_run(tmp_path: Path, world: World, model_folder: Path) -> None:
-    assert (
-        checkpoints_in(tmp_path / "none", world, model_folder).resume(new_trainer(world, model_folder))
-        is None
-    )
+    checkpoints = checkpoints_in(tmp_path / "none", world, model_folder)
+    assert checkpoints.resume(new_trainer(world, model_folder)) is None
 
 
 @pytest.mark.parametrize("pointer, first", [("step_000002\n", 2), ("step_000009\n", 3), ("", 3), (None, 3)])

@@ -108,12 +108,8 @@ def figures(folder: Path, *overrides: str) -> list[dict[str, float]]:
         "--log.progress",
         "false",
     ]
-    words += [
-        "--optimizer.warmup_steps",
-        "0",
-        "--rollout.branching",
-        "false",
-    ]  # which trains on malformed ones, too
+    # Without branching it trains on malformed ones, too.
+    words += ["--optimizer.warmup_steps", "0", "--rollout.branching", "false"]
     stage3.run(load_config(Stage3Config, DEMO, [*words, *overrides]))
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 

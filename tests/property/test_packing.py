@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from megatron_npr.data.packing import TrainSample, pack_row, plan_rows, row_length
 from npr_ext import BranchLayout, branch_layout
@@ -67,15 +68,7 @@ def test_a_packed_row_predicts_the_tokens_that_its_samples_train(
             assert row.token_ids[0, before] == whole[alone.predecessor[prompt + within]]
             assert row.layout[0, place] == alone.position_ids[prompt + within]
         expected = sum(
-            int(
-                (
-                    samples[i].loss_mask
-                    & (
-                        alone_layout(samples[i], branching).predecessor.numpy()[len(samples[i].prompt_ids) :]
-                        >= 0
-                    )
-                ).sum()
-            )
+            int((samples[i].loss_mask & predicted(samples[i], branching)).sum())
             for group in plan.groups
             for i in group
         )
@@ -85,6 +78,11 @@ def test_a_packed_row_predicts_the_tokens_that_its_samples_train(
 def alone_layout(sample: TrainSample, branching: bool) -> BranchLayout:
     ids = torch.from_numpy(np.concatenate([sample.prompt_ids, sample.response_ids]))
     return branch_layout(ids, tags=TAGS, prompt_lengths=len(sample.prompt_ids), branching=branching)
+
+
+def predicted(sample: TrainSample, branching: bool) -> NDArray[np.bool_]:
+    """Which tokens of the response some token predicts, by the layout of the sample alone, [R]."""
+    return alone_layout(sample, branching).predecessor.numpy()[len(sample.prompt_ids) :] >= 0
 
 
 def test_a_sample_longer_than_a_row_is_the_users_mistake() -> None:

@@ -25,8 +25,7 @@ STEPS_AN_OCTAVE = 4
 
 
 def bucket_length(num_tokens: int) -> int:
-    """The least bucket that holds so many tokens: whole tiles, four lengths between powers of two (at most
-    1/4 more).
+    """The least bucket that holds so many tokens: whole tiles, four lengths between powers of two (at most 1/4 more).
 
     FlexAttention is compiled for a shape; a run then needs few shapes.
     """
@@ -170,8 +169,7 @@ class BranchLayout:
         return BranchLayout(arrays, first_query=self.first_query)
 
     def block_mask(self, block: int = 128) -> BlockMask:
-        """FlexAttention's mask over tiles of `block` x `block`, with full and partial lists and their
-        transposes.
+        """FlexAttention's mask over tiles of `block` x `block`, with full and partial lists and their transposes.
 
         `first_query` must be a multiple of `block`.
         """
@@ -234,9 +232,8 @@ def branch_layout(
     """
     device = token_ids.device
     if isinstance(prompt_lengths, int):
-        prompt_lengths = torch.full(
-            (1,), prompt_lengths, device=device
-        )  # by a kernel: a copy would make the host wait
+        # By a kernel: a copy would make the host wait.
+        prompt_lengths = torch.full((1,), prompt_lengths, device=device)
     if cu_seqlens is None:
         if prompt_lengths.numel() != 1:
             raise UserError(

@@ -27,8 +27,7 @@ class Place:
 
 
 def _violation_of(state: str, tag: str, plans: int, steps: int) -> Violation:
-    """What is wrong with `tag` in `state`, OK if nothing is. States are named after the open tag or the next
-    one."""
+    """What is wrong with `tag` in `state`, OK if nothing is. States are named after the open tag or the next one."""
     allowed = {
         "trunk": ("guideline",),
         "guideline": ("plan", "guideline_end"),
@@ -80,8 +79,7 @@ VIOLATION_AT_END = {
 def reference_places(
     token_ids: Sequence[int], tags: TagIds, prompt_length: int, *, branching: bool = True
 ) -> tuple[list[Place], Violation, int]:
-    """Places of the tokens of ONE unshared sequence, its violation, and the index of the violating token (-1:
-    none)."""
+    """Places of the tokens of ONE unshared sequence, its violation, and the index of the violating token (-1: none)."""
     names = dict(zip(tags.as_tuple(), vars(tags), strict=True))
     places: list[Place] = []
     state, block, plans, steps = "trunk", 0, 0, 0
@@ -105,9 +103,8 @@ def reference_places(
             place = Place()
         else:
             longest = max((p.position for p in places if p.block == block and p.branch > 0), default=-1)
-            cut = (
-                wrong != Violation.OK and was_in_block_branches
-            )  # an early join, sampled right after this branch
+            # An early join is sampled right after this branch.
+            cut = wrong != Violation.OK and was_in_block_branches
             joining = cut or previous.branch > 0
             position = max(longest, fork.position) + 1 if joining else previous.position + 1
             predecessor = -1 if joining and not cut else index - 1
@@ -131,8 +128,7 @@ def reference_places(
 
 
 def reference_visible(places: Sequence[Place]) -> Tensor:
-    """bool [T, T] of one sequence: every earlier token, except those of sibling branches of the same
-    block."""
+    """bool [T, T] of one sequence: every earlier token, except those of sibling branches of the same block."""
     block_T = torch.tensor([place.block for place in places], dtype=torch.int64)
     branch_T = torch.tensor([place.branch for place in places], dtype=torch.int64)
     in_branches = (branch_T[:, None] > 0) & (branch_T > 0)
@@ -143,8 +139,7 @@ def reference_visible(places: Sequence[Place]) -> Tensor:
 def reference_attention(
     q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, visible_TT: Tensor, scale: float
 ) -> Tensor:
-    """Dense masked softmax attention with grouped heads, differentiable, in the precision of its inputs. [T,
-    N, H]."""
+    """Dense masked softmax attention with grouped heads, differentiable, in the precision of its inputs. [T, N, H]."""
     group = q_TNH.shape[1] // k_TKH.shape[1]
     k_TNH, v_TNH = (each.repeat_interleave(group, dim=1) for each in (k_TKH, v_TKH))
     scores_NTT = torch.einsum("qnh,knh->nqk", q_TNH, k_TNH) * scale

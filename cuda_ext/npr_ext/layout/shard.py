@@ -3,8 +3,7 @@
     layout of the row + bounds of the shard ──► keys_needed (which earlier keys its queries see) ──► shard_of
                                                 (layout of [fetched keys, padding, own tokens], queries = own tokens)
 
-Every rank holds the whole layout (five integers a token), so all ranks derive the same exchange without
-talking.
+Every rank holds the whole layout (five integers a token), so all ranks derive the same exchange without talking.
 """
 
 from dataclasses import dataclass
@@ -36,8 +35,7 @@ class LayoutShard:
 def keys_needed(layout: BranchLayout, begin: int, end: int) -> Tensor:
     """int64, ascending: the keys before `begin` that some query in [begin, end) sees.
 
-    A key's queries in the shard are [begin, min(end, sequence_end)); it is needed unless they are none or all
-    hidden.
+    A key's queries in the shard are [begin, min(end, sequence_end)); it is needed unless they are none or all hidden.
     """
     last = layout.sequence_end[:begin].clamp(max=end)
     hidden = (layout.hidden_from[:begin] <= begin) & (layout.hidden_until[:begin] >= last)

@@ -4,9 +4,8 @@ Codes below 100 are found by the layout (tags alone, CPU and CUDA) and by the gr
 token. Codes from 100 on need the text of the tokens, so only the grammar finds them.
 `include/npr/layout/layout_rules.h` mirrors the codes below 100.
 
-The token index of a violation is the index of the first token that cannot continue a valid response. For text
-that merely ends too early (UNCLOSED_*, UNFINISHED_BLOCK or MISSING_TAKEAWAY at the end) it is the end of the
-sequence.
+The token index of a violation is the index of the first token that cannot continue a valid response. For text that
+merely ends too early (UNCLOSED_*, UNFINISHED_BLOCK or MISSING_TAKEAWAY at the end) it is the end of the sequence.
 """
 
 from enum import IntEnum

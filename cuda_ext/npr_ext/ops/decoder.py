@@ -24,8 +24,7 @@ def _gpu() -> ModuleType:
 def categorical(
     logits_SV: Tensor, uniforms_S: Tensor, temperatures_S: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A draw from each row's softmax: (index int64 [S], its log-probability at temperature 1, and at the
-    row's).
+    """A draw from each row's softmax: (index int64 [S], its log-probability at temperature 1, and at the row's).
 
     The index is the first whose cumulative probability exceeds the uniform number (in [0, 1), float64; summed
     in float64, so no mass is lost), at temperature 0 the greatest logit's, whose last result is 0.

@@ -1,5 +1,4 @@
-"""Rounding to FP8: values = x / scale to the nearest, ties to even; scale = amax / largest number of the
-format.
+"""Rounding to FP8: values = x / scale to the nearest, ties to even; scale = amax / largest number of the format.
 
     x ─► amax (of all numbers, or of each row) ─► scale_of ─► quantize: e4m3 or e5m2, row-major, transposed or both
 

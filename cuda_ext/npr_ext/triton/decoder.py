@@ -1,5 +1,4 @@
-"""A decoder layer's element-wise operators on a GPU, in Triton: what npr_ext.ops.decoder calls for CUDA
-tensors.
+"""A decoder layer's element-wise operators on a GPU, in Triton: what npr_ext.ops.decoder calls for CUDA tensors.
 
 A program for each token (and head), one launch each, float32 inside. As in npr_ext.triton.paged a CUDA graph
 can hold them, and Triton's interpreter runs them on a CPU.

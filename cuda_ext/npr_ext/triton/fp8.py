@@ -76,9 +76,8 @@ def _quantize_rows(x_RC, values_RC, scales_R, format_max, smallest, width: tl.co
 
 
 def quantize_rows(x_RC: Tensor, dtype: torch.dtype, format_max: float) -> tuple[Tensor, Tensor]:
-    """(values of `dtype` [R, C], float32 scales [R]): x = values * scales, the amax of a row becomes
-    `format_max`. What `row_amax`, `scale_of` and `quantize` of npr_ext.ops.fp8 do one after the other, in one
-    launch."""
+    """(values of `dtype` [R, C], float32 scales [R]): x = values * scales, the amax of a row becomes `format_max`.
+    What `row_amax`, `scale_of` and `quantize` of npr_ext.ops.fp8 do one after the other, in one launch."""
     x_RC = x_RC.contiguous()
     num_rows, width = x_RC.shape
     values_RC = torch.empty_like(x_RC, dtype=dtype)

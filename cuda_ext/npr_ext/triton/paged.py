@@ -1,8 +1,7 @@
 """Paged attention on a GPU, in Triton: what npr_ext.ops.paged calls for CUDA tensors.
 
-A program for each (run of tokens of one batch row, key head, share of the keys); shares are merged by
-log-sum-exp ("flash decoding", Dao et al. 2023), so that few long rows fill the device as well. Computed in
-float32.
+A program for each (run of tokens of one batch row, key head, share of the keys); shares are merged by log-sum-exp
+("flash decoding", Dao et al. 2023), so that few long rows fill the device as well. Computed in float32.
 
 Nothing reads device memory on the host, shapes of launches depend on shapes of tensors alone: a CUDA graph
 can hold them all. Triton's interpreter (TRITON_INTERPRET=1) runs them on a CPU, which is how they are tested
@@ -144,8 +143,7 @@ def paged_attention(
     scale: float,
     runs: Tensor | None,
 ) -> Tensor:
-    """Attention of each token to the KV slots of its batch row, [T, N, H]; arguments as npr_ext.ops.paged
-    defines them.
+    """Attention of each token to the KV slots of its batch row, [T, N, H]; arguments as npr_ext.ops.paged defines them.
 
     `runs` int32 [R, 2]: (first token, number of tokens <= 16) of neighbours in one batch row; None: every
     token is its own.

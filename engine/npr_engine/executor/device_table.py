@@ -29,8 +29,7 @@ class DeviceTable:
         self._copied: NDArray[np.int32] = np.zeros(0, np.int32)
 
     def update(self, batch: Batch) -> Tensor:
-        """The table after the batch's new entries; another tensor than before only where its shape has
-        grown."""
+        """The table after the batch's new entries; another tensor than before only where its shape has grown."""
         rows, width = batch.block_tables.shape
         if rows > len(self._table) or width != self._table.shape[1]:
             shape = (max(rows, ROWS_AT_LEAST), width)

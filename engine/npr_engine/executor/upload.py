@@ -10,8 +10,7 @@ from torch import Tensor
 
 
 def pinned(array: NDArray[Any], device: torch.device) -> Tensor:
-    """The array as a tensor on the host that `device` can copy by itself; for a CPU it shares the array's
-    memory.
+    """The array as a tensor on the host that `device` can copy by itself; for a CPU it shares the array's memory.
 
     Copies from other host memory make the host wait until all that was queued before them has run. Torch's
     allocator keeps pinned memory until the copies that were queued from it are done.

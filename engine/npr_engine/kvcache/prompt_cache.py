@@ -74,8 +74,7 @@ class PromptCache:
         return sum(len(e.blocks) for k, e in self._entries.items() if k != key and _evictable(e, step))
 
     def evict(self, step: int, spared: NDArray[np.int32] | None = None) -> bool:
-        """Frees the least recently used entry without users that no work of `step` writes to; False without
-        one."""
+        """Frees the least recently used entry without users that no work of `step` writes to; False without one."""
         spared_key = None if spared is None else spared.tobytes()
         for key, entry in self._entries.items():
             if key != spared_key and _evictable(entry, step):

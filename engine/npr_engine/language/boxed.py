@@ -22,9 +22,8 @@ class BoxedReader:
         self._length = 0
         self._rest = ""  # a backslash whose second half is to come
         self._before = ""  # the end of what was read: a piece may end inside of \boxed{
-        self._open: list[
-            int
-        ] = []  # of every brace that is open: where the content of a \boxed begins, -1 of others
+        # A number for each brace that is open: where the content of a \boxed begins, -1 for other braces.
+        self._open: list[int] = []
         self._last_start = -1
 
     def feed(self, piece: str) -> None:

@@ -84,14 +84,12 @@ class Constraint:
         return np.where(classes >= TokenClass.EOS, after_tag, after_text).astype(np.int8)
 
     def may_answer(self, states: NDArray[np.int8], tokens: NDArray[np.int32]) -> NDArray[np.bool_]:
-        """bool [S]: whether the token may have closed (or spoilt) a \\boxed answer in the trunk: only a brace
-        can."""
+        """bool [S]: whether the token may have closed (or spoilt) a \\boxed answer in the trunk: only a brace can."""
         return self._braces[tokens] & (states == State.TRUNK)
 
     @cached_property
     def _printable(self) -> NDArray[np.bool_]:
-        """Tokens that make any text non-empty. A part of a character is not one: parts may add up to a
-        space."""
+        """Tokens that make any text non-empty. A part of a character is not one: parts may add up to a space."""
         return self._tokens_with(_is_printable)
 
     @cached_property

@@ -31,15 +31,13 @@ class Grammar:
         return Parser(self.vocabulary)
 
     def read(self, response_ids: TokenIds, *, require_block: bool = False) -> Reading:
-        """Everything that a parse finds: the tree so far, the structural violation, all defects of the
-        texts."""
+        """Everything that a parse finds: the tree so far, the structural violation, all defects of the texts."""
         parser = Parser(self.vocabulary)
         parser.extend(response_ids)
         return parser.finish(require_block=require_block)
 
     def parse(self, response_ids: TokenIds, *, require_block: bool = False) -> Response | Defect:
-        """The tree of a strictly valid response, or ONE defect: that of the tag structure, else the first one
-        found.
+        """The tree of a strictly valid response, or ONE defect: that of the tag structure, else the first one found.
 
         Without `require_block` a response without any block (a sequential answer) is valid too.
         """

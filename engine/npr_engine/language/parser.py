@@ -1,5 +1,4 @@
-"""Incremental parser over token ids: npr_ext's tag machine, and the checks of the texts that its tags
-close."""
+"""Incremental parser over token ids: npr_ext's tag machine, and the checks of the texts that its tags close."""
 
 from __future__ import annotations
 
@@ -23,8 +22,7 @@ _TEXT = bytes((TokenClass.TEXT,))
 
 
 def _value(digits: str) -> int:
-    """A number as written, -1 for one that no block can count to: Python refuses to read thousands of
-    digits."""
+    """A number as written, -1 for one that no block can count to: Python refuses to read thousands of digits."""
     return int(digits) if len(digits) <= _MOST_DIGITS else -1
 
 

@@ -52,9 +52,8 @@ class Defect:
 
 @dataclass(frozen=True)
 class Reading:
-    """All that a parse found. `structural` is the violation of the tag structure (at most one: it ends the
-    parse, and `response` holds the blocks before it); `defects` are those of the texts, in the order they
-    were found."""
+    """All that a parse found. `structural` is the violation of the tag structure (at most one: it ends the parse,
+    and `response` holds the blocks before it); `defects` are those of the texts, in the order they were found."""
 
     response: Response
     structural: Defect | None

@@ -129,8 +129,7 @@ class Vocabulary:
         return bytes([known.get(token, 0) for token in token_ids])
 
     def padded_classes(self, size: int) -> NDArray[np.uint8]:
-        """`classes` for a model with `size` >= self.size output rows; the ids beyond the tokenizer are
-        text."""
+        """`classes` for a model with `size` >= self.size output rows; the ids beyond the tokenizer are text."""
         if size < self.size:
             raise UserError(f"the model has {size} token ids, fewer than the tokenizer's {self.size}")
         return np.concatenate((self.classes, np.zeros(size - self.size, np.uint8)))
@@ -200,8 +199,7 @@ def _sentencepiece_bytes(piece: str) -> bytes:
 
 
 def _byte_level_table() -> dict[str, int]:
-    """GPT-2's printable stand-in for each byte: printable bytes stand for themselves, the rest from U+0100
-    on."""
+    """GPT-2's printable stand-in for each byte: printable bytes stand for themselves, the rest from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     table = {chr(byte): byte for byte in printable}
     hidden = [byte for byte in range(256) if byte not in set(printable)]

@@ -12,8 +12,7 @@ from npr_ext.errors import UserError
 
 @dataclass(frozen=True)
 class Architecture:
-    """RMSNorm, grouped-query attention, SwiGLU; `num_experts` 0 is a dense model, otherwise every layer
-    routes.
+    """RMSNorm, grouped-query attention, SwiGLU; `num_experts` 0 is a dense model, otherwise every layer routes.
 
     `ffn_hidden_size` is that of the MLP of a dense layer, or of ONE expert.
     """
@@ -46,8 +45,7 @@ class Architecture:
 
     @property
     def attention_parameters(self) -> int:
-        """Parameters of one layer's attention, the norms of queries and keys and the norm before them
-        included."""
+        """Parameters of one layer's attention, the norms of queries and keys and the norm before them included."""
         weights = (self.qkv_rows + self.num_heads * self.head_dim) * self.hidden_size
         bias = self.qkv_rows if self.qkv_bias else 0
         return weights + bias + self.hidden_size + (2 * self.head_dim if self.qk_norm else 0)
@@ -91,8 +89,7 @@ class Architecture:
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How RoPE's wave lengths are stretched, for contexts longer than the first ones that a model was trained
-    for.
+    """How RoPE's wave lengths are stretched, for contexts longer than the first ones that a model was trained for.
 
     Attributes:
         kind: linear (all waves alike), llama3 or yarn (long waves alone).

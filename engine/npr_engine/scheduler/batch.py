@@ -1,5 +1,4 @@
-"""One engine step as plain arrays: what the scheduler plans and the runner executes without deciding
-anything."""
+"""One engine step as plain arrays: what the scheduler plans and the runner executes without deciding anything."""
 
 from __future__ import annotations
 

@@ -26,8 +26,7 @@ BAD_PLANS = {Violation.PLAN_NUMBERING, Violation.EMPTY_PLAN, Violation.TEXT_IN_G
 
 
 class Branching:
-    """Reads the grammar, writes tokens and work of responses. Every answer is a finish reason, or None to go
-    on."""
+    """Reads the grammar, writes tokens and work of responses. Every answer is a finish reason, or None to go on."""
 
     def __init__(self, grammar: Grammar, rows: Rows, request_slots: RequestSlots) -> None:
         self._grammar = grammar
@@ -142,8 +141,7 @@ class Branching:
     def _force(
         self, response: ResponseState, forced: tuple[int, ...], position: int, step: int
     ) -> str | None:
-        """The engine goes on writing the trunk from `position` on, if the budgets allow one token more than
-        that."""
+        """The engine goes on writing the trunk from `position` on, if the budgets allow one token more than that."""
         slot, trunk = response.request_slot, response.trunk
         after = position + len(forced)
         if (

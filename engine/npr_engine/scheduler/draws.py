@@ -38,8 +38,7 @@ class Draws:
         )
 
     def _masks(self, sampled: NDArray[np.int32], slot: NDArray[np.int32]) -> NDArray[np.int32]:
-        """What each sampled row may not draw, as rows of `constraint.forbidden`; 0 where it is not
-        constrained."""
+        """What each sampled row may not draw, as rows of `constraint.forbidden`; 0 where it is not constrained."""
         if self._request_slots.num_constrained == 0:
             return np.zeros(len(sampled), np.int32)
         masks = self._constraint.masks(self._rows.state[sampled], self._rows.phase[sampled])

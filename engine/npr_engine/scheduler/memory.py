@@ -78,8 +78,7 @@ class Memory:
         rows.position[trunk] = join_position(fork)
 
     def reserve(self, response: ResponseState, row: int, count: int, step: int) -> bool:
-        """Slots for `count` more tokens of the row, from what is spare, free, evictable or idle; False
-        without."""
+        """Slots for `count` more tokens of the row, from what is spare, free, evictable or idle; False without."""
         rows, size = self.rows, self.pool.block_size
         rows.num_scheduled_tokens[row] = count
         need = int(rows.length[row]) + count - int(rows.reserved[row])
@@ -178,8 +177,7 @@ class Memory:
         return float(live.mean())
 
     def check_integrity(self, running: list[ResponseState]) -> None:
-        """Every block has one owner or is free; every slot of a response is seen from one place; no row is
-        lost."""
+        """Every block has one owner or is free; every slot of a response is seen from one place; no row is lost."""
         self.pool.check_integrity([*(r.blocks for r in running), *(p.blocks for p in self.prompts)])
         used = list(self.retired)
         for prompt in self.prompts:
@@ -206,8 +204,7 @@ class Memory:
 
 
 def join_position(fork: Fork) -> int:
-    """Position of the first token after a join: one beyond the longest branch, all branches start at one
-    position."""
+    """Position of the first token after a join: one beyond the longest branch, all branches start at one position."""
     records = [branch.record for branch in fork.branches if branch.record is not None]
     assert len(records) == len(fork.branches)
     return int(records[0].positions[0]) + max(len(record) for record in records)

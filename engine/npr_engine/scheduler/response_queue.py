@@ -1,5 +1,4 @@
-"""Who waits and who runs. First come, first served: the oldest response is never preempted, so everything
-ends.
+"""Who waits and who runs. First come, first served: the oldest response is never preempted, so everything ends.
 
 add ─► waiting ─► admit ─► running ─► finish
           ▲                   │
@@ -129,8 +128,7 @@ class ResponseQueue:
         return rows[np.argsort(places, kind="stable")] if len(rows) > 1 else rows
 
     def first_come(self, decoding: NDArray[np.int64], room: int) -> NDArray[np.int64]:
-        """The rows that decode in this engine step: all, or those of the oldest responses, whole responses
-        only."""
+        """The rows that decode in this engine step: all, or those of the oldest responses, whole responses only."""
         if len(decoding) <= room:
             return decoding
         ordered = self.by_arrival(decoding)
@@ -139,8 +137,7 @@ class ResponseQueue:
         return ordered[: starts[starts <= room].max()]
 
     def check_integrity(self) -> None:
-        """Asserts that each request slot has one owner or is free, and that service is in order of
-        arrival."""
+        """Asserts that each request slot has one owner or is free, and that service is in order of arrival."""
         taken = [response.request_slot for response in self.running]
         assert len(set(taken)) == len(taken)
         assert self._request_slots.num_free + len(taken) == self._limits.max_running_requests

@@ -124,8 +124,7 @@ class Branch:
 
 @dataclass(eq=False)
 class Fork:
-    """A block: it opens after the first `trunk_tokens` tokens of the trunk's row; `open` branches have not
-    closed."""
+    """A block: it opens after the first `trunk_tokens` tokens of the trunk's row; `open` branches have not closed."""
 
     trunk_tokens: int
     branches: list[Branch]

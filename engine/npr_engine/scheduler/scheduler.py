@@ -5,9 +5,8 @@
                  └─ preempt ┘          └ prompts, forced tokens,                └ fork at </guideline>, join after
                    (recompute)           one row a branch                         the last </step>, budgets
 
-First come, first served: the oldest response is never preempted, so everything ends. A preempted response
-keeps its tokens; when it is admitted again, `ResponseState.all_work` computes their KV through the same forks
-and joins.
+First come, first served: the oldest response is never preempted, so everything ends. A preempted response keeps
+its tokens; when it is admitted again, `ResponseState.all_work` computes their KV through the same forks and joins.
 """
 
 from __future__ import annotations
@@ -44,9 +43,8 @@ class Scheduler:
         self._draws = Draws(rows, slots, self.constraint)
         self._planner = StepPlanner(limits, counters, rows, memory, queue)
         self._commit = StepCommit(grammar, self.constraint, counters, rows, slots, memory, queue)
-        self._sampled: list[
-            tuple[ResponseState, Branch]
-        ] = []  # branches that the last step has sampled, to stream
+        # Branches that the last step has sampled, to stream.
+        self._sampled: list[tuple[ResponseState, Branch]] = []
         self._events: list[TokenEvent] = []
 
     @property
@@ -105,8 +103,7 @@ class Scheduler:
             self._end(response, reason)
 
     def take_events(self) -> list[TokenEvent]:
-        """The tokens of the last commit, and those of responses that have ended since then and are not
-        streamed yet."""
+        """The tokens of the last commit, and those of responses that have ended since then and are not streamed yet."""
         events = [*self._events, *new_events(self._rows, self._sampled)]
         self._events, self._sampled = [], []
         return events
@@ -133,8 +130,7 @@ class Scheduler:
         self._commit.commit(batch, sampled)
 
     def restart_all(self) -> None:
-        """All KV is void (other weights, or a step that failed): every running response starts over from its
-        tokens."""
+        """All KV is void (other weights, or a step that failed): every running response starts over from its tokens."""
         self._memory.release_retired()
         for response in reversed(list(self._queue.running)):
             self._queue.preempt(response)

@@ -24,8 +24,7 @@ NO_DISTRIBUTION = error("the model's logits are NaN or infinite")
 
 @dataclass(frozen=True)
 class NewTokens:
-    """The sampled tokens that are taken: their batch rows and request slots int32 [S], and what was drawn
-    [S]."""
+    """The sampled tokens that are taken: their batch rows and request slots int32 [S], and what was drawn [S]."""
 
     rows: NDArray[np.int32]
     slots: NDArray[np.int32]

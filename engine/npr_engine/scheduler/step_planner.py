@@ -54,8 +54,7 @@ class StepPlanner:
         self._filling = []
 
     def _start_filling(self, response: ResponseState) -> None:
-        """Gives the response's prompt a row to compute its KV on, where it is neither there nor on its
-        way."""
+        """Gives the response's prompt a row to compute its KV on, where it is neither there nor on its way."""
         prompt, rows = response.prompt, self._rows
         assert prompt is not None
         if prompt.ready or prompt.row >= 0:
@@ -146,8 +145,7 @@ class StepPlanner:
         return whole
 
     def _reserve_decoding(self) -> None:
-        """A KV slot for the next token of every branch; the youngest response gives way where there is
-        none."""
+        """A KV slot for the next token of every branch; the youngest response gives way where there is none."""
         rows = self._rows
         decoding = np.flatnonzero(rows.decoding)
         rows.num_scheduled_tokens[decoding] = 1

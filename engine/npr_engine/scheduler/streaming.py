@@ -16,9 +16,8 @@ from npr_engine.scheduler.rows import Rows
 class TokenEvent:
     """New tokens of one branch of one request, in order.
 
-    Forced tokens come with the token that is sampled after them, so an event follows everything that its
-    tokens see: the trunk before a fork, then its branches (of one step in any order), then the trunk after
-    the join.
+    Forced tokens come with the token that is sampled after them, so an event follows everything that its tokens
+    see: the trunk before a fork, then its branches (of one step in any order), then the trunk after the join.
 
     Attributes:
         branch_id: 0 for the trunk, i for branch i of the block that is open.

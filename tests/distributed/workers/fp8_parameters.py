@@ -106,9 +106,8 @@ def measure(world: World, folder: Path, recipe: str, parallel: ParallelSettings)
             checkpoints.resume(other)
             found[name] = step(other)
         dist.barrier()
-    if (
-        world.dp_size > 1
-    ):  # last: Transformer Engine reduces the largest values of all models of a process together
+    if world.dp_size > 1:
+        # Last: Transformer Engine reduces the largest values of all models of a process together.
         overlapped = train(world, folder, recipe, parameters=True, parallel=parallel, **OVERLAPPED)
         losses = [step(overlapped)[:2] for _ in range(3)]
         found["overlapped"] = [losses[0], losses[2]]

@@ -171,9 +171,8 @@ def entropy_difference(world: World) -> float:
     )
     scale = torch.arange(1.0, 10, dtype=torch.float64)
     used = torch.tensor([token for token in range(97) if token not in (2, 33, 94, 95, 96)])
-    unused = sorted(
-        {*range(len(weight))} - {*used.tolist()}
-    )  # holes, and a tail that may be all that a rank has
+    # Holes, and a tail that may be all that a rank has.
+    unused = sorted({*range(len(weight))} - {*used.tolist()})
     weight[unused] *= 10
     places = torch.arange(9) * 10
     targets, rows = used[places], len(weight) // world.tp_size

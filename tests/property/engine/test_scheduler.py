@@ -1,5 +1,4 @@
-"""The scheduler core under random use: no KV is lost or shared by mistake, and no use changes what is
-decoded.
+"""The scheduler core under random use: no KV is lost or shared by mistake, and no use changes what is decoded.
 
 In place of a model stands a pure function of what a token sees (the tokens and positions behind its table
 row), so a wrong slot, position or recomputation anywhere changes the output.

@@ -36,11 +36,8 @@ def test_the_clean_answers_are_valid_and_right(grammar: Grammar) -> None:
         ids = encode_response(parallel_draft(task).text, grammar.vocabulary)
         tree = grammar.parse(ids, require_block=True)
         assert isinstance(tree, Response), tree
-        assert (
-            last_boxed(grammar.text(ids, tree.conclusion))
-            == task.answer
-            == last_boxed(sequential_answer(task))
-        )
+        boxed = last_boxed(grammar.text(ids, tree.conclusion))
+        assert boxed == task.answer == last_boxed(sequential_answer(task))
         assert len(tree.blocks[0].steps) == len(task.parts)
         assert format_reward(grammar, ids) == 0.0
 

@@ -1,5 +1,4 @@
-"""A two-layer Qwen3 that has learned to write parallel responses, and the same model as the engine sees
-it."""
+"""A two-layer Qwen3 that has learned to write parallel responses, and the same model as the engine sees it."""
 
 from __future__ import annotations
 
@@ -47,8 +46,7 @@ class Plain:
     model: Qwen3ForCausalLM
 
     def logits(self, prompt: list[int], ids: list[int], *, branching: bool = True) -> tuple[Tensor, Tensor]:
-        """Logits [R, V] that predict each response token, and their predecessors [R] (-1: predicted by
-        nobody)."""
+        """Logits [R, V] that predict each response token, and their predecessors [R] (-1: predicted by nobody)."""
         tokens = torch.tensor([*prompt, *ids], dtype=torch.int32)
         layout = branch_layout(tokens, tags=VOCABULARY.tags, prompt_lengths=len(prompt), branching=branching)
         mask = torch.zeros(len(tokens), len(tokens), dtype=self.model.dtype)

@@ -40,9 +40,8 @@ def test_nan_in_a_branch_ends_that_request_and_no_other(sizes: dict[str, int], p
     model = PoisonedModel(CONFIG, fused(plain.model, CONFIG))
     engine = Engine(model, GRAMMAR, EngineConfig(**{"num_kv_slots": 4096, **sizes}))
     sound = engine.generate(PROMPTS, GREEDY)
-    model.poison = PIECES.index(
-        "h"
-    )  # in a plan and a branch of the second block; two of the prompts have none
+    # It is in a plan and a branch of the second block; two of the prompts have none.
+    model.poison = PIECES.index("h")
     branch = (sound[0].token_ids == model.poison) & (sound[0].branch_ids > 0)
     model.since = int(sound[0].positions[branch][0])
     poisoned = engine.generate(PROMPTS, GREEDY)

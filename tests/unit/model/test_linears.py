@@ -78,9 +78,8 @@ def test_weights_have_the_names_that_megatron_gives_transformer_engines(
 
         ours = names(policy.chunks[0])
         expected = names(theirs)
-        if (
-            model.num_experts
-        ):  # the table is of dense layers; Transformer Engine's spec has no norm in a router's layer
+        if model.num_experts:
+            # The table is of dense layers; Transformer Engine's spec has no norm in a router's layer.
             own_norm = "mlp.linear_fc1.layer_norm_weight"
             expected = {name.replace(own_norm, "pre_mlp_layernorm.weight") for name in expected}
         assert ours == expected

@@ -11,10 +11,8 @@ def test_ticks_are_few_round_numbers_inside_the_axis(low: float, high: float) ->
 
 
 def test_a_metric_without_two_numbers_has_no_curve() -> None:
-    assert (
-        curves([{"step": 0, "loss": 1.0, "accuracy": None}, {"step": 1, "loss": None, "accuracy": None}])
-        == []
-    )
+    steps = [{"step": 0, "loss": 1.0, "accuracy": None}, {"step": 1, "loss": None, "accuracy": None}]
+    assert curves(steps) == []
 
 
 def test_gaps_are_left_out_of_a_curve() -> None:

@@ -63,9 +63,8 @@ def test_the_figures_of_a_hand_made_trace(tmp_path: Path, capsys: pytest.Capture
     assert (verdict["num_rollouts"], verdict["num_parallel"], verdict["faults"]) == (1, 1, [])
     assert verdict["concurrency"] == 7 / 7  # seven sampled tokens in steps 0 to 6
     assert verdict["critical_path"] == 5  # two of the trunk, two of a branch, one after the join
-    assert (
-        verdict["parallel_efficiency"] == 5 / 7
-    )  # the steps in which only forced tokens came to be are lost
+    # The steps in which only forced tokens came to be are lost.
+    assert verdict["parallel_efficiency"] == 5 / 7
 
 
 @pytest.mark.parametrize(
