@@ -77,7 +77,7 @@ def _run_stage(command: str, rest: list[str]) -> int:
     try:
         importlib.import_module(f"megatron_npr.stages.{stage.module}").run(config)
     finally:
-        importlib.import_module("megatron_npr.training.run_folder").withdraw(folder)
+        importlib.import_module("megatron_npr.run_folder.claim").withdraw(folder)
     return 0
 
 

@@ -30,11 +30,11 @@ from megatron_npr.rl.verifier import Verifier
 from megatron_npr.rollout.collect import collect
 from megatron_npr.rollout.rollout_file import write_rollouts
 from megatron_npr.rollout.scoring import outcomes, score
+from megatron_npr.run_folder.claim import JOURNAL
 from megatron_npr.runtime.whole_file import write_whole
 from megatron_npr.stages.journal import Journal
 from megatron_npr.stages.prompt_sets import evaluation_prompts
 from megatron_npr.training.room import check_rollout_room
-from megatron_npr.training.run_folder import JOURNAL
 from megatron_npr.training.session import Session, folder_engine, open_session
 from npr_engine.backend import Backend
 from npr_engine.rollout import Rollout

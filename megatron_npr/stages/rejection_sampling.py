@@ -21,11 +21,11 @@ from megatron_npr.monitoring.monitor import Monitor, monitored
 from megatron_npr.rl.verifier import Verifier
 from megatron_npr.rollout.collect import collect
 from megatron_npr.rollout.scoring import Scored, agree_on_round, outcomes, score
+from megatron_npr.run_folder.claim import JOURNAL
 from megatron_npr.runtime.interrupt import stop_requests
 from megatron_npr.stages.journal import Entry, Journal
 from megatron_npr.stages.prompt_sets import training_prompts
 from megatron_npr.training.room import check_rollout_room
-from megatron_npr.training.run_folder import JOURNAL
 from megatron_npr.training.session import Session, folder_engine, open_session
 from npr_engine.backend import Backend
 

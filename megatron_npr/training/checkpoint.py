@@ -29,9 +29,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 
 from megatron_npr.hf.description import copy_description
 from megatron_npr.model.policy import Policy, PolicyChunk
-from megatron_npr.runtime.latest import point_to
-from megatron_npr.runtime.process_world import World, megatron_context, on_first_rank
-from megatron_npr.training.manifest import (
+from megatron_npr.run_folder.manifest import (
     DamagedCheckpointError,
     FileSum,
     Manifest,
@@ -44,6 +42,8 @@ from megatron_npr.training.manifest import (
     versions,
     write_manifest,
 )
+from megatron_npr.runtime.latest import point_to
+from megatron_npr.runtime.process_world import World, megatron_context, on_first_rank
 from megatron_npr.training.optimizer_state import (
     allocate_optimizer_state,
     own_settings,

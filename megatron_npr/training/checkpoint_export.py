@@ -12,9 +12,9 @@ from megatron_npr.hf.huggingface import export_model
 from megatron_npr.hf.model_folder import check_target
 from megatron_npr.model.policy_builder import build_policy
 from megatron_npr.model.policy_weights import local_weights
+from megatron_npr.run_folder.manifest import MANIFEST, candidates, complete, first_whole
 from megatron_npr.runtime.process_world import init_world
 from megatron_npr.training.checkpoint import DESCRIPTION, Checkpoints, load_weights
-from megatron_npr.training.manifest import MANIFEST, candidates, complete, first_whole
 from megatron_npr.training.session import DTYPES
 from npr_engine.model.transformer import ModelConfig
 from npr_ext.errors import UserError

@@ -27,12 +27,12 @@ from megatron_npr.model.policy_builder import build_policy
 from megatron_npr.model.policy_weights import load_policy_weights
 from megatron_npr.monitoring.monitor import mean
 from megatron_npr.rollout.engine_groups import engine_layout
+from megatron_npr.run_folder.claim import CHECKPOINTS
+from megatron_npr.run_folder.resumption import INPUTS, input_sums, settings_of
 from megatron_npr.runtime.interrupt import stop_requests
 from megatron_npr.training.checkpoint import Checkpoints
 from megatron_npr.training.engine_weights import EngineWeights, full_weights
 from megatron_npr.training.offload import TrainerMemory, rollout_memory
-from megatron_npr.training.resumption import INPUTS, input_sums, settings_of
-from megatron_npr.training.run_folder import CHECKPOINTS
 from megatron_npr.training.session import Session, build_engine
 from megatron_npr.training.trainer import StepReport, Trainer
 from megatron_npr.weight_sync.exchange import Exchanged

@@ -27,10 +27,10 @@ from megatron_npr.hf.huggingface import ONE_RANK, load_tokenizer, read_engine_we
 from megatron_npr.model.linears import require_fp8
 from megatron_npr.rollout.engine_groups import engine_groups, engine_layout
 from megatron_npr.rollout.sglang_backend import SGLangBackend
+from megatron_npr.run_folder.claim import claim
 from megatron_npr.runtime.agreement import agree
 from megatron_npr.runtime.process_world import World, init_world, join_world, on_every_rank, on_first_rank
 from megatron_npr.sharding.layouts import EngineLayout
-from megatron_npr.training.run_folder import claim
 from npr_engine.backend import Backend
 from npr_engine.engine import Engine, EngineConfig
 from npr_engine.language.grammar import Grammar

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_npr.training.manifest import find_damage, read_manifest
+from megatron_npr.run_folder.manifest import find_damage, read_manifest
 from tests.support.families import save_family
 from tests.support.launch import run_worker
 

@@ -17,16 +17,16 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from megatron_npr.cli import main
-from megatron_npr.runtime.process_world import World, init_world
-from megatron_npr.training.checkpoint import Checkpoints
-from megatron_npr.training.checkpoint_export import convert_checkpoint
-from megatron_npr.training.manifest import (
+from megatron_npr.run_folder.manifest import (
     DamagedCheckpointError,
     candidates,
     file_sum,
     read_manifest,
     write_manifest,
 )
+from megatron_npr.runtime.process_world import World, init_world
+from megatron_npr.training.checkpoint import Checkpoints
+from megatron_npr.training.checkpoint_export import convert_checkpoint
 from megatron_npr.training.offload import optimizer_tensors
 from npr_ext.errors import UserError
 from tests.support.families import FAMILIES, save_family

@@ -18,11 +18,11 @@ from megatron_npr.data.rounds import Turn
 from megatron_npr.demo.base import FOLDER
 from megatron_npr.rl.losses import papo_loss, sft_loss
 from megatron_npr.rollout.collect import collect, train_sample
+from megatron_npr.run_folder.manifest import read_manifest, write_manifest
 from megatron_npr.runtime.process_world import check_sizes, close_world
 from megatron_npr.stages import stage3
 from megatron_npr.stages.prompt_sets import training_prompts
 from megatron_npr.training.learner import Learner
-from megatron_npr.training.manifest import read_manifest, write_manifest
 from megatron_npr.training.session import open_session
 from megatron_npr.training.trainer import StepReport
 from npr_engine.backend import Backend

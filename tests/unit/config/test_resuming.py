@@ -12,8 +12,8 @@ import pytest
 
 from megatron_npr.config import Section, Stage1Config, Stage2Config, Stage3Config, load_config
 from megatron_npr.config.resuming import BY_SUM, HONOURED, KEPT
-from megatron_npr.training.manifest import Manifest, write_manifest
-from megatron_npr.training.resumption import INPUTS, check_resumable, input_sums, settings_of
+from megatron_npr.run_folder.manifest import Manifest, write_manifest
+from megatron_npr.run_folder.resumption import INPUTS, check_resumable, input_sums, settings_of
 from npr_ext.errors import UserError
 
 TRAINING: list[type[Section]] = [Stage1Config, Stage2Config, Stage3Config]

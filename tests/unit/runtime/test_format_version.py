@@ -13,8 +13,8 @@ from megatron_npr.data.samples import SftSample, read_samples, write_samples
 from megatron_npr.demo.run import run_folder
 from megatron_npr.report import rebuild, write_report
 from megatron_npr.rollout.rollout_file import read_rollouts, write_rollouts
+from megatron_npr.run_folder.manifest import Manifest, read_manifest, write_manifest
 from megatron_npr.runtime.format_version import CURRENT, FORMAT_VERSION, Kind
-from megatron_npr.training.manifest import Manifest, read_manifest, write_manifest
 from npr_ext.errors import UserError
 from tests.support.report_sample import result, rollout
 from tests.unit.rollout.test_rollout_file import vocabulary
@@ -34,7 +34,7 @@ def checkpoint(folder: Path, version: object) -> object:
 
 
 def write_manifest_without_version(folder: Path, manifest: Manifest) -> None:
-    from megatron_npr.training import manifest as module
+    from megatron_npr.run_folder import manifest as module
 
     content = {name: value for name, value in vars(manifest).items() if name != FORMAT_VERSION}
     (folder / module.MANIFEST).write_bytes(module._render(content))
@@ -90,7 +90,7 @@ EVERY_KIND = pytest.mark.parametrize("kind", CASES)
 
 
 def test_every_kind_is_in_the_table() -> None:
-    assert {*CASES, "run folder"} == set(CURRENT), "run folders: test_run_folder.py"
+    assert {*CASES, "run folder"} == set(CURRENT), "run folders: test_claim.py"
 
 
 @EVERY_KIND

@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron_npr.config import Section, toml_value
 from megatron_npr.config.resuming import BY_SUM, KEPT
-from megatron_npr.training.manifest import candidates, first_whole, read_manifest
+from megatron_npr.run_folder.manifest import candidates, first_whole, read_manifest
 from npr_ext.errors import UserError
 
 INPUTS = "inputs"

@@ -22,7 +22,7 @@ from megatron_npr.config import (
     StageConfig,
     load_config,
 )
-from megatron_npr.training.run_folder import LOCK, claim, find_run, withdraw
+from megatron_npr.run_folder.claim import LOCK, claim, find_run, withdraw
 from npr_ext.errors import UserError
 
 REQUIRED = {

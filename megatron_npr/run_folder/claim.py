@@ -24,10 +24,10 @@ from typing import Any
 
 from megatron_npr.config import StageConfig, to_toml
 from megatron_npr.monitoring.metrics import CONFIG, METRICS, WANDB_ID, read_metrics
+from megatron_npr.run_folder.manifest import candidates
+from megatron_npr.run_folder.resumption import check_inputs, check_resumable, input_sums, settings_of
 from megatron_npr.runtime.format_version import CURRENT, check_format
 from megatron_npr.runtime.whole_file import write_whole
-from megatron_npr.training.manifest import candidates
-from megatron_npr.training.resumption import check_inputs, check_resumable, input_sums, settings_of
 from npr_ext.errors import UserError
 
 MARK = "run.json"
