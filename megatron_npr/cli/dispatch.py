@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING
 from megatron_npr.cli.commands import STAGES, TOOLS, tool_parser
 from megatron_npr.cli.help import overview, stage_help, suggestion
 from megatron_npr.cli.interruption import how_to_continue
+from megatron_npr.repairs.process import process_settings
 from megatron_npr.runtime.lasting_output import lasting_output
 from megatron_npr.runtime.output_place import check_folder
 from npr_ext.errors import UserError
@@ -30,13 +30,8 @@ INTERRUPTED = 130
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. Of many processes only rank 0 prints."""
-    # Read when torch loads: OpenMP threads that wait for each other sleep after some 20 us instead of spinning for ms,
-    # which costs nothing alone and saves a factor of ten where another process wants the same cores.
-    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
-    # What Megatron says about packages that are not installed belongs into the README, not above every run.
-    warnings.filterwarnings("ignore", module=r"megatron\.core|megatron_npr\.runtime\.cpu_runtime")
     words = list(sys.argv[1:] if arguments is None else arguments)
-    with lasting_output():
+    with process_settings(), lasting_output():
         try:
             return _dispatch(words)
         except UserError as error:

@@ -14,17 +14,16 @@ from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
-from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
-from torch.nn import functional
 
 from megatron_npr.model.linears import LinearModules
 from megatron_npr.model.load_balance import ExpertLoad
+from megatron_npr.repairs.megatron_core import RouterInPyTorch
 
 
-class Router(TopKRouter):
+class Router(RouterInPyTorch):
     """Megatron's top-k router, [S, B, D] -> probabilities and map [S * B, E], with a balancing loss of our own.
 
     While `load` is set, tokens outside of `padding_mask` are counted in (`counting`) or add their part of `load`'s loss to the
@@ -51,12 +50,6 @@ class Router(TopKRouter):
             probabilities_SE = MoEAuxLossAutoScaler.apply(probabilities_SE, loss)
         return probabilities_SE, chosen_SE
 
-    # Megatron-Core 0.16.1 asks for a function of Transformer Engine before it looks whether that is installed.
-    def gating(self, input: Tensor) -> Tensor:
-        """Logits [S, B, E] in fp32, whatever the model's type (fp64 for fp64)."""
-        wide = torch.promote_types(input.dtype, torch.float32)
-        return functional.linear(input.to(wide), self.weight.to(wide))
-
 
 def experts_spec(linears: LinearModules) -> ModuleSpec:
     """The MLP of a layer with experts; the configuration's `moe_grouped_gemm` has to go with it."""
@@ -68,17 +61,3 @@ def experts_spec(linears: LinearModules) -> ModuleSpec:
     mlp = MLPSubmodules(linear_fc1=column, linear_fc2=row, activation_func=linears.activation)
     experts = ModuleSpec(module=module, submodules=mlp)
     return ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=experts, router=Router))
-
-
-def mark_expert_weights(model: torch.nn.Module, config: TransformerConfig) -> None:
-    """Marks the weights of experts whose gradients are sums over another group of ranks than the other weights'.
-
-    Megatron marks them under expert parallelism alone. Under tensor parallelism, too, experts are whole and each rank has
-    tokens of its own: unmarked, every rank would train experts of its own.
-    """
-    if config.tensor_model_parallel_size == config.expert_tensor_parallel_size:
-        return
-    for layer in model.modules():
-        if isinstance(layer, MoELayer):
-            for weight in layer.experts.parameters():
-                weight.allreduce = False

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from megatron_npr.config import Fp8Settings
 from megatron_npr.model.fp8_linears import Fp8ColumnParallelLinear, Fp8RowParallelLinear, LinearConfig
-from megatron_npr.model.te_state import with_tensor_state
+from megatron_npr.repairs.transformer_engine import with_tensor_state
 from npr_ext.errors import UserError
 from npr_ext.ops import differentiable
 from npr_ext.ops.scaled_mm import ALIGNMENT

@@ -14,12 +14,12 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megatron_npr.config import Fp8Settings, ParallelSettings, Recompute
-from megatron_npr.model.experts import mark_expert_weights
 from megatron_npr.model.fp8_linears import LinearConfig
 from megatron_npr.model.layers import RMSNorm, layer_spec
 from megatron_npr.model.linears import LinearModules, layer_linears, linear_modules
 from megatron_npr.model.policy import Policy, PolicyChunk
 from megatron_npr.model.transformer_config import transformer_config
+from megatron_npr.repairs.megatron_core import mark_expert_weights
 from megatron_npr.runtime.process_world import World, megatron_context
 from megatron_npr.sharding.layouts import EngineLayout, TrainerLayout, check_layouts, split_layers
 from megatron_npr.sharding.weights import padded_vocabulary

@@ -9,7 +9,6 @@ SGLang is imported when a backend is made, never before. It decodes in processes
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from megatron_npr.config import RolloutSettings
 from megatron_npr.hf.huggingface import named_tensors
+from megatron_npr.repairs.sglang import handles_by_uuid, policy_log_probs
 from megatron_npr.rollout.flat_buckets import FlatBucket, flat_buckets
 from npr_engine.language.token_ids import TokenIds
 from npr_engine.language.vocabulary import Vocabulary
@@ -48,17 +48,18 @@ class SGLangBackend:
         self._config, self._eos_ids = config, vocabulary.eos_ids
         self._unused_ids = frozenset(vocabulary.unused_ids(config.vocab_size).tolist())
         self._version = 0
-        self._engine = _sglang().Engine(
-            model_path=str(folder),
-            skip_tokenizer_init=True,
-            dtype=dtype,
-            base_gpu_id=gpu,
-            max_total_tokens=settings.kv_slots,
-            max_running_requests=settings.max_running_requests,
-            enable_memory_saver=True,
-            enable_deterministic_inference=True,  # else seeds are ignored
-            log_level="error",
-        )
+        with policy_log_probs():
+            self._engine = _sglang().Engine(
+                model_path=str(folder),
+                skip_tokenizer_init=True,
+                dtype=dtype,
+                base_gpu_id=gpu,
+                max_total_tokens=settings.kv_slots,
+                max_running_requests=settings.max_running_requests,
+                enable_memory_saver=True,
+                enable_deterministic_inference=True,  # else seeds are ignored
+                log_level="error",
+            )
 
     def generate(
         self,
@@ -163,11 +164,10 @@ def bucket_message(bucket: FlatBucket, metadata: Callable[..., Any]) -> dict[str
 def _serialised(bucket: FlatBucket) -> bytes:
     """A message for SGLang's one rank: on a GPU a handle of the bucket's memory, which PyTorch keeps until it is read."""
     from sglang.srt.utils import MultiprocessingSerializer
-    from sglang.srt.utils.patch_torch import monkey_patch_torch_reductions
     from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorMetadata
 
-    monkey_patch_torch_reductions()  # handles name the GPU by its UUID: SGLang may number them otherwise
-    message: bytes = MultiprocessingSerializer.serialize(bucket_message(bucket, FlattenedTensorMetadata))
+    with handles_by_uuid():  # SGLang may number the GPUs otherwise
+        message: bytes = MultiprocessingSerializer.serialize(bucket_message(bucket, FlattenedTensorMetadata))
     return message
 
 
@@ -176,7 +176,7 @@ def rollout_of(
 ) -> Rollout:
     """SGLang's answer as a Rollout: one trunk, every token sampled.
 
-    Its log-probs are those before temperature and truncation (see `_sglang`). What the sampler's were it does not
+    Its log-probs are those before temperature and truncation (see `repairs/sglang.py`). What the sampler's were it does not
     say: NaN, unless both distributions are the same. Decode steps are the tokens' numbers.
     """
     pairs = answer["meta_info"]["output_token_logprobs"]
@@ -222,8 +222,7 @@ def _reason(finish: Mapping[str, Any], eos_ids: Sequence[int]) -> str:
 
 
 def _sglang() -> Any:
-    """The module. Its sampler reads the variable when it is imported: log-probs of the policy, not of the sampler."""
-    os.environ["SGLANG_RETURN_ORIGINAL_LOGPROB"] = "1"
+    """The module, imported here first; UserError where it is not installed."""
     try:
         import sglang
     except ImportError as error:

@@ -20,7 +20,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from torch._C._distributed_c10d import HashStore
 
-from megatron_npr.runtime.cpu_runtime import cpu_runtime
+from megatron_npr.repairs.megatron_on_cpu import cpu_runtime
 from npr_ext.errors import UserError
 
 T = TypeVar("T")

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import os
 import shutil
 import sys
@@ -29,6 +28,8 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 
 from megatron_npr.hf.description import copy_description
 from megatron_npr.model.policy import Policy, PolicyChunk
+from megatron_npr.repairs.megatron_core import OPTIMIZER_STATE
+from megatron_npr.repairs.repair import applied
 from megatron_npr.run_folder.manifest import (
     DamagedCheckpointError,
     FileSum,
@@ -48,7 +49,6 @@ from megatron_npr.training.optimizer_state import (
     allocate_optimizer_state,
     own_settings,
     regrouped_state,
-    repaired_optimizer_state,
 )
 from megatron_npr.training.pickled_files import check_pickled_files, plain_objects
 from megatron_npr.training.trainer import Trainer
@@ -155,7 +155,7 @@ class Checkpoints:
             state = _read(path, _state(trainer, _metadata(), is_loading=True))
             for key, chunk in _chunks(trainer.policy).items():
                 chunk.load_state_dict(state[key])
-            with repaired_optimizer_state(), own_settings(trainer.optimizer):
+            with applied(*OPTIMIZER_STATE), own_settings(trainer.optimizer):
                 trainer.optimizer.load_state_dict(regrouped_state(state["optimizer"], trainer.optimizer))
             trainer.schedule.load_state_dict(state["schedule"])
         torch.set_rng_state(state["torch_rng"])
@@ -263,12 +263,11 @@ def _storable(metadata: dict[str, Any]) -> dict[str, Any]:
 
 
 def _state(trainer: Trainer, metadata: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
-    logging.getLogger("megatron.core.dist_checkpointing").setLevel(logging.ERROR)
     allocate_optimizer_state(trainer.optimizer)
     model = {
         key: chunk.sharded_state_dict(metadata=metadata) for key, chunk in _chunks(trainer.policy).items()
     }
-    with repaired_optimizer_state():
+    with applied(*OPTIMIZER_STATE):
         optimizer = trainer.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
     return {
         **model,

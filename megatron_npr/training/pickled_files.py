@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.planner import ReadItem
 
+from megatron_npr.repairs.pytorch import PLAIN_OBJECTS, HostileObjectError
+from megatron_npr.repairs.repair import applied
 from npr_ext.errors import UserError
 
 METADATA = ".metadata"
@@ -80,26 +80,13 @@ def check_pickled_files(folder: Path) -> None:
 @contextlib.contextmanager
 def plain_objects(folder: Path) -> Iterator[None]:
     """Within this context torch reads no object of a checkpoint that is more than plain data: UserError, with its name."""
-    planner: Any = DefaultLoadPlanner
-    read = planner.load_bytes
-
-    def read_plain(self: DefaultLoadPlanner, read_item: ReadItem, value: io.BytesIO) -> None:
-        try:
-            torch.load(value, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError:
-            raise UserError(
-                f"checkpoint {folder}: {read_item.dest_index.fqn} asks for more than plain data: it may be hostile"
-            ) from None
-        value.seek(0)
-        read(self, read_item, value)
-
-    planner.load_bytes = read_plain
     try:
-        yield
+        with applied(PLAIN_OBJECTS):
+            yield
     except CheckpointException as error:  # torch's collection of what happened on each rank
-        found = next((each for each, _ in error.failures.values() if isinstance(each, UserError)), None)
+        found = next(
+            (each for each, _ in error.failures.values() if isinstance(each, HostileObjectError)), None
+        )
         if found is None:
             raise
-        raise found from None
-    finally:
-        planner.load_bytes = read
+        raise UserError(f"checkpoint {folder}: {found}") from None

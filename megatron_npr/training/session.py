@@ -6,7 +6,6 @@ open_session(config) ──► Session ──► folder_engine (sampling alone) 
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from megatron_npr.config import (
 from megatron_npr.hf.generation_config import read_vocabulary
 from megatron_npr.hf.huggingface import ONE_RANK, load_tokenizer, read_engine_weights, read_model_config
 from megatron_npr.model.linears import require_fp8
+from megatron_npr.repairs.pytorch import share_cores_with_gloo
 from megatron_npr.rollout.engine_groups import engine_groups, engine_layout
 from megatron_npr.rollout.sglang_backend import SGLangBackend
 from megatron_npr.run_folder.claim import claim
@@ -120,12 +120,7 @@ def _set_threads(threads: int) -> None:
     ours = threads or max(1, available // local)
     torch.set_num_threads(ours)
     assert num_threads() == ours  # asked before the others': npr_ext takes up the setting at its first use
-    # gloo copies large buffers in threads of its own. Were each to open an OpenMP team, libgomp would count more threads
-    # than cores and put ours to sleep between any two operators: 2x the time of a decode step. The number of threads is
-    # a thread's own; threads that start later take the last one that anybody set.
-    setter = threading.Thread(target=torch.set_num_threads, args=(1,))
-    setter.start()
-    setter.join()
+    share_cores_with_gloo()
 
 
 def read_shards(

@@ -22,8 +22,11 @@ MAX_BUCKETS = 64  # of queries and keys together, in one process
 @functools.cache
 def compiled_attention() -> Callable[..., Tensor]:
     """flex_attention, compiled once for each bucket (and for each number of heads and type)."""
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_BUCKETS)
-    return torch.compile(flex_attention, dynamic=False)
+    limit = max(torch._dynamo.config.recompile_limit, MAX_BUCKETS)
+    # Around each call, and one object for all of them: torch makes a context variable for each, which is never freed.
+    raised = torch._dynamo.config.patch(recompile_limit=limit)
+    attend: Callable[..., Tensor] = raised(torch.compile(flex_attention, dynamic=False))
+    return attend
 
 
 def flex_branch_attention(

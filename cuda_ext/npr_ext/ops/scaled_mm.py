@@ -26,7 +26,7 @@ def scaled_mm(
         return torch._scaled_mm(
             a_MK, b_KN, scale_a=scale_a, scale_b=scale_b, out_dtype=dtype, use_fast_accum=fast
         )
-    # By name, not by @: that is another library's in megatron_npr.runtime.cpu_runtime, except where layers are recomputed.
+    # By name, not by @: that is another library's in megatron_npr.repairs.megatron_on_cpu, except where layers are recomputed.
     return (torch.mm(a_MK.float(), b_KN.float()) * scale_a * scale_b).to(dtype)
 
 

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from megatron_npr.repairs.process import process_settings
+
 
 @dataclass(frozen=True)
 class Part:
@@ -58,11 +60,15 @@ def main() -> None:
     parser.add_argument("file", type=Path)
     parser.add_argument("--tiny", action="store_true", help="small sizes on the CPU")
     arguments = parser.parse_args()
-    warnings.filterwarnings("ignore", module=r"megatron\.core|megatron_npr\.runtime|torch\.distributed")
-    part = PARTS[arguments.name]
+    with process_settings():
+        warnings.filterwarnings("ignore", module=r"torch\.distributed")
+        measured = _measure(PARTS[arguments.name], tiny=arguments.tiny)
+    arguments.file.write_text(json.dumps(plain(measured)))
+
+
+def _measure(part: Part, *, tiny: bool) -> Any:
     measure = vars(importlib.import_module(f"megatron_npr.bench.gpu.{part.module}"))[part.function]
-    device = torch.device("cpu") if arguments.tiny else torch.device("cuda", 0)
-    arguments.file.write_text(json.dumps(plain(measure(device, tiny=arguments.tiny))))
+    return measure(torch.device("cpu") if tiny else torch.device("cuda", 0), tiny=tiny)
 
 
 if __name__ == "__main__":

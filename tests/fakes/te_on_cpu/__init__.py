@@ -54,7 +54,7 @@ def install() -> None:
         import transformer_engine.common
     transformer_engine.common.load_framework_extension = _load_the_stand_in
 
-    from megatron_npr.runtime.cpu_runtime import CudaOnCpu
+    from megatron_npr.repairs.megatron_on_cpu import CudaOnCpu
 
     with CudaOnCpu():
         import transformer_engine.pytorch.distributed

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_npr.runtime.cpu_matmul import product, takes
+from megatron_npr.repairs.cpu_matmul import product, takes
 from npr_engine.model.linear import HAS_ONEDNN
 
 

@@ -20,6 +20,8 @@ from megatron.core.extensions import transformer_engine as engine_layers
 from megatron.core.fp8_utils import get_fp8_context
 from torch import Tensor
 
+from megatron_npr.repairs.repair import Repair
+
 FORWARD, BACKWARD = 3, 2
 """Quantisers of a GEMM: input, weight, output; gradient of the output, gradient of the input."""
 
@@ -68,7 +70,7 @@ class TensorState(torch.nn.Module):
 
 
 class GroupedTensorState(TensorState):
-    """The same for the experts of a rank: a checkpoint holds the state of each expert for itself."""
+    """Mixin before a grouped layer, the experts of a rank: a checkpoint holds the state of each expert for itself."""
 
     def _split_extra_state(self, state: Tensor) -> list[Tensor]:
         """Megatron asks for the state of every expert: [1 + history, 5] each."""
@@ -96,3 +98,37 @@ def _joined(states: list[Tensor | None]) -> Tensor:
     if len(found) < len(states):
         return torch.empty(0)
     return torch.cat([state[:, :FORWARD] for state in found] + [state[:, FORWARD:] for state in found], dim=1)
+
+
+_ENGINE = "transformer-engine[pytorch]==2.20.2"
+_MODULE = "transformer_engine.pytorch.module.base:TransformerEngineBaseModule"
+REPAIRS = (
+    Repair(
+        f"{_MODULE}.get_extra_state",
+        _ENGINE,
+        "it pickles the state of delayed scaling",
+        "it gives tensors",
+        "`transformer_engine.TensorState`, a mixin of our layers",
+    ),
+    Repair(
+        f"{_MODULE}.set_extra_state",
+        _ENGINE,
+        "it refuses to unpickle it; older versions run whatever it says",
+        "it takes tensors",
+        "`transformer_engine.TensorState`, a mixin of our layers",
+    ),
+    Repair(
+        "megatron.core.extensions.transformer_engine:TEGroupedLinear._split_extra_state",
+        "megatron-core==0.16.1",
+        "states of experts cannot be saved for a recipe that has none",
+        "it splits an empty state",
+        "`transformer_engine.GroupedTensorState`, a mixin of our layers",
+    ),
+    Repair(
+        "transformer_engine.pytorch.tensor.float8_tensor:Float8Quantizer.amax",
+        _ENGINE,
+        "random numbers that a weight was made with stay in the history of largest values",
+        "it begins its history with the first forward pass",
+        "`model/fp8_parameters.py`: `fill`",
+    ),
+)

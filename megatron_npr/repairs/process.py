@@ -1,0 +1,76 @@
+"""Settings of foreign libraries that hold for a whole command: set where a process starts, undone where the command ends.
+
+Imports none of them, so that help and errors of the command line come at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+
+from megatron_npr.repairs.repair import Repair
+
+_SPINS = "GOMP_SPINCOUNT"
+_STORAGE_LOGGER = "megatron.core.dist_checkpointing"
+
+
+@contextlib.contextmanager
+def process_settings() -> Iterator[None]:
+    """Entered by `main` before torch is loaded; see `REPAIRS`."""
+    before = os.environ.get(_SPINS)
+    # Threads that wait for each other sleep after some 20 us instead of spinning for ms; alone that costs nothing.
+    os.environ.setdefault(_SPINS, "20000")
+    logger = logging.getLogger(_STORAGE_LOGGER)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"megatron\.core|megatron_npr\.repairs\.megatron_on_cpu")
+            yield
+    finally:
+        logger.setLevel(level)
+        if before is None:
+            del os.environ[_SPINS]
+
+
+_WHERE = "`process.process_settings`, while a command runs"
+REPAIRS = (
+    Repair(
+        f"environment variable {_SPINS}",
+        "torch==2.13.0",
+        "OpenMP threads that wait spin for ms: ten times slower where another process wants the same cores",
+        "libgomp lets waiting threads sleep soon",
+        _WHERE,
+    ),
+    Repair(
+        "warnings of megatron.core",
+        "megatron-core==0.16.1",
+        "each run begins with warnings about packages that are not installed",
+        "it warns where it would use them",
+        _WHERE,
+    ),
+    Repair(
+        f"level of logger {_STORAGE_LOGGER}",
+        "megatron-core==0.16.1",
+        "each save warns of what our format leaves out on purpose",
+        "it does not",
+        _WHERE,
+    ),
+    Repair(
+        "level of logger math_verify",
+        "math-verify==0.9.0",
+        "it logs every answer that it cannot read",
+        "it does not",
+        "`rl/verifier_worker.py`: `main`, a process of its own",
+    ),
+    Repair(
+        "warnings and output of modelopt",
+        "nvidia-modelopt==0.47.0",
+        "its import lists every optional package that is not there",
+        "it does not",
+        "`hf/fp8_export.py`: `_modelopt`, while it is imported",
+    ),
+)
