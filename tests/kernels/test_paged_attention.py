@@ -82,12 +82,19 @@ def test_a_token_decodes_the_same_alone_and_in_any_batch() -> None:
 
 
 @pytest.mark.parametrize(
-    "what, value", [("tables", 10**6), ("tables", -1), ("rows", 5), ("rows", -1), ("lengths", 999)]
+    "what, value, told",
+    [
+        ("block_tables", 10**6, "row 0 of block_tables names slot 1000000 of a cache of"),
+        ("block_tables", -1, "row 0 of block_tables names slot -1 of a cache of"),
+        ("row_of_token", 5, r"row_of_token\[0\] is 5, but block_tables has 1 rows"),
+        ("row_of_token", -1, r"row_of_token\[0\] is -1, but block_tables has 1 rows"),
+        ("lengths", 999, r"lengths\[0\] is 999, but block_tables has \d+ slots a row"),
+    ],
 )
-def test_an_index_outside_of_its_table_or_cache_is_refused(what: str, value: int) -> None:
+def test_an_index_outside_of_its_table_or_cache_is_refused(what: str, value: int, told: str) -> None:
     q, k, v, tables, rows, lengths = random_job(0, [(2, 40)], 4, 2, 32, torch.float32)
-    {"tables": tables[0], "rows": rows, "lengths": lengths}[what][0] = value
-    with pytest.raises(ValueError, match=str(value)):
+    {"block_tables": tables[0], "row_of_token": rows, "lengths": lengths}[what][0] = value
+    with pytest.raises(ValueError, match=told):
         paged_attention(q, k, v, tables, rows, lengths)
 
 

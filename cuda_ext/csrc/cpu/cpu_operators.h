@@ -17,7 +17,7 @@ namespace npr {
 struct CpuOperators {
   void (*linear)(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& output);
   void (*paged_attention)(const at::Tensor& q, const at::Tensor& k_cache, const at::Tensor& v_cache,
-                          const at::Tensor& tables, const at::Tensor& rows, const at::Tensor& lengths,
+                          const at::Tensor& block_tables, const at::Tensor& rows, const at::Tensor& lengths,
                           const std::vector<TokenRun>& runs, double scale, const at::Tensor& output);
   // These two take what they compute with: float32 for bfloat16.
   void (*branch_attention_forward)(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,

@@ -13,7 +13,7 @@ NPR_ISA_BEGIN
 
 template <typename Products>
 void paged_attention(const at::Tensor& q, const at::Tensor& k_cache, const at::Tensor& v_cache,
-                     const at::Tensor& tables, const at::Tensor& rows, const at::Tensor& lengths,
+                     const at::Tensor& block_tables, const at::Tensor& rows, const at::Tensor& lengths,
                      const std::vector<TokenRun>& runs, double scale, const at::Tensor& output) {
   using Stored = typename Products::Stored;
   const int num_kv_heads = static_cast<int>(k_cache.size(1));
@@ -21,10 +21,10 @@ void paged_attention(const at::Tensor& q, const at::Tensor& k_cache, const at::T
                                    static_cast<const Stored*>(k_cache.const_data_ptr()),
                                    static_cast<const Stored*>(v_cache.const_data_ptr()),
                                    static_cast<Stored*>(output.mutable_data_ptr()),
-                                   tables.const_data_ptr<int32_t>(),
+                                   block_tables.const_data_ptr<int32_t>(),
                                    rows.const_data_ptr<int32_t>(),
                                    lengths.const_data_ptr<int32_t>(),
-                                   tables.size(1),
+                                   block_tables.size(1),
                                    static_cast<int>(q.size(1)),
                                    num_kv_heads,
                                    static_cast<int>(q.size(2)),

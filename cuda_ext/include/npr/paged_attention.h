@@ -1,10 +1,10 @@
 // Attention of new tokens to keys and values that lie in slots of a cache. Torch-free.
 //
-// A task is a run of tokens and one key head. The tokens of a run stand in one table row (a prefill chunk), or in rows
-// that begin with the same slots (branches of one fork, samples of one prompt): the keys that they share are read once
-// for all of them, then each goes on alone. For many query rows a vector of keys at a time is transposed in registers
-// and scored against each; for few rows the transposition would cost more than the products, and they take dot products
-// that are reduced a vector of keys at a time.
+// A task is a run of tokens and one key head. The tokens of a run share a block table (a prefill chunk), or
+// their block tables begin with the same slots (branches of one fork, samples of one prompt): the keys that they share
+// are read once for all of them, then each goes on alone. For many query rows a vector of keys at a time is transposed
+// in registers and scored against each; for few rows the transposition would cost more than the products, and they take
+// dot products that are reduced a vector of keys at a time.
 #pragma once
 
 #include <cstdint>
@@ -20,10 +20,10 @@ struct PagedAttention {
   const Stored* q;        // [T, N, H]
   const Stored* k_cache;  // [S, K, H]
   const Stored* v_cache;
-  Stored* output;          // [T, N, H]
-  const int32_t* tables;   // [rows, width]
-  const int32_t* rows;     // [T]
-  const int32_t* lengths;  // [T]
+  Stored* output;               // [T, N, H]
+  const int32_t* block_tables;  // [rows, width]
+  const int32_t* rows;          // [T]
+  const int32_t* lengths;       // [T]
   int64_t table_width;
   int num_heads;
   int num_kv_heads;
@@ -61,7 +61,7 @@ class PagedAttentionTask {
   }
 
  private:
-  // Query rows [row_begin, row_end) take in the keys [key_begin, key_end) of a table row.
+  // Query rows [row_begin, row_end) take in the keys [key_begin, key_end) of a block table.
   void absorb_keys(const PagedAttention<Stored>& job, const TokenRun& tokens, int kv_head, int64_t table_row,
                    int key_begin, int key_end, int row_begin, int row_end) {
     const int group = job.num_heads / job.num_kv_heads;
@@ -94,7 +94,7 @@ class PagedAttentionTask {
   // Where the keys lie, the last one again beyond `keys`: whole vectors are read, and keys ahead are prefetched.
   void find_keys(const PagedAttention<Stored>& job, int64_t table_row, int begin, int keys) {
     const std::ptrdiff_t stride = static_cast<std::ptrdiff_t>(job.num_kv_heads) * job.dim;
-    const int32_t* slots = job.tables + table_row * job.table_width + begin;
+    const int32_t* slots = job.block_tables + table_row * job.table_width + begin;
     for (int j = 0; j < keys; ++j) offsets_[j] = slots[j] * stride;
     std::fill_n(offsets_ + keys, kLanes<T> + kKeysAhead, offsets_[keys - 1]);
   }

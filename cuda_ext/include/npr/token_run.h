@@ -10,7 +10,7 @@ struct TokenRun {
   int32_t count;
   int32_t table_row;  // of the first token
   int32_t together;   // keys at the front that are read for all tokens; a token beyond its length sees none of them
-  bool one_row;       // all tokens stand in one table row: every key is read together
+  bool one_row;       // all tokens share a block table: every key is read together
 };
 
 }  // namespace npr
