@@ -18,7 +18,7 @@ TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-12, torch.bfloat16: 2e-2}
 def random_job(
     seed: int, runs: list[tuple[int, int]], heads: int, kv_heads: int, dim: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, ...]:
-    """Runs of (tokens, keys of the last one), each a causal chunk of its own table row; slots are shared and shuffled."""
+    """Runs of (tokens, keys of the last one), each a causal chunk on its own block table; slots are shared and shuffled."""
     generator = torch.Generator().manual_seed(seed)
     width = max((length for _, length in runs), default=1)
     num_slots = width + 7

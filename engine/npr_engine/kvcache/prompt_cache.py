@@ -19,7 +19,7 @@ class PromptKV:
         token_ids, slots: int32 [P - 1].
         blocks: the blocks of the slots.
         num_computed_tokens: tokens whose KV is computed or planned.
-        row: table row while it is being filled, else -1.
+        row: row of the block table while it is being filled, else -1.
         num_users: running responses that alias the slots.
         planned_step: last engine step that wrote to the slots.
     """

@@ -21,7 +21,7 @@ from npr_engine.scheduler.rows import Rows
 
 
 class Memory:
-    """KV slots and the table rows that point to them. It never preempts: it says no."""
+    """KV slots and the rows of the block table that point to them. It never preempts: it says no."""
 
     def __init__(self, pool: BlockPool, rows: Rows) -> None:
         self.pool = pool
