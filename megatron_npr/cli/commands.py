@@ -67,6 +67,7 @@ TOOLS = {
     "demo": Tool("all stages on the small model, with a report", "demo.command"),
     "base": Tool("make the demo's base model from nothing", "demo.base_command"),
     "report": Tool("build report.html and report.json of a finished demo again", "report.command"),
+    "profile": Tool("where the time of a run goes, phase by phase", "report.profile_command"),
     "bench": Tool("measure layouts, attention, engine, weight sync, text; prints JSON", "bench.command"),
     "plan": Tool("a layout, memory and time for a model on a cluster", "planning.command"),
     "draw": Tool("draw a small response's layout: mask, tiles, timeline", "report.draw_command"),

@@ -5,6 +5,7 @@ from megatron_npr.config.sections import (
     BatchSettings,
     CheckpointSettings,
     DapoSettings,
+    DapoTrainSettings,
     DataSettings,
     EvalMode,
     EvalSettings,
@@ -27,11 +28,13 @@ from megatron_npr.config.sections import (
 from megatron_npr.config.shipped import CONFIGS
 from megatron_npr.config.stages import (
     EvalConfig,
+    RlConfig,
     SampleConfig,
     Stage1Config,
     Stage2Config,
     Stage3Config,
     StageConfig,
+    TrainingConfig,
 )
 
 __all__ = [
@@ -39,6 +42,7 @@ __all__ = [
     "BatchSettings",
     "CheckpointSettings",
     "DapoSettings",
+    "DapoTrainSettings",
     "DataSettings",
     "EvalConfig",
     "EvalMode",
@@ -52,6 +56,7 @@ __all__ = [
     "PapoSettings",
     "ParallelSettings",
     "Recompute",
+    "RlConfig",
     "RlTrainSettings",
     "RolloutSettings",
     "RunSettings",
@@ -64,6 +69,7 @@ __all__ = [
     "Stage2Config",
     "Stage3Config",
     "StageConfig",
+    "TrainingConfig",
     "keys",
     "load_config",
     "parse_overrides",

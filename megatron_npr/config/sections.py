@@ -261,7 +261,6 @@ class BatchSettings(Section):
 
 class RlTrainSettings(Section):
     steps: PositiveInt = Field(200, description="rollout rounds")
-    updates_per_step: PositiveInt = Field(1, description="optimizer steps on one round's samples")
     entropy: bool = Field(
         True, description="the policy's entropy among the metrics, for one more pass over the logits"
     )
@@ -281,6 +280,10 @@ class RlTrainSettings(Section):
     def entropy_weight(self) -> float | None:
         """The coefficient; None: the entropy is not computed."""
         return self.entropy_coefficient if self.entropy else None
+
+
+class DapoTrainSettings(RlTrainSettings):
+    updates_per_step: PositiveInt = Field(32, description="optimizer updates on the samples of one round")
 
 
 class SftTrainSettings(Section):

@@ -9,6 +9,7 @@ from megatron_npr.config.sections import (
     BatchSettings,
     CheckpointSettings,
     DapoSettings,
+    DapoTrainSettings,
     DataSettings,
     EvalSettings,
     Fp8Settings,
@@ -29,34 +30,47 @@ from megatron_npr.config.sections import (
 
 
 class StageConfig(Section):
-    """A subcommand's configuration."""
+    """What every subcommand is told: its run folder, its model, the layout of its processes."""
 
     command: ClassVar[str]
     run: RunSettings
+    model: ModelSettings
+    parallel: ParallelSettings = ParallelSettings()
+    log: LogSettings = LogSettings()
 
 
-class Stage1Config(StageConfig):
+class TrainingConfig(StageConfig):
+    """What every stage that trains is told beside that."""
+
+    fp8: Fp8Settings = Fp8Settings()
+    optimizer: OptimizerSettings
+    batch: BatchSettings = BatchSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+
+
+class RlConfig(TrainingConfig):
+    """What the stages that learn from rollouts are told beside that."""
+
+    data: DataSettings
+    rollout: RolloutSettings
+    train: RlTrainSettings
+    memory: MemorySettings = MemorySettings()
+
+    @model_validator(mode="after")
+    def _groups_can_differ(self) -> "RlConfig":
+        self.rollout.require_differences()
+        return self
+
+
+class Stage1Config(RlConfig):
     """`npr stage1`: DAPO, decoded sequentially, that teaches the format."""
 
     command: ClassVar[str] = "stage1"
     run: RunSettings = RunSettings(dir=Path("runs/stage1"))
-    model: ModelSettings
-    fp8: Fp8Settings = Fp8Settings()
-    parallel: ParallelSettings = ParallelSettings()
-    data: DataSettings
     rollout: RolloutSettings = RolloutSettings(prompts_per_step=32, branching=False)
     optimizer: OptimizerSettings = OptimizerSettings(lr=1e-6, schedule="cosine", warmup_steps=10)
-    batch: BatchSettings = BatchSettings()
-    train: RlTrainSettings = RlTrainSettings(updates_per_step=32)
+    train: DapoTrainSettings = DapoTrainSettings()
     dapo: DapoSettings = DapoSettings()
-    memory: MemorySettings = MemorySettings()
-    checkpoint: CheckpointSettings = CheckpointSettings()
-    log: LogSettings = LogSettings()
-
-    @model_validator(mode="after")
-    def _groups_can_differ(self) -> "Stage1Config":
-        self.rollout.require_differences()
-        return self
 
 
 class SampleConfig(StageConfig):
@@ -64,12 +78,9 @@ class SampleConfig(StageConfig):
 
     command: ClassVar[str] = "sample"
     run: RunSettings = RunSettings(dir=Path("runs/sample"))
-    model: ModelSettings
-    parallel: ParallelSettings = ParallelSettings()
     data: DataSettings
     rollout: RolloutSettings = RolloutSettings(prompts_per_step=4096, samples_per_prompt=1, branching=False)
     sample: SampleSettings = SampleSettings()
-    log: LogSettings = LogSettings()
 
     @model_validator(mode="after")
     def _one_response_a_trial(self) -> "SampleConfig":
@@ -81,46 +92,28 @@ class SampleConfig(StageConfig):
         return self
 
 
-class Stage2Config(StageConfig):
+class Stage2Config(TrainingConfig):
     """`npr stage2`: parallel supervised fine-tuning of the base model on those samples."""
 
     command: ClassVar[str] = "stage2"
     run: RunSettings = RunSettings(dir=Path("runs/stage2"))
-    model: ModelSettings
-    fp8: Fp8Settings = Fp8Settings()
-    parallel: ParallelSettings = ParallelSettings()
     sft: SftSettings
     optimizer: OptimizerSettings = OptimizerSettings(
         lr=1e-6, min_lr=5e-7, schedule="cosine", warmup_fraction=0.05, beta2=0.95
     )
-    batch: BatchSettings = BatchSettings()
     train: SftTrainSettings = SftTrainSettings()
     checkpoint: CheckpointSettings = CheckpointSettings(every=100)
-    log: LogSettings = LogSettings()
 
 
-class Stage3Config(StageConfig):
+class Stage3Config(RlConfig):
     """`npr stage3`: PAPO, native parallel RL on rollouts of the branching engine."""
 
     command: ClassVar[str] = "stage3"
     run: RunSettings = RunSettings(dir=Path("runs/stage3"))
-    model: ModelSettings
-    fp8: Fp8Settings = Fp8Settings()
-    parallel: ParallelSettings = ParallelSettings()
-    data: DataSettings
     rollout: RolloutSettings = RolloutSettings()
     optimizer: OptimizerSettings = OptimizerSettings(lr=1e-7, min_lr=1e-7)
-    batch: BatchSettings = BatchSettings()
     train: RlTrainSettings = RlTrainSettings()
     papo: PapoSettings = PapoSettings()
-    memory: MemorySettings = MemorySettings()
-    checkpoint: CheckpointSettings = CheckpointSettings()
-    log: LogSettings = LogSettings()
-
-    @model_validator(mode="after")
-    def _groups_can_differ(self) -> "Stage3Config":
-        self.rollout.require_differences()
-        return self
 
 
 class EvalConfig(StageConfig):
@@ -128,8 +121,5 @@ class EvalConfig(StageConfig):
 
     command: ClassVar[str] = "eval"
     run: RunSettings = RunSettings(dir=Path("runs/eval"))
-    model: ModelSettings
-    parallel: ParallelSettings = ParallelSettings()
     rollout: RolloutSettings = RolloutSettings(prompts_per_step=256, top_p=0.7)
     eval: EvalSettings = Field()
-    log: LogSettings = LogSettings()

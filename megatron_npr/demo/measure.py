@@ -32,7 +32,7 @@ SAMPLES = {"greedy": 1, "top_p": 1}
 
 def measure(config: EvalConfig, mode: EvalMode, folder: Path, name: str, verifier: Verifier) -> None:
     """Decode the held-out problems with one model in every way; writes NAME.npz and NAME.jsonl (rollouts of T = 1)."""
-    session = open_session(config, config.run, config.model, config.parallel)
+    session = open_session(config)
     engine = folder_engine(session, config.rollout)
     outcomes: dict[str, Evaluation] = {}
     prompts = evaluation_prompts(session, config.eval, "sequential" if mode == "sequential" else "parallel")

@@ -257,7 +257,7 @@ class Demo:
     def measure_speed(self) -> None:
         """npr's weights on all cores, with and without branches, at batch 1 and 32."""
         config = self.evaluation("speed", "npr", "--run.threads", str(self.cores))
-        session = open_session(config, config.run, config.model, config.parallel)
+        session = open_session(config)
         engine = folder_engine(session, config.rollout)
         prompts = evaluation_prompts(session, config.eval, "parallel")
         settings = mode_settings(config.rollout, "parallel", 1)

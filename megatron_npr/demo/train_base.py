@@ -81,7 +81,7 @@ def running_losses(
     for step in range(base.MAX_UPDATES):
         report = trainer.step(next_batch(sequences), lambda lp, row: sft_loss(lp), branching=False)
         running = report.loss if step == 0 else running + (1 - base.LOSS_MEMORY) * (report.loss - running)
-        monitor.step(step, tokens=report.num_tokens, shown=("loss",), loss=running, lr=report.lr)
+        monitor.step(step, {"loss": running, "lr": report.lr}, tokens=report.num_tokens, shown=("loss",))
         yield running
 
 

@@ -23,6 +23,10 @@ METRICS = "metrics.jsonl"
 CONFIG = "config.toml"
 """The resolved configuration, which the session writes."""
 
+STEP_SECONDS = "step_seconds"
+PHASE_SECONDS = "seconds/"
+"""Metrics: wall time from the end of the step before to that of this one, and the part of it in each phase."""
+
 WANDB_ID = "wandb_id"
 """The identity of this run at wandb: a run that is continued here is continued there."""
 

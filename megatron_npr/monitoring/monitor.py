@@ -9,8 +9,9 @@ from types import MappingProxyType
 
 from megatron_npr.config import LogSettings, RunSettings
 from megatron_npr.monitoring.jumps import Jumps, Share
-from megatron_npr.monitoring.metrics import MetricsLog
+from megatron_npr.monitoring.metrics import PHASE_SECONDS, STEP_SECONDS, MetricsLog
 from megatron_npr.monitoring.progress import Progress
+from megatron_npr.monitoring.spans import PhaseTimes, timed_phases
 from megatron_npr.runtime.process_world import World
 
 FAULTS = frozenset({"verifier_timeouts", "verifier_deaths"})
@@ -23,20 +24,24 @@ class Monitor:
     metrics: MetricsLog
     progress: Progress
     is_main: bool
+    times: PhaseTimes
     jumps: Jumps = field(default_factory=lambda: Jumps(FAULTS))
 
     def step(
         self,
         step: int,
+        values: Mapping[str, float],
         *,
         tokens: int,
         shown: Sequence[str],
         shares: Mapping[str, Share] = MappingProxyType({}),
-        **values: float,
     ) -> None:
-        """Log all values of a step, and of the shares the counts; show the named ones, and a line for a share that jumps."""
+        """Log all values of a step, of the shares the counts, and the seconds by phase since the step before (with its save);
+        show the named values, and a line for a share that jumps."""
+        whole, phases = self.times.take()
         counts = {name: share.count for name, share in shares.items()}
-        self.metrics.log(step, tokens=tokens, **values, **counts)
+        seconds = {STEP_SECONDS: whole, **{PHASE_SECONDS + name: value for name, value in phases.items()}}
+        self.metrics.log(step, tokens=tokens, **values, **counts, **seconds)
         for line in self.jumps.take(shares) if self.is_main else ():
             self.progress.warn(f"step {step}: {line}")
         self.progress.advance(1, tokens=tokens, **{name: values[name] for name in shown})
@@ -57,8 +62,9 @@ def monitored(
     with (
         MetricsLog(run.dir, log.backend, world.is_main, first) as metrics,
         Progress(name, total, unit, first=first, shown=world.is_main and log.progress) as progress,
+        timed_phases(PhaseTimes()) as times,
     ):
-        yield Monitor(metrics, progress, world.is_main)
+        yield Monitor(metrics, progress, world.is_main, times)
 
 
 def mean(values: Iterable[float]) -> float:

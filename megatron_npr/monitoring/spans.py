@@ -1,80 +1,80 @@
-"""Phases of a step: `with span("rollout"):` writes a JSON line, and an NVTX range where there is CUDA.
+"""Phases of a step: where its time goes.
 
-Times are those of the host: a phase that ends with queued device work has to synchronise by itself.
+    with span("rollout"): ... ──► an NVTX range where there is CUDA, and seconds by phase ──► PhaseTimes.take() ──► metrics
+
+A phase's seconds are its own: those of a phase inside it are the inner one's, so phases sum to at most the whole. Times are
+those of the host; a phase of a stage ends with a number that the host reads, so it has the device work that it queued.
 """
 
+from __future__ import annotations
+
 import contextlib
-import json
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
 
-@dataclass
-class Span:
-    """One measured phase; `seconds` is known when its with-block has ended."""
+class PhaseTimes:
+    """Seconds by phase of the spans that end on this thread within a with-block of `timed_phases`."""
 
-    name: str
-    depth: int
-    start: float
-    seconds: float = 0.0
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.clock = clock
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._inner = 0.0  # seconds of the spans that have ended inside the one that is open
+        self._since = clock()
+
+    def take(self) -> tuple[float, dict[str, float]]:
+        """Seconds since the last call (or the start), and those of them in each phase, in the order of their first ends."""
+        now = self.clock()
+        whole, phases = now - self._since, dict(self._seconds)
+        self._seconds.clear()
+        self._since = now
+        return whole, phases
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count a with-block, without the phases inside it."""
+        outer, self._inner = self._inner, 0.0
+        began = self.clock()
+        try:
+            yield
+        finally:
+            seconds = self.clock() - began
+            self._seconds[name] += seconds - self._inner
+            self._inner = outer + seconds
 
 
-@dataclass
-class SpanLog:
-    """Where the spans of a with-block of `record_spans` go."""
-
-    path: Path
-    clock: Callable[[], float] = time.perf_counter
-    depth: int = 0
-    spans: list[Span] = field(default_factory=list)
-
-    def totals(self) -> dict[str, float]:
-        """Seconds by name over everything recorded so far."""
-        total: dict[str, float] = {}
-        for finished in self.spans:
-            total[finished.name] = total.get(finished.name, 0.0) + finished.seconds
-        return total
-
-
-_ACTIVE: ContextVar[SpanLog | None] = ContextVar("span_log", default=None)
+_ACTIVE: ContextVar[PhaseTimes | None] = ContextVar("phase_times", default=None)
 
 
 @contextlib.contextmanager
-def record_spans(path: Path, clock: Callable[[], float] = time.perf_counter) -> Iterator[SpanLog]:
-    """Append the spans that end inside this with-block to `path` (JSON lines, in order of their ends)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    log = SpanLog(path, clock)
-    token = _ACTIVE.set(log)
+def timed_phases(times: PhaseTimes) -> Iterator[PhaseTimes]:
+    """Within this with-block spans count in `times`."""
+    token = _ACTIVE.set(times)
     try:
-        yield log
+        yield times
     finally:
         _ACTIVE.reset(token)
 
 
 @contextlib.contextmanager
-def span(name: str) -> Iterator[Span]:
-    """Measure a phase. Outside `record_spans` it only times itself."""
-    log = _ACTIVE.get()
-    clock = log.clock if log is not None else time.perf_counter
-    current = Span(name, log.depth if log is not None else 0, clock())
-    if log is not None:
-        log.depth += 1
-    nvtx = torch.cuda.is_available()
-    if nvtx:
-        torch.cuda.nvtx.range_push(name)
+def span(name: str) -> Iterator[None]:
+    """Mark a phase, as a with-block or a decorator; outside `timed_phases` for Nsight alone."""
+    times = _ACTIVE.get()
+    with _nvtx_range(name), contextlib.nullcontext() if times is None else times.phase(name):
+        yield
+
+
+@contextlib.contextmanager
+def _nvtx_range(name: str) -> Iterator[None]:
+    if not torch.cuda.is_available():
+        yield
+        return
+    torch.cuda.nvtx.range_push(name)
     try:
-        yield current
+        yield
     finally:
-        if nvtx:
-            torch.cuda.nvtx.range_pop()
-        current.seconds = clock() - current.start
-        if log is not None:
-            log.depth -= 1
-            log.spans.append(current)
-            with log.path.open("a") as file:
-                file.write(json.dumps(vars(current)) + "\n")
+        torch.cuda.nvtx.range_pop()

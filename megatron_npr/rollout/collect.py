@@ -18,6 +18,7 @@ from megatron_npr.config import RolloutSettings
 from megatron_npr.data.packing import TrainSample
 from megatron_npr.data.rounds import Turn
 from megatron_npr.data.seeds import derive_seed
+from megatron_npr.monitoring.spans import span
 from megatron_npr.rollout.engine_groups import EngineShare
 from megatron_npr.runtime.process_world import World
 from npr_engine.backend import Backend
@@ -42,6 +43,7 @@ def sampling_params(settings: RolloutSettings, seed: int) -> SamplingParams:
     )
 
 
+@span("rollout")
 def collect(
     engine: Backend,
     world: World,

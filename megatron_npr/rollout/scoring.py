@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from megatron_npr.config import RolloutSettings
 from megatron_npr.data.rounds import Turn
 from megatron_npr.monitoring.jumps import Share
+from megatron_npr.monitoring.spans import span
 from megatron_npr.rl.rewards import accuracy_reward, reward_of_reading
 from megatron_npr.rl.verifier import Verdict, Verifier
 from megatron_npr.rollout.engine_groups import EngineShare
@@ -73,6 +74,7 @@ class Scored:
         return accuracy_reward(self.correct)
 
 
+@span("verify")
 def score(
     world: World,
     grammar: Grammar,

@@ -119,7 +119,7 @@ def run(config: EvalConfig) -> None:
 
     Finished modes are kept in progress.jsonl: an interrupted evaluation continues with the others.
     """
-    session = open_session(config, config.run, config.model, config.parallel)
+    session = open_session(config)
     prompts = prompts_of_modes(session, config)
     engine = folder_engine(session, config.rollout)
     journal = Journal(config.run.dir / JOURNAL, session.world, continued=session.continued)
@@ -139,11 +139,10 @@ def run(config: EvalConfig) -> None:
             finished[mode] = figures(outcome)
             monitor.step(
                 step,
+                {"accuracy": float(outcome.correct.mean()), "format_valid": float(outcome.valid.mean())},
                 tokens=int(outcome.num_tokens.sum()),
                 shown=("accuracy", "format_valid"),
                 shares=outcome.outcomes,
-                accuracy=float(outcome.correct.mean()),
-                format_valid=float(outcome.valid.mean()),
             )
             if session.world.is_main and step == 0:
                 rollouts = [rollout for group in groups for rollout in group]

@@ -69,19 +69,21 @@ class Search:
         tried = self.counts["tried"]
         monitor.step(
             self.trial,
+            {
+                "kept": len(self.kept),
+                "tried": tried,
+                "format_valid": self.counts["valid"] / tried,
+                "accuracy": self.counts["correct"] / tried,
+            },
             tokens=self.counts["tokens"],
             shown=("kept",),
             shares={name: Share(self.counts[name], tried) for name in OUTCOMES},
-            kept=len(self.kept),
-            tried=tried,
-            format_valid=self.counts["valid"] / tried,
-            accuracy=self.counts["correct"] / tried,
         )
 
 
 def run(config: SampleConfig) -> Path:
     """Sample, keep, write; returns the path of the samples. Ctrl-C ends after the round, with the samples found so far."""
-    session = open_session(config, config.run, config.model, config.parallel)
+    session = open_session(config)
     prompts = training_prompts(session, config.data)
     check_rollout_room(session, prompts, config.data, config.rollout)
     engine = folder_engine(session, config.rollout)

@@ -16,77 +16,49 @@ from torch import Tensor
 
 from megatron_npr.config import DapoSettings, Stage1Config
 from megatron_npr.data.packing import PackedRow, TrainSample
-from megatron_npr.data.rounds import round_turns
 from megatron_npr.monitoring.jumps import Share
-from megatron_npr.monitoring.monitor import mean, monitored
+from megatron_npr.monitoring.monitor import mean
 from megatron_npr.rl.advantage import flat_groups, grpo_advantages
 from megatron_npr.rl.losses import LossSum, dapo_loss
-from megatron_npr.rl.verifier import Verifier
-from megatron_npr.rollout.collect import collect, train_sample
-from megatron_npr.rollout.scoring import Scored, agree_on_round, outcomes, score
-from megatron_npr.stages.prompt_sets import training_prompts
-from megatron_npr.training.learner import Learner
-from megatron_npr.training.offload import peak_memory
-from megatron_npr.training.room import check_rollout_room
-from megatron_npr.training.session import open_session
+from megatron_npr.rollout.collect import train_sample
+from megatron_npr.rollout.scoring import Scored
+from megatron_npr.stages.rl_stage import open_rl_stage
+from megatron_npr.training.trainer import StepReport
 
 
 def run(config: Stage1Config) -> None:
     """Train, checkpoint, and leave the model in run.dir/model."""
-    session = open_session(config, config.run, config.model, config.parallel)
-    with Verifier() as verifier:
-        prompts = training_prompts(session, config.data)
-        check_rollout_room(session, prompts, config.data, config.rollout, config.batch)
-        learner = Learner(
-            session,
-            optimizer=config.optimizer,
-            batch=config.batch,
-            checkpoint=config.checkpoint,
-            fp8=config.fp8,
-            memory=config.memory,
-            num_updates=config.train.steps * config.train.updates_per_step,
-            entropy_coefficient=config.train.entropy_weight,
-        )
-        engine = learner.build_engine(config.rollout)
-        objective = partial(objective_of, settings=config.dapo)
-        identity = (config.run.seed, "stage1")
-        total, first = config.train.steps, learner.first_step
-        with monitored("stage 1", config.run, config.log, session.world, total=total, first=first) as monitor:
-            for step in learner.steps(total):
-                turns = round_turns(prompts, config.rollout.prompts_per_step, step, config.run.seed)
-                with peak_memory(session.world.device) as rollout_peak, learner.rollout_memory(engine):
-                    groups = collect(engine, session.world, turns, config.rollout, identity=identity)
-                scored = score(session.world, session.grammar, verifier, groups, turns, config.rollout)
-                rewards = np.array([reward(item, config) for item in scored])
-                updates = split_updates(scored, rewards, config)
-                agree_on_round(step, turns, scored, [advantages_of(update) for update in updates])
-                with peak_memory(session.world.device) as train_peak:
-                    reports = [learner.trainer.step(update, objective, branching=False) for update in updates]
-                learner.update_engine(engine)
-                monitor.step(
-                    step,
-                    tokens=sum(item.rollout.num_tokens for item in scored),
-                    shown=("format_valid", "accuracy"),
-                    shares=outcomes(scored) | {"flat_groups": share_of_flat(rewards, scored)},
-                    reward=float(rewards.mean()),
-                    format_reward=mean(item.format for item in scored),
-                    format_valid=mean(item.valid for item in scored),
-                    accuracy=mean(item.correct for item in scored),
-                    response_tokens=mean(item.rollout.num_tokens for item in scored),
-                    updates=len(reports),
-                    trained_samples=sum(len(update) for update in updates),
-                    loss=mean(report.loss for report in reports),
-                    grad_norm=mean(report.grad_norm for report in reports),
-                    clipped=mean(report.metrics["clipped"] for report in reports),
-                    entropy=mean(report.entropy for report in reports),
-                    train_seconds=sum(report.seconds for report in reports),
-                    imbalance=mean(report.imbalance for report in reports),
-                    lr=learner.trainer.lr,
-                    **learner.balance(reports),
-                    rollout_memory_gb=rollout_peak.gb,
-                    train_memory_gb=train_peak.gb,
-                )
-        learner.export(config.run.dir / "model")
+    num_updates = config.train.steps * config.train.updates_per_step
+    objective = partial(objective_of, settings=config.dapo)
+    with open_rl_stage(config, "stage 1", num_updates=num_updates) as stage:
+        for step in stage.steps():
+            done = stage.rollout(step)
+            rewards = np.array([reward(item, config) for item in done.scored])
+            updates = split_updates(done.scored, rewards, config)
+            done.agree([np.array([sample.advantage for sample in update]) for update in updates])
+            reports = [stage.learner.trainer.step(update, objective, branching=False) for update in updates]
+            stage.finish(
+                done,
+                metrics(done.scored, rewards, updates, reports),
+                reports=reports,
+                shares={"flat_groups": share_of_flat(rewards, done.scored)},
+            )
+
+
+def metrics(
+    scored: Sequence[Scored],
+    rewards: np.ndarray,
+    updates: Sequence[Sequence[TrainSample]],
+    reports: Sequence[StepReport],
+) -> dict[str, float]:
+    """What only this stage measures of a step."""
+    return {
+        "reward": float(rewards.mean()),
+        "format_reward": mean(item.format for item in scored),
+        "updates": len(updates),
+        "trained_samples": sum(len(update) for update in updates),
+        "clipped": mean(report.metrics["clipped"] for report in reports),
+    }
 
 
 def reward(item: Scored, config: Stage1Config) -> float:
@@ -132,11 +104,6 @@ def share_of_flat(rewards: np.ndarray, scored: Sequence[Scored]) -> Share:
     """Groups that teach nothing."""
     groups = np.array([item.group for item in scored])
     return Share(len(np.unique(groups[flat_groups(rewards, groups)])), len(np.unique(groups)))
-
-
-def advantages_of(update: Sequence[TrainSample]) -> np.ndarray:
-    """Of the samples of an update, [n]."""
-    return np.array([sample.advantage for sample in update])
 
 
 def objective_of(log_probs: Tensor, row: PackedRow, *, settings: DapoSettings) -> LossSum:

@@ -24,38 +24,19 @@ from megatron_npr.training.session import open_session
 
 def run(config: Stage2Config) -> None:
     """Train, checkpoint, and leave the model in run.dir/model."""
-    session = open_session(config, config.run, config.model, config.parallel)
+    session = open_session(config)
     read = on_first_rank(session.world, lambda: read_samples(config.sft.data, session.vocabulary))
     samples = [sample.train_sample() for sample in read]
-    total = num_updates(samples, config)
     check_sample_room(session, samples, config.sft.data, config.batch)
-    learner = Learner(
-        session,
-        optimizer=config.optimizer,
-        batch=config.batch,
-        checkpoint=config.checkpoint,
-        fp8=config.fp8,
-        num_updates=total,
-        overlap_param_gather=True,
-    )
+    total = num_updates(samples, config)
+    learner = Learner(session, config, num_updates=total, overlap_param_gather=True)
     first = learner.first_step
     with monitored("stage 2", config.run, config.log, session.world, total=total, first=first) as monitor:
         for step in learner.steps(total):
             chosen = round_places(len(samples), config.train.global_batch, step, config.run.seed)
             report = learner.trainer.step([samples[place.row] for place in chosen], objective, branching=True)
-            monitor.step(
-                step,
-                tokens=report.num_tokens,
-                shown=("loss",),
-                shares={},
-                loss=report.loss,
-                grad_norm=report.grad_norm,
-                train_seconds=report.seconds,
-                imbalance=report.imbalance,
-                lr=report.lr,
-                **learner.balance([report]),
-            )
-    learner.export(config.run.dir / "model")
+            monitor.step(step, learner.metrics([report]), tokens=report.num_tokens, shown=("loss",))
+    learner.export()
 
 
 def num_updates(samples: Sequence[TrainSample], config: Stage2Config) -> int:

@@ -6,26 +6,20 @@ steps() yields the steps still to do, checkpoints between them, and stops cleanl
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_npr.config import (
-    BatchSettings,
-    CheckpointSettings,
-    Fp8Settings,
-    MemorySettings,
-    OptimizerSettings,
-    RolloutSettings,
-)
+from megatron_npr.config import MemorySettings, RolloutSettings, TrainingConfig
 from megatron_npr.hf.huggingface import export_model
 from megatron_npr.model.linears import describe, require_fp8
 from megatron_npr.model.policy_builder import build_policy
 from megatron_npr.model.policy_weights import load_policy_weights
 from megatron_npr.monitoring.monitor import mean
+from megatron_npr.monitoring.spans import span
 from megatron_npr.rollout.engine_groups import engine_layout
 from megatron_npr.run_folder.claim import CHECKPOINTS
 from megatron_npr.run_folder.resumption import INPUTS, input_sums, settings_of
@@ -39,9 +33,6 @@ from megatron_npr.weight_sync.exchange import Exchanged
 from npr_engine.backend import Backend
 from npr_ext.errors import UserError
 
-USUAL_FP8 = Fp8Settings()
-USUAL_MEMORY = MemorySettings()
-
 
 class Learner:
     """Policy, optimizer, engine weights and checkpoints of one run."""
@@ -49,20 +40,20 @@ class Learner:
     def __init__(
         self,
         session: Session,
+        config: TrainingConfig,
         *,
-        optimizer: OptimizerSettings,
-        batch: BatchSettings,
-        checkpoint: CheckpointSettings,
         num_updates: int,
-        fp8: Fp8Settings = USUAL_FP8,
-        memory: MemorySettings = USUAL_MEMORY,
         overlap_param_gather: bool = False,
         entropy_coefficient: float | None = None,
     ) -> None:
-        self.session, self._every, self._memory = session, checkpoint.every, memory
+        """A fresh policy from model.path, or the one of the run's latest checkpoint; collective.
+
+        `num_updates` of the whole run, for the learning-rate schedule; `entropy_coefficient` None: the entropy is not computed.
+        """
+        self.session, self._every = session, config.checkpoint.every
         in_fp8 = session.model.dtype == "fp8"
         if in_fp8:
-            require_fp8(session.world.device, fp8.recipe)
+            require_fp8(session.world.device, config.fp8.recipe)
         if session.world.is_main and session.world.device.type == "cuda":
             print(f"npr: {describe(session.world.device, fp8=in_fp8)}", file=sys.stderr)
         policy = build_policy(
@@ -72,7 +63,7 @@ class Learner:
             parallel=session.parallel,
             recompute=session.model.recompute,
             router_aux_loss=session.model.router_aux_loss,
-            fp8=fp8 if in_fp8 else None,
+            fp8=config.fp8 if in_fp8 else None,
             unused_ids=session.vocabulary.unused_ids(session.model_config.vocab_size).tolist(),
             entropy_coefficient=entropy_coefficient,
         )
@@ -80,8 +71,8 @@ class Learner:
         self.trainer = Trainer(
             policy,
             session.world,
-            optimizer=optimizer,
-            batch=batch,
+            optimizer=config.optimizer,
+            batch=config.batch,
             tags=session.vocabulary.tags,
             pad_id=session.pad_id,
             num_updates=num_updates,
@@ -90,12 +81,12 @@ class Learner:
         self.checkpoints = Checkpoints(
             session.run.dir / CHECKPOINTS,
             session.world,
-            keep=checkpoint.keep,
+            keep=config.checkpoint.keep,
             model_folder=session.model.path,
             config=session.config.model_dump(mode="json"),
             # Without a GPU the copy to host memory is no copy: the forked writer would double the memory of every page
             # that training touches meanwhile.
-            asynchronous=checkpoint.async_save and session.world.device.type == "cuda",
+            asynchronous=config.checkpoint.async_save and session.world.device.type == "cuda",
         )
         # Of the files as the run found them: a checkpoint says with which data it was made.
         self._progress = {INPUTS: input_sums(settings_of(session.config))} if session.world.is_main else {}
@@ -112,15 +103,16 @@ class Learner:
             self.update_engine(engine)  # it has read the folder, not the checkpoint
         return engine
 
-    def rollout_memory(self, engine: Backend) -> AbstractContextManager[None]:
+    def rollout_memory(self, engine: Backend, settings: MemorySettings) -> AbstractContextManager[None]:
         """The with-block in which the engine decodes: the device is the engine's in it and the trainer's outside."""
-        return rollout_memory(TrainerMemory(self.trainer, self._memory), engine, self._memory)
+        return rollout_memory(TrainerMemory(self.trainer, settings), engine, settings)
 
     def update_engine(self, engine: Backend) -> Exchanged:
         """After an optimizer step: the next rollout uses the new weights. Our engine reads the very tensors."""
-        self.trainer.gather()
-        report = self.weights.update()
-        engine.update_weights(self.weights.tensors, report.version)
+        with span("weight_sync"):
+            self.trainer.gather()
+            report = self.weights.update()
+            engine.update_weights(self.weights.tensors, report.version)
         return report
 
     def steps(self, total: int) -> Iterator[int]:
@@ -137,26 +129,39 @@ class Learner:
             for step in range(self.first_step, total):
                 yield step
                 stopping = stop.agreed()
+                last = stopping or step + 1 == total
                 due = self._every > 0 and (step + 1) % self._every == 0
-                if stopping or due or step + 1 == total:
-                    self.trainer.gather()
-                    self.checkpoints.save(step + 1, self.trainer, self._progress)
-                self.checkpoints.finish(wait=stopping or step + 1 == total)
+                with span("save"):
+                    if last or due:
+                        self.trainer.gather()
+                        self.checkpoints.save(step + 1, self.trainer, self._progress)
+                    self.checkpoints.finish(wait=last)
                 if stopping and step + 1 < total:
                     raise KeyboardInterrupt
 
-    def balance(self, reports: Iterable[StepReport]) -> dict[str, float]:
-        """The metric of a step's updates that says how evenly experts are loaded; none where nothing balances them."""
-        if not self.trainer.balances_experts:
-            return {}
-        return {"load_balance": mean(report.load_balance for report in reports)}
+    def metrics(self, reports: Sequence[StepReport]) -> dict[str, float]:
+        """The figures of a step's updates (means, sums of seconds, the largest memory), and of how evenly experts are loaded
+        where a loss balances them; those of no update are NaN."""
+        values = {
+            "loss": mean(report.loss for report in reports),
+            "grad_norm": mean(report.grad_norm for report in reports),
+            "train_seconds": sum(report.seconds for report in reports),
+            "train_memory_gb": max((report.memory_gb for report in reports), default=math.nan),
+            "imbalance": mean(report.imbalance for report in reports),
+            "lr": self.trainer.lr,
+        }
+        if self.trainer.balances_experts:
+            values["load_balance"] = mean(report.load_balance for report in reports)
+        return values
 
-    def export(self, target: Path) -> None:
-        """Write the policy as a Hugging Face folder; collective."""
+    def export(self) -> None:
+        """Write the policy as a Hugging Face folder, run.dir/model; collective."""
         self.trainer.gather()
         full = full_weights(self.trainer.policy)
         if self.session.world.is_main:
-            export_model(full, self.session.model_config, self.session.model.path, target)
+            export_model(
+                full, self.session.model_config, self.session.model.path, self.session.run.dir / "model"
+            )
         dist.barrier()
 
     def _resume(self) -> int:

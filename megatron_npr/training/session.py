@@ -49,15 +49,24 @@ class Session:
     folder holds."""
 
     config: StageConfig
-    run: RunSettings
-    model: ModelSettings
-    parallel: ParallelSettings
     world: World
     tokenizer: Any
     vocabulary: Vocabulary
     grammar: Grammar
     model_config: ModelConfig
     continued: bool
+
+    @property
+    def run(self) -> RunSettings:
+        return self.config.run
+
+    @property
+    def model(self) -> ModelSettings:
+        return self.config.model
+
+    @property
+    def parallel(self) -> ParallelSettings:
+        return self.config.parallel
 
     @property
     def dtype(self) -> torch.dtype:
@@ -69,10 +78,9 @@ class Session:
         return int(self.vocabulary.eos_id if pad is None else pad)
 
 
-def open_session(
-    config: StageConfig, run: RunSettings, model: ModelSettings, parallel: ParallelSettings
-) -> Session:
+def open_session(config: StageConfig) -> Session:
     """Join the world, read tokenizer and architecture, take the run folder (see `run_folder.claim`); collective."""
+    run, model, parallel = config.run, config.model, config.parallel
     _set_threads(run.threads)
     join_world()
     tokenizer, vocabulary, model_config = on_every_rank(lambda: _read_description(model.path))
@@ -93,18 +101,7 @@ def open_session(
     if model.dtype == "fp8":
         require_fp8(world.device)
     continued = on_first_rank(world, lambda: claim(config))
-    return Session(
-        config,
-        run,
-        model,
-        parallel,
-        world,
-        tokenizer,
-        vocabulary,
-        Grammar(vocabulary),
-        model_config,
-        continued,
-    )
+    return Session(config, world, tokenizer, vocabulary, Grammar(vocabulary), model_config, continued)
 
 
 def _read_description(folder: Path) -> tuple[Any, Vocabulary, ModelConfig]:

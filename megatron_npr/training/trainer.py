@@ -43,8 +43,10 @@ from megatron_npr.model.layers import LAYOUTS
 from megatron_npr.model.linears import token_multiple
 from megatron_npr.model.load_balance import ExpertLoad
 from megatron_npr.model.policy import Policy
+from megatron_npr.monitoring.spans import span
 from megatron_npr.rl.losses import LossSum, with_entropy
 from megatron_npr.runtime.agreement import agree
+from megatron_npr.runtime.peak_memory import peak_memory
 from megatron_npr.runtime.process_world import World, megatron_context
 from megatron_npr.training.distributed_optimizer import build_optimizer, build_schedule, wrap_chunks
 from npr_ext import TagIds
@@ -57,7 +59,8 @@ Objective = Callable[[Tensor, PackedRow], LossSum]
 class StepReport:
     """What one update did. `loss` is the mean over the trained tokens of the global batch, `metrics` are means over those of
     them that were computed (all but the idle ones); `imbalance`: attended pairs of the busiest data-parallel rank over
-    their mean; `load_balance`: the loss that balances experts (1: even), mean over the layers, NaN where it is off."""
+    their mean; `load_balance`: the loss that balances experts (1: even), mean over the layers, NaN where it is off;
+    `memory_gb`: the peak."""
 
     loss: float
     grad_norm: float
@@ -66,6 +69,7 @@ class StepReport:
     num_tokens: int
     num_rows: int
     seconds: float
+    memory_gb: float
     imbalance: float
     metrics: dict[str, float]
     load_balance: float
@@ -123,22 +127,21 @@ class Trainer:
         and cost nothing.
         """
         began = time.perf_counter()
-        packed = self.pack(samples, branching=branching)
-        rows = packed.rows
-        totals = self.accumulate(rows, objective, idle_targets=idle_targets)
-        with megatron_context():
-            self.schedule.step(increment=1)
-            _, grad_norm, _ = self.optimizer.step()
+        with peak_memory(self.world.device) as peak:
+            packed = self.pack(samples, branching=branching)
+            totals = self.accumulate(packed.rows, objective, idle_targets=idle_targets)
+            grad_norm = self._update()
         count = max(totals["targets"], 1.0)
         computed = max(totals["targets"] - totals["idle"], 1.0)
         return StepReport(
             loss=totals["loss"] / count,
-            grad_norm=float(grad_norm or 0.0),
+            grad_norm=grad_norm,
             lr=self.lr,
             num_targets=int(totals["targets"]),
             num_tokens=int(totals["tokens"]),
-            num_rows=len(rows) * self.world.dp_size,
+            num_rows=len(packed.rows) * self.world.dp_size,
             seconds=time.perf_counter() - began,
+            memory_gb=peak.gb,
             imbalance=packed.imbalance,
             metrics={
                 name: totals[name] / computed
@@ -147,6 +150,14 @@ class Trainer:
             },
             load_balance=totals["load_balance"],
         )
+
+    @span("optimizer")
+    def _update(self) -> float:
+        """Clip, change the weights by the accumulated gradients; the gradients' norm before the clipping."""
+        with megatron_context():
+            self.schedule.step(increment=1)
+            _, grad_norm, _ = self.optimizer.step()
+        return float(grad_norm or 0.0)
 
     def gather(self) -> None:
         """The new weights are whole on every rank; collective. Needed with `overlap_param_gather` alone."""
@@ -165,6 +176,7 @@ class Trainer:
         """Whether there are experts, and a loss that keeps them evenly loaded."""
         return bool(self.policy.config.moe_aux_loss_coeff)
 
+    @span("pack")
     def pack(self, samples: Sequence[TrainSample], *, branching: bool) -> RankRows:
         """This rank's rows, with the targets that it computes; every data-parallel rank gets equally many (the last may be
         all padding) and nearly as many attended pairs."""
@@ -203,6 +215,7 @@ class Trainer:
             rows = [row.with_predecessors_in(*own_tokens) for row in rows]
         return RankRows(rows, shares.imbalance)
 
+    @span("forward_backward")
     def accumulate(
         self, rows: Sequence[PackedRow], objective: Objective, *, idle_targets: int = 0
     ) -> dict[str, float]:
@@ -261,6 +274,7 @@ class Trainer:
             router.load.reduce(router.tp_dp_cp_group)
             router.counting = False
 
+    @span("log_probs")
     def log_probs(self, samples: Sequence[TrainSample], *, branching: bool) -> list[NDArray[np.float32]]:
         """Log-prob of every trained token under the current weights, NaN elsewhere; on every rank, in input order."""
         self.gather()

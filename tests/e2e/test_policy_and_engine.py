@@ -20,7 +20,6 @@ from megatron_npr.rl.losses import papo_loss, sft_loss
 from megatron_npr.rollout.collect import collect, train_sample
 from megatron_npr.run_folder.manifest import read_manifest, write_manifest
 from megatron_npr.runtime.process_world import check_sizes, close_world
-from megatron_npr.stages import stage3
 from megatron_npr.stages.prompt_sets import training_prompts
 from megatron_npr.training.learner import Learner
 from megatron_npr.training.session import open_session
@@ -51,10 +50,8 @@ def config(tmp_path: Path) -> Iterator[Stage3Config]:
 
 
 def learner_and_engine(config: Stage3Config) -> tuple[Learner, Backend]:
-    session = open_session(config, config.run, config.model, config.parallel)
-    learner = Learner(
-        session, optimizer=config.optimizer, batch=config.batch, checkpoint=config.checkpoint, num_updates=4
-    )
+    session = open_session(config)
+    learner = Learner(session, config, num_updates=4)
     return learner, learner.build_engine(config.rollout)
 
 
@@ -181,9 +178,7 @@ def test_sft_overfits_eight_samples(config: Stage3Config) -> None:
         for r in rollouts
     ]
     settings = config.optimizer.model_copy(update={"lr": 3e-3, "schedule": "constant", "min_lr": 0.0})
-    overfit = Learner(
-        learner.session, optimizer=settings, batch=config.batch, checkpoint=config.checkpoint, num_updates=150
-    )
+    overfit = Learner(learner.session, config.model_copy(update={"optimizer": settings}), num_updates=150)
     for _ in range(150):
         report = overfit.trainer.step(samples, lambda lp, row: sft_loss(lp), branching=True)
     assert report.loss < 0.05
@@ -231,12 +226,6 @@ def test_a_checkpoint_of_another_model_is_one_clear_line(config: Stage3Config) -
         learner.checkpoints.load(path, learner.trainer)
 
 
-def test_stage_three_refuses_to_go_off_policy(config: Stage3Config) -> None:
-    train = config.train.model_copy(update={"updates_per_step": 4})
-    with pytest.raises(UserError, match="strictly on-policy"):
-        stage3.run(config.model_copy(update={"train": train}))
-
-
 def test_a_world_that_does_not_fit_the_layout_is_one_clear_line() -> None:
     with pytest.raises(UserError, match="world size 3 does not fit tp 2 x pp 1 x cp 1 = 2"):
         check_sizes(3, tp=2, pp=1, cp=1)
@@ -245,14 +234,9 @@ def test_a_world_that_does_not_fit_the_layout_is_one_clear_line() -> None:
 def test_an_entropy_bonus_raises_the_entropy_that_idle_tokens_do_not_dilute(config: Stage3Config) -> None:
     plain, engine = learner_and_engine(config)
     samples = [train_sample(rollout, 0.0) for rollout in rollouts_of(plain, engine, config)[:4]]
-    paid = Learner(
-        plain.session,
-        optimizer=config.optimizer.model_copy(update={"lr": 1e-4, "schedule": "constant", "min_lr": 0.0}),
-        batch=config.batch,
-        checkpoint=config.checkpoint,
-        num_updates=3,
-        entropy_coefficient=0.5,
-    )
+    optimizer = config.optimizer.model_copy(update={"lr": 1e-4, "schedule": "constant", "min_lr": 0.0})
+    faster = config.model_copy(update={"optimizer": optimizer})
+    paid = Learner(plain.session, faster, num_updates=3, entropy_coefficient=0.5)
 
     def step(learner: Learner, idle: int) -> StepReport:
         return learner.trainer.step(

@@ -115,7 +115,7 @@ def test_what_is_wrong_with_prompts_and_instructions_is_said_in_the_commands_own
 def session(tmp_path: Path, samples: Path) -> Session:
     config = load_config(Stage3Config, None, words_of("stage3", tmp_path / "run", samples)[1:])
     close_world()
-    return open_session(config, config.run, config.model, config.parallel)
+    return open_session(config)
 
 
 def test_sizes_that_just_hold_the_longest_response_are_taken_and_one_less_is_not(session: Session) -> None:

@@ -79,15 +79,8 @@ def play_round(model: Path, run: Path, *overrides: str) -> Round:
     settings = [word for key, value in SETTINGS.items() for word in (f"--{key}", str(value))]
     settings += ["--run.dir", str(run), "--model.path", str(model), *overrides]
     config = load_config(Stage3Config, DEMO, settings)
-    session = open_session(config, config.run, config.model, config.parallel)
-    learner = Learner(
-        session,
-        optimizer=config.optimizer,
-        batch=config.batch,
-        checkpoint=config.checkpoint,
-        num_updates=4,
-        entropy_coefficient=0.01,
-    )
+    session = open_session(config)
+    learner = Learner(session, config, num_updates=4, entropy_coefficient=0.01)
     engine = learner.build_engine(config.rollout)
     prompts = training_prompts(session, config.data)[: config.rollout.prompts_per_step]
     turns = [Turn(prompt) for prompt in prompts]
@@ -96,7 +89,7 @@ def play_round(model: Path, run: Path, *overrides: str) -> Round:
     samples = [train_sample(rollout, (-1.0) ** index) for index, rollout in enumerate(rollouts)]
     log_probs = learner.trainer.log_probs(samples, branching=True)
     report = learner.trainer.step(samples, lambda lp, row: papo_loss(lp, row.advantages), branching=True)
-    learner.export(run / "model")
+    learner.export()
     embedding = load_file(run / "model" / "model.safetensors")[EMBEDDING]
     compared = [compared_tokens(session.grammar, rollout) for rollout in rollouts]
     return Round(rollouts, compared, log_probs, report.grad_norm, embedding)

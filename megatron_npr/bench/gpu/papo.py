@@ -28,10 +28,11 @@ from megatron_npr.model.policy_builder import build_policy
 from megatron_npr.rl.advantage import papo_advantages
 from megatron_npr.rl.losses import LossSum, papo_loss
 from megatron_npr.rollout.collect import train_sample
+from megatron_npr.runtime.peak_memory import peak_memory
 from megatron_npr.runtime.process_world import World, world_of
 from megatron_npr.sharding.layouts import EngineLayout
 from megatron_npr.training.engine_weights import EngineWeights
-from megatron_npr.training.offload import TrainerMemory, peak_memory
+from megatron_npr.training.offload import TrainerMemory
 from megatron_npr.training.trainer import Trainer
 from npr_engine.engine import Engine, EngineConfig
 from npr_engine.model.transformer import ModelConfig

@@ -86,11 +86,10 @@ def run(stage: str, folder: Path, data: str, *overrides: str) -> None:
         "batch.micro_batch_tokens": 192,
         "optimizer.warmup_steps": 0,
         "train.steps": 1,
-        "train.updates_per_step": 1,
         "log.progress": "false",
     }
     if stage == "stage1":
-        options |= {"dapo.dynamic_sampling": "false"}
+        options |= {"dapo.dynamic_sampling": "false", "train.updates_per_step": 1}
         del options["rollout.branching"]
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     module, schema = {"stage1": (stage1, Stage1Config), "stage3": (stage3, Stage3Config)}[stage]

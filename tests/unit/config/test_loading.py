@@ -55,6 +55,12 @@ def test_defaults_are_the_papers_values() -> None:
     assert npr.rollout.branching and not zero.rollout.branching
 
 
+def test_stage_three_is_on_policy_and_has_no_key_for_more_updates_a_round() -> None:
+    given = [*REQUIRED, "--train.updates_per_step", "16"]
+    assert load_config(Stage1Config, None, given).train.updates_per_step == 16
+    assert "unknown key train.updates_per_step" in message(Stage3Config, None, given)
+
+
 def test_a_file_that_sets_one_key_of_a_table_keeps_the_stages_other_defaults(tmp_path: Path) -> None:
     path = write(tmp_path, '[model]\npath = "m"\n[sft]\ndata = "s"\n[optimizer]\nlr = 1e-5\n')
     beta = load_config(Stage2Config, path)

@@ -1,36 +1,63 @@
-import json
+"""Seconds by phase, under a clock that ticks once a look."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
 from itertools import count
-from pathlib import Path
 
 import pytest
 
-from megatron_npr.monitoring.spans import record_spans, span
+from megatron_npr.monitoring.spans import PhaseTimes, span, timed_phases
 
 
-def test_nested_spans_are_written_in_the_order_of_their_ends(tmp_path: Path) -> None:
+def ticking() -> Callable[[], float]:
     ticks = count()
-    with record_spans(tmp_path / "spans.jsonl", clock=lambda: float(next(ticks))) as log, span("step"):
+    return lambda: float(next(ticks))
+
+
+def test_a_phase_does_not_count_the_phases_inside_it() -> None:
+    with timed_phases(PhaseTimes(ticking())) as times, span("log_probs"):  # ticks 0 and 1
+        with span("pack"):  # 2 to 3
+            pass
+        with span("pack"):  # 4 to 5
+            pass
+    # log_probs ends at 6, the call takes 7
+    assert times.take() == (7.0, {"pack": 2.0, "log_probs": 3.0})
+
+
+def test_a_step_begins_where_the_one_before_was_taken() -> None:
+    with timed_phases(PhaseTimes(ticking())) as times:
         with span("rollout"):
             pass
-        with span("train"):
+        assert times.take() == (3.0, {"rollout": 1.0})
+        with span("save"):
             pass
-    records = [json.loads(line) for line in log.path.read_text().splitlines()]
-    assert [(record["name"], record["depth"], record["seconds"]) for record in records] == [
-        ("rollout", 1, 1.0),
-        ("train", 1, 1.0),
-        ("step", 0, 5.0),
-    ]
-    assert log.totals() == {"rollout": 1.0, "train": 1.0, "step": 5.0}
+        assert times.take() == (3.0, {"save": 1.0})
 
 
-def test_a_span_without_a_log_times_itself() -> None:
-    with span("alone") as measured:
-        pass
-    assert measured.seconds > 0
-
-
-def test_a_span_ends_when_its_block_raises(tmp_path: Path) -> None:
-    with record_spans(tmp_path / "spans.jsonl") as log, pytest.raises(RuntimeError), span("fails"):
+def test_a_phase_that_raises_is_counted_and_its_surroundings_stay_right() -> None:
+    with (
+        timed_phases(PhaseTimes(ticking())) as times,
+        span("outer"),
+        pytest.raises(RuntimeError),
+        span("fails"),
+    ):
         raise RuntimeError
-    assert log.depth == 0
-    assert list(log.totals()) == ["fails"]
+    assert times.take()[1] == {"fails": 1.0, "outer": 2.0}
+
+
+def test_a_decorated_function_is_a_phase_each_time() -> None:
+    @span("pack")
+    def pack(rows: int) -> int:
+        return rows
+
+    with timed_phases(PhaseTimes(ticking())) as times:
+        assert [pack(rows) for rows in (1, 2)] == [1, 2]
+    assert times.take()[1] == {"pack": 2.0}
+
+
+def test_without_anybody_who_times_a_span_is_nothing() -> None:
+    times = PhaseTimes(ticking())
+    with span("alone"):
+        pass
+    assert times.take() == (1.0, {})

@@ -126,7 +126,7 @@ def test_fp8_is_not_silently_left_out(tmp_path: Path) -> None:
     overrides += ["--rollout.backend", "sglang", "--rollout.branching", "false", "--rollout.fp8", "true"]
     config = load_config(EvalConfig, None, overrides)
     try:
-        session = open_session(config, config.run, config.model, config.parallel)
+        session = open_session(config)
         with pytest.raises(UserError, match=r"rollout\.fp8 is of rollout\.backend = 'native'"):
             build_engine(session, {}, config.rollout)
     finally:
@@ -145,7 +145,7 @@ def test_the_configuration_chooses_and_says_what_is_missing(
     overrides += ["--rollout.backend", "sglang", "--rollout.branching", branching]
     config = load_config(EvalConfig, None, overrides)
     try:
-        session = open_session(config, config.run, config.model, config.parallel)
+        session = open_session(config)
         with pytest.raises(UserError, match=text):
             build_engine(session, {}, config.rollout)
     finally:
