@@ -10,6 +10,7 @@ import pytest
 
 from megatron_npr.demo.base import FOLDER
 from tests.support.launch import worker_environment
+from tests.support.patience import SECONDS
 
 
 @pytest.mark.slow
@@ -32,7 +33,7 @@ def test_a_used_folder_is_refused_on_every_rank_in_one_line(tmp_path: Path) -> N
         text=True,
         check=False,
         env=worker_environment(),
-        timeout=280,
+        timeout=SECONDS,
     )
     assert done.returncode == 1
     assert (

@@ -19,6 +19,7 @@ from megatron_npr.weight_sync.plan import for_replica, plan
 from megatron_npr.weight_sync.schedule import wire_bytes
 from tests.distributed.workers.exchange import CASES, WORLDS
 from tests.support.launch import worker_environment, worker_module
+from tests.support.patience import SECONDS
 
 WORLD = 4
 
@@ -51,7 +52,7 @@ def run_world(size: int, folder: Path) -> Outcome:
         )
         for rank in range(size)
     ]
-    messages = [process.communicate(timeout=240)[1] for process in processes]
+    messages = [process.communicate(timeout=SECONDS)[1] for process in processes]
 
     def read(name: str) -> dict[int, Any]:
         paths = {rank: folder / f"{name}{rank}.json" for rank in range(size)}

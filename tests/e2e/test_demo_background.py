@@ -13,6 +13,7 @@ import pytest
 from megatron_npr.demo.background import BackgroundProcess
 from megatron_npr.demo.phases import Phases
 from megatron_npr.demo.run import BACKGROUND, BACKGROUND_SHARES
+from tests.support.patience import SECONDS
 
 
 def processes_of(folder: Path) -> list[int]:
@@ -29,7 +30,7 @@ def processes_of(folder: Path) -> list[int]:
     return found
 
 
-def wait_for_line(log: Path, text: str, seconds: float = 120.0) -> None:
+def wait_for_line(log: Path, text: str, seconds: float = SECONDS) -> None:
     until = time.monotonic() + seconds
     while not (log.exists() and text in log.read_text()):
         assert time.monotonic() < until, f"{text!r} is not in {log}"

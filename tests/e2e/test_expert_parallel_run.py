@@ -74,7 +74,6 @@ def figures(model: Path, run: Path, processes: int, *overrides: str) -> list[dic
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(500)
 def test_two_processes_that_share_experts_train_as_one_does(tmp_path: Path) -> None:
     model = save_upcycled(tmp_path / "model")
     one = figures(model, tmp_path / "one", 1)

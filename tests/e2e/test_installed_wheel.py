@@ -12,7 +12,7 @@ import pytest
 
 from tests.support.places import ROOT
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.slow]
 
 LOAD_ALL = """
 import json

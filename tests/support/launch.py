@@ -9,8 +9,7 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-SECONDS = 280.0
-"""What a world may take by default: less than pytest gives a test, so that a hanging world shows what it said."""
+from tests.support.patience import SECONDS
 
 
 def worker_module(worker: str) -> str:

@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.support.patience import SECONDS
+
 NEEDED = ("setpriv", "slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol", "scancel", "squeue")
-SECONDS = 120.0
-"""What a wait may take."""
 
 # A job that is requeued starts again when its credential has expired (cred_expire, 120 s by default).
 CONFIGURATION = """\

@@ -244,7 +244,7 @@ def main() -> None:
         init_method=f"file://{folder / 'store'}",
         rank=rank,
         world_size=world,
-        timeout=datetime.timedelta(seconds=30),
+        timeout=datetime.timedelta(seconds=600),
     )
     (folder / f"walk{rank}.json").write_text(json.dumps(walk(rank, world)))
     (folder / f"fp8_{rank}.json").write_text(json.dumps(walk_in_fp8(rank, world)))

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.patience import SECONDS
+
 START = """
 import sys, types, megatron_npr.cli as cli
 from npr_ext.errors import UserError
@@ -37,7 +39,7 @@ def ended(tmp_path: Path, body: str, *, closed: str = "stdout") -> tuple[int, bo
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | {closed: other}
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, text=True, **streams) as process:
         os.close(other)
-        said = process.communicate(timeout=100)
+        said = process.communicate(timeout=SECONDS)
     return process.returncode, (tmp_path / "done").exists(), "".join(text for text in said if text)
 
 

@@ -14,6 +14,7 @@ from megatron_npr.server.http.app import Settings
 from megatron_npr.server.served_model import ServedModel, load_model
 from npr_engine.engine import Engine, EngineConfig
 from npr_engine.language.grammar import Grammar
+from tests.support.patience import SECONDS
 from tests.unit.server.running import Running, running
 
 FOLDER = Path("megatron_npr/assets/demo_base")
@@ -42,5 +43,5 @@ def served(demo: ServedModel) -> Iterator[Running]:
 @pytest.fixture
 def client(served: Running) -> Iterator[httpx.Client]:
     """Of that server."""
-    with httpx.Client(base_url=served.url, timeout=60) as http:
+    with httpx.Client(base_url=served.url, timeout=SECONDS) as http:
         yield http

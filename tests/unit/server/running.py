@@ -17,13 +17,12 @@ from megatron_npr.server.run import bound_socket
 from megatron_npr.server.served_model import ServedModel
 from npr_engine.async_engine import AsyncEngine
 from npr_engine.engine import EngineStats
-
-PATIENCE = 60.0  # seconds until a server that does not answer fails the test
+from tests.support.patience import SECONDS
 
 
 def eventually(holds: Callable[[], bool]) -> None:
     """Waits until something holds; fails where it never does."""
-    end = time.monotonic() + PATIENCE
+    end = time.monotonic() + SECONDS
     while not holds():
         assert time.monotonic() < end, "what was waited for did not come"
         time.sleep(0.002)
@@ -54,11 +53,11 @@ class Running:
 
         def hold(engine: object) -> None:
             held.set()
-            released.wait(PATIENCE)
+            released.wait(SECONDS)
 
         thread = threading.Thread(target=lambda: asyncio.run(self.service.run(hold)))
         thread.start()
-        assert held.wait(PATIENCE)
+        assert held.wait(SECONDS)
         try:
             yield
         finally:

@@ -10,6 +10,7 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from megatron_npr.server.http.app import Settings
 from megatron_npr.server.served_model import ServedModel
+from tests.support.patience import SECONDS
 from tests.unit.server.conftest import another
 from tests.unit.server.running import eventually, running
 
@@ -34,7 +35,7 @@ def statuses(operation: APIOperation, mode: GenerationMode) -> set[int]:
     def ask(case: Case) -> None:
         if mode is GenerationMode.POSITIVE and isinstance(case.body, dict):
             case.body.pop("model", None)  # else nearly all ask for a model that is not there
-        response = case.call(headers=KEY, timeout=60)
+        response = case.call(headers=KEY, timeout=SECONDS)
         seen.add(response.status_code)
         case.validate_response(response, headers=KEY, excluded_checks=[positive_data_acceptance])
 

@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from megatron_npr.cli import main
+from tests.support.patience import SECONDS
 from tests.unit.server.conftest import FOLDER
 
 
@@ -34,7 +35,7 @@ def test_a_signal_lets_what_is_in_flight_end_and_exits_0(
     assert line.startswith("serving demo_base at http://127.0.0.1:"), process.stderr.read()
     url = line.split()[3]
     body = {"prompt": "Sort by cost: pen=59*6", "max_tokens": 400, "stream": True, "temperature": 2}
-    with httpx.stream("POST", f"{url}/completions", json=body, timeout=60) as response:
+    with httpx.stream("POST", f"{url}/completions", json=body, timeout=SECONDS) as response:
         lines = response.iter_lines()
         first = next(lines)
         process.send_signal(number)
@@ -42,7 +43,7 @@ def test_a_signal_lets_what_is_in_flight_end_and_exits_0(
     assert json.loads(first.removeprefix("data: "))["choices"]
     assert rest[-1] == "data: [DONE]"
     assert json.loads(rest[-2].removeprefix("data: "))["choices"][0]["finish_reason"] in ("stop", "length")
-    assert process.wait(timeout=60) == 0
+    assert process.wait(timeout=SECONDS) == 0
     assert process.stdout.read() == process.stderr.read() == ""
 
 

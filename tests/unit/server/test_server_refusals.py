@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.support.patience import SECONDS
 from tests.unit.server.requests import CHAT, MESSAGES
 from tests.unit.server.running import Running
 
@@ -97,7 +98,7 @@ def test_a_body_that_waits_for_permission_is_refused_before_it_is_sent(served: R
     import socket
 
     address = httpx.URL(served.url)
-    with socket.create_connection((address.host, address.port or 0), timeout=30) as connection:
+    with socket.create_connection((address.host, address.port or 0), timeout=SECONDS) as connection:
         connection.sendall(
             b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
             b"Content-Length: 99999999\r\nExpect: 100-continue\r\n\r\n"

@@ -15,6 +15,7 @@ from megatron_npr.server.served_model import ServedModel
 from npr_engine.engine import Engine, EngineConfig
 from npr_engine.kvcache.block_pool import BlockPool, slots_needed
 from npr_engine.language.grammar import Grammar
+from tests.support.patience import SECONDS
 from tests.unit.server.conftest import FOLDER
 from tests.unit.server.running import running
 
@@ -28,7 +29,7 @@ def client(demo: ServedModel) -> Iterator[httpx.Client]:
     engine = Engine(demo.engine.model, Grammar(demo.vocabulary), EngineConfig(num_kv_slots=SLOTS))
     with (
         running(replace(demo, engine=engine), Settings(max_tokens=250)) as server,
-        httpx.Client(base_url=server.url, timeout=60) as http,
+        httpx.Client(base_url=server.url, timeout=SECONDS) as http,
     ):
         yield http
 

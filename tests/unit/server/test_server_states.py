@@ -20,6 +20,7 @@ from npr_engine.engine import Engine, EngineConfig
 from npr_engine.language.grammar import Grammar
 from npr_engine.model.transformer import InferenceModel, KVCache, Step
 from tests.support.padded import padded_folder
+from tests.support.patience import SECONDS
 from tests.unit.server.conftest import FOLDER, KV_SLOTS, another
 from tests.unit.server.requests import CHAT, PROMPT, events
 from tests.unit.server.running import Running, eventually, running
@@ -47,7 +48,9 @@ def test_more_than_the_engine_takes_is_turned_away(demo: ServedModel) -> None:
         url = f"{server.url}/v1/completions"
         first: list[httpx.Response] = []
         with server.engine_held():
-            thread = threading.Thread(target=lambda: first.append(httpx.post(url, json=body, timeout=60)))
+            thread = threading.Thread(
+                target=lambda: first.append(httpx.post(url, json=body, timeout=SECONDS))
+            )
             thread.start()
             eventually(lambda: server.service.num_in_flight == 1)
             response = httpx.post(url, json=body | {"n": 2})
@@ -78,7 +81,7 @@ def test_without_the_key_nothing_but_health_is_told(demo: ServedModel) -> None:
 
 def test_metrics_are_what_has_happened(demo: ServedModel) -> None:
     with running(another(demo), Settings(max_tokens=300)) as server:
-        usage = httpx.post(f"{server.url}/v1/chat/completions", json=CHAT, timeout=60).json()["usage"]
+        usage = httpx.post(f"{server.url}/v1/chat/completions", json=CHAT, timeout=SECONDS).json()["usage"]
         httpx.post(f"{server.url}/v1/completions", json={})
         response = httpx.get(f"{server.url}/metrics")
         families = {family.name: family for family in text_string_to_metric_families(response.text)}
@@ -163,7 +166,9 @@ def test_a_server_that_shuts_down_ends_what_is_in_flight_with_503(demo: ServedMo
         answers: list[httpx.Response] = []
         url = f"{server.url}/v1/chat/completions"
         with server.engine_held():
-            thread = threading.Thread(target=lambda: answers.append(httpx.post(url, json=CHAT, timeout=60)))
+            thread = threading.Thread(
+                target=lambda: answers.append(httpx.post(url, json=CHAT, timeout=SECONDS))
+            )
             thread.start()
             eventually(lambda: server.service.num_in_flight == 1)
             closing = threading.Thread(target=server.service.close)
@@ -181,7 +186,7 @@ def test_every_eos_of_generation_config_ends_a_response_and_is_no_text(tmp_path:
     model = load_model(folder, name="padded", dtype=torch.float32, kv_slots=KV_SLOTS)
     body = {"prompt": PROMPT, "n": 12, "seed": 1, "max_tokens": 200}
     with running(model, Settings(max_tokens=200)) as server, httpx.Client(base_url=server.url) as http:
-        reply = http.post("/v1/completions", json=body, timeout=60).json()
+        reply = http.post("/v1/completions", json=body, timeout=SECONDS).json()
     ended = [choice["text"] for choice in reply["choices"] if choice["npr_finish_reason"] == "eos"]
     assert len(ended) > 6
     silent = [model.vocabulary.pieces[token].decode() for token in model.vocabulary.eos_ids]

@@ -12,6 +12,7 @@ import pytest
 
 from megatron_npr.server.http.app import Settings
 from megatron_npr.server.served_model import ServedModel
+from tests.support.patience import SECONDS
 from tests.unit.server.conftest import another
 from tests.unit.server.running import Running, running
 
@@ -93,7 +94,10 @@ def test_unknown_fields_are_ignored_with_a_line_in_the_log(
     demo: ServedModel, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = Settings(max_tokens=50, ignore_unknown_fields=True)
-    with running(another(demo), settings) as server, httpx.Client(base_url=server.url, timeout=60) as http:
+    with (
+        running(another(demo), settings) as server,
+        httpx.Client(base_url=server.url, timeout=SECONDS) as http,
+    ):
         (expected,) = {
             http.post("/v1/chat/completions", json=chat(USER)).json()["choices"][0]["message"]["content"]
         }
