@@ -75,7 +75,7 @@ class Phases:
 
     @property
     def seconds_left(self) -> float | None:
-        """Of the phases that have not ended, at the speed of those that have; None before the first has ended."""
+        """Seconds of the phases that have not ended, at the speed of those that have; None before the first has ended."""
         done = sum(self.shares[name] for name in self.intervals)
         if not done:
             return None

@@ -29,7 +29,7 @@ from npr_ext.errors import UserError
 
 ONE_RANK = EngineLayout()
 _COMPARED_ROWS = 8192
-"""Of two vocabulary matrices, in memory at a time."""
+"""Rows of each of two vocabulary matrices that are in memory at a time, while they are compared."""
 
 
 def read_config_json(folder: Path) -> dict[str, Any]:
@@ -157,7 +157,7 @@ def export_tensors(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[s
 
 
 def named_tensors(weights: Mapping[str, Tensor], config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """The same one by one, views of the weights where they can be."""
+    """Full Megatron weights as (Hugging Face name, tensor), one by one; views of the weights where they can be."""
     for name in catalog(config):
         parts = huggingface_names(name)
         full = weights[name]

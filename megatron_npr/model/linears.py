@@ -67,7 +67,7 @@ class NormColumnParallelLinear(ColumnParallelLinear):
 
 
 class Fp8NormColumnParallelLinear(NormColumnParallelLinear, Fp8ColumnParallelLinear):
-    """The same with the product in FP8."""
+    """RMSNorm, then a column-parallel linear whose product is in FP8."""
 
 
 class SwiGLU(MegatronModule):

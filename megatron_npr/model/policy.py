@@ -178,6 +178,6 @@ class Policy(torch.nn.ModuleList):
         return self.chunks[0].entropy_coefficient
 
     def logits(self, token_ids: Tensor, layout_5T: Tensor) -> Tensor:
-        """See `PolicyChunk.logits`; without pipeline stages."""
+        """Vocab-parallel logits [1, T / cp, V / tp] of this rank's share of a row; only without pipeline stages."""
         (whole,) = self.chunks
         return whole.logits(token_ids, layout_5T)

@@ -78,7 +78,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _architecture(model: str) -> Architecture:
-    """Of a known name or a folder; UserError where the folder's weights, if it has any, are not those of its config.json."""
+    """The architecture of a known name or a folder; UserError where a folder has weights that are not those of its
+    config.json."""
     architecture, folder = find_architecture(model), Path(model)
     if has_weights(folder):
         found = TensorFiles(folder).tensors

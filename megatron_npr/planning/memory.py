@@ -56,7 +56,8 @@ class Memory:
 
 
 def memory_of(architecture: Architecture, layout: Layout, work: Workload) -> Memory:
-    """Of the fullest stage; in every layout that is the first or the last, or one with more layers than these."""
+    """Bytes on a GPU of the fullest pipeline stage: in every layout the first or the last, or one with more layers than
+    these."""
     stages = [_stage_memory(architecture, layout, work, stage) for stage in range(layout.pp)]
     return max(stages, key=lambda memory: memory.total)
 

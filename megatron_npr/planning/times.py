@@ -75,7 +75,8 @@ def rollout_seconds(architecture: Architecture, layout: Layout, cluster: Cluster
 def _exchange_seconds(
     architecture: Architecture, layout: Layout, cluster: Cluster, work: Workload, tokens: float
 ) -> float:
-    """Of one engine step whose experts lie on more ranks than its attention: in every layer the counts, the rows, and back."""
+    """Seconds that one engine step sends rows for, where experts lie on more ranks than attention: in every layer the counts,
+    the rows, and back."""
     span = layout.engine(architecture).size
     if span == layout.engine_tp:
         return 0.0
@@ -92,8 +93,8 @@ def train_flops(architecture: Architecture, work: Workload) -> float:
 
 
 def model_flops(architecture: Architecture, *, tokens: float, targets: float, pairs: float) -> float:
-    """Of forward and backward: 6 a parameter and token (of the output matrix: and trained token), and 12 a visible pair, head
-    dim and head. What is recomputed does not count."""
+    """FLOPs of forward and backward: 6 a parameter and token (of the output matrix: and trained token), and 12 a visible
+    pair, head dim and head. What is recomputed does not count."""
     layers = architecture.active_parameters - architecture.embedding_parameters
     attention = 12.0 * architecture.num_layers * architecture.num_heads * architecture.head_dim * pairs
     return 6.0 * (layers * tokens + architecture.embedding_parameters * targets) + attention

@@ -117,7 +117,7 @@ class DemoResult:
 
     @property
     def busy_seconds(self) -> float:
-        """Of all processes together."""
+        """Seconds that the phases of all processes took together."""
         return sum(sum(phases.values()) for phases in self.phase_seconds.values())
 
     def to_report(self) -> dict[str, Any]:

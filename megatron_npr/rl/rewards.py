@@ -44,7 +44,7 @@ def format_reward(grammar: Grammar, response_ids: TokenIds) -> float:
 
 
 def reward_of_reading(grammar: Grammar, response_ids: TokenIds, reading: Reading) -> float:
-    """The same for a response that was read already (with require_block)."""
+    """The format reward of a response that was read already (with require_block)."""
     if reading.structural is not None:
         whole = bool(reading.structural.complete_blocks)
         return BROKEN if whole or reading.structural.violation in _COUNTS_DIFFER else NO_BLOCK

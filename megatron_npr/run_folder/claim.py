@@ -80,7 +80,7 @@ class Mark:
 
     @staticmethod
     def ours(config: StageConfig) -> Mark:
-        """Of this process."""
+        """The mark that this process leaves in a folder."""
         job = os.environ.get("SLURM_JOB_ID")
         sums = input_sums(settings_of(config))
         return Mark(config.command, socket.gethostname(), os.getpid(), job, CURRENT["run folder"], sums)

@@ -55,7 +55,7 @@ class Manifest:
 
 
 def versions() -> dict[str, str]:
-    """Of what writes checkpoints here."""
+    """Versions of this package, of the libraries that write checkpoints, and of Python."""
     libraries = {name: importlib.metadata.version(name) for name in ("megatron-core", "torch")}
     return {"megatron-npr": __version__, **libraries, "python": platform.python_version()}
 

@@ -78,7 +78,7 @@ def _sum(value: str | None) -> str:
 
 
 def _folder_sum(folder: Path) -> str:
-    """Of a model folder: descriptions whole, weights by name, size and both ends (training changes every tensor)."""
+    """SHA-256 of a model folder: descriptions whole, weights by name, size and both ends (training changes every tensor)."""
     digest = hashlib.sha256()
     for path in sorted(path for pattern in (*_DESCRIPTION, WEIGHT_FILES) for path in folder.glob(pattern)):
         size = path.stat().st_size

@@ -49,7 +49,7 @@ def _odd_ranks(values: Sequence[int]) -> list[int]:
 
 
 def _digest(parts: Iterable[Part]) -> int:
-    """Of type, shape and bytes of each part, int64."""
+    """A hash of type, shape and bytes of each part, int64."""
     digest = hashlib.blake2b(digest_size=8)
     for part in parts:
         array = (

@@ -36,7 +36,7 @@ class Npr(_Reply):
 
 
 class CompletionLogprobs(_Reply):
-    """Of a completion's tokens; null for forced ones."""
+    """The tokens of a completion and their log-probs; null for forced ones."""
 
     tokens: list[str]
     token_logprobs: list[float | None]
@@ -79,7 +79,7 @@ class ChatToken(_Reply):
 
 
 class ChatLogprobs(_Reply):
-    """Of its tokens."""
+    """The tokens of a chat reply with their log-probs."""
 
     content: list[ChatToken]
 

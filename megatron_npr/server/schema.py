@@ -22,7 +22,7 @@ class _Strict(BaseModel):
 
 
 class StreamOptions(_Strict):
-    """Of a request that streams."""
+    """What a request that streams may ask for besides."""
 
     include_usage: bool = Field(False, description="one more chunk at the end, with usage and no choices")
 
@@ -103,7 +103,7 @@ class CompletionRequest(GenerationRequest):
 
 
 class TextPart(_Strict):
-    """Of a message's content."""
+    """A piece of a message's content: text, and nothing else."""
 
     type: Literal["text"]
     text: str
@@ -113,7 +113,7 @@ Nothing: TypeAlias = Annotated[list[Any], Field(max_length=0)] | None
 
 
 class Message(_Strict):
-    """Of a conversation. OpenAI's client writes all fields of a reply, so that it can be sent back as it is."""
+    """One message of a conversation. OpenAI's client writes all fields of a reply, so that it can be sent back as it is."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]

@@ -48,7 +48,7 @@ class Weight:
         return self.kind.cut, rank % layout.places % size, size
 
     def engine_cut(self, layout: EngineLayout, rank: int) -> tuple[Cut, int, int]:
-        """The same for `rank` of an engine replica."""
+        """(cut, part, parts) of the shard that `rank` of an engine replica holds, if its expert rank does."""
         size = layout.etp if self.kind.place is Place.EXPERT else layout.tp
         return engine_cut(self.kind, size), rank % size, size
 

@@ -41,7 +41,7 @@ the replica. Block: `rows` runs of `row_length` elements, `source_stride` apart 
 `destination_stride` in the destination's, the first at the offsets."""
 
 TRANSFER = np.dtype([("source", "i4"), ("destination", "i4"), *_BLOCK])
-"""The same between ranks of the world."""
+"""A transfer: a block from one rank of the world to another, by their numbers."""
 
 Routes = NDArray[np.void]
 

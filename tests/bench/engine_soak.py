@@ -103,7 +103,7 @@ class Load:
         self.ended[int(rollout.request_id)] = arrival, self.step - arrival.step, steps_alone(rollout)
 
     def worst_wait(self) -> float:
-        """See Report; when everything has ended."""
+        """`Report.worst_wait`, once everything has ended."""
         alone = {index: steps for index, (_, _, steps) in self.ended.items()}
         shares = [
             took / (steps + sum(alone[other] for other in arrival.ahead))

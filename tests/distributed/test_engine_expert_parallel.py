@@ -62,7 +62,7 @@ def test_one_process_decodes_greedily_what_transformers_does(folder: Path, alone
 def test_two_copies_share_experts_and_one_of_them_may_have_nothing_to_do(
     folder: Path, alone: Any, noise: float
 ) -> None:
-    """Also two ranks of one copy, each with whole experts."""
+    """Besides them two ranks of one copy, each with whole experts."""
     cases = [[1, 2, [EVERYTHING, []]], [1, 2, [[3], [4, 2, 1, 0]]], [2, 2, [EVERYTHING]]]
     for found in decoded(folder, cases, 2):
         same(found, alone, noise)

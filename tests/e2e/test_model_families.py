@@ -58,7 +58,7 @@ def expected(folder: Path, token_ids: Tensor) -> Tensor:
 
 @pytest.fixture(scope="module")
 def exact(folder: Path, token_ids: Tensor) -> Tensor:
-    """The same in float64."""
+    """Logits [T, V] in float64, the truth."""
     return exact_logits(folder, token_ids)
 
 

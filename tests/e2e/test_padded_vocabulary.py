@@ -62,7 +62,7 @@ def load_embedding(folder: Path) -> torch.Tensor:
 
 
 def evaluated(folder: Path, run: Path) -> list[Rollout]:
-    """Of `npr eval`, each a plain sequence."""
+    """The rollouts of `npr eval`, each a plain sequence."""
     overrides = ["--run.dir", str(run), "--run.threads", "1", "--model.path", str(folder)]
     overrides += ["--eval.problems", "demo", "--eval.count", "4", "--eval.samples_per_problem", "4"]
     overrides += ["--eval.modes", "unforced", "--rollout.max_tokens", "200", "--rollout.top_p", "1.0"]

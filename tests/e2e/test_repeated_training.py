@@ -1,4 +1,4 @@
-"""The same seed, layout and number of threads give the same bits, however busy the machine is."""
+"""One seed, layout and number of threads give the same bits, however busy the machine is."""
 
 from __future__ import annotations
 

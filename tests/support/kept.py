@@ -51,7 +51,7 @@ def kept_by_a_layer(
     fp8: Fp8Settings | None = None,
     linears: LinearModules | None = None,
 ) -> Kept:
-    """Of one layer more: what three keep less what one does."""
+    """What one layer more keeps: what three keep less what one does."""
     found = []
     for count in (1, 3):
         policy = build_policy(

@@ -100,7 +100,7 @@ class Vllm:
 
     @property
     def pid(self) -> int:
-        """Of its first process, whose session all others belong to."""
+        """Number of its first process, whose session all others belong to."""
         return self._process.pid
 
     def __enter__(self) -> Vllm:
@@ -196,7 +196,7 @@ class Vllm:
             return []
 
     def _cpu_seconds(self) -> float:
-        """Of all its processes so far."""
+        """CPU seconds of all its processes so far."""
         return sum(map(_cpu_seconds, self._processes()))
 
 

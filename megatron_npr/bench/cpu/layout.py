@@ -26,7 +26,7 @@ LONGEST_DENSE = 1 << 13
 
 @dataclass(frozen=True)
 class LayoutCost:
-    """Of `sequences` packed sequences, `tokens` in all; None where a size is not measured."""
+    """Cost of the layout of `sequences` packed sequences, `tokens` in all; None where a size is not measured."""
 
     tokens: int
     sequences: int

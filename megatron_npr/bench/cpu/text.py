@@ -83,7 +83,7 @@ def tools(num_bytes: int) -> Iterator[Tools]:
 
 
 def cost_of(tools: Tools, reader: str, name: str, unit: str, num_bytes: int) -> ReadingCost:
-    """Of one reader and one kind."""
+    """What one reader takes for one kind of text."""
 
     def seconds(size: int) -> float:
         text, ids = content_of(tools, unit, size)

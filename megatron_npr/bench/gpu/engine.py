@@ -141,7 +141,7 @@ def _script(prompt_tokens: int, branches: int, branch_tokens: int) -> Script:
 def decode_figures(
     engine: Engine, run: Callable[[int], object], rows: int, ideal_seconds: float, sizes: Sizes
 ) -> DecodeFigures:
-    """Of the steps by which a longer run exceeds a shorter one; `ideal_seconds`: what reading the weights takes."""
+    """Figures of the steps by which a longer run exceeds a shorter one; `ideal_seconds`: what reading the weights takes."""
     few, many = sizes.steps
     seconds = [_median_run(partial(run, steps), sizes.repeats) for steps in (few, many)]
     per_step = (seconds[1] - seconds[0]) / (many - few)

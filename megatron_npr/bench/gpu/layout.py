@@ -29,7 +29,7 @@ class Shape:
     dtype: torch.dtype = torch.bfloat16
 
     def flops(self, pairs: int) -> int:
-        """Of forward (two products a pair) and backward (five)."""
+        """FLOPs of forward (two products a pair) and backward (five)."""
         return 14 * pairs * self.heads * self.head_dim
 
 

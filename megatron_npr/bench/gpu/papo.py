@@ -62,7 +62,7 @@ TINY = Sizes(gpu_model.TINY, torch.float32, "full", 2, 2, 8, 2, 6, 512, 1024)
 
 
 def measure(device: torch.device, *, tiny: bool) -> PapoFigures:
-    """Of the second step."""
+    """Figures of the second step of training; the first one compiles."""
     with world_of() as world:
         run = Run(world, TINY if tiny else FULL)
         run.step(0)

@@ -22,11 +22,12 @@ import torch
 from megatron_npr.bench.gpu.part import PARTS
 from megatron_npr.bench.gpu.result import read_result, result_file, table, thresholds, write_result
 
-RESULTS = Path(__file__).parents[2] / "tests" / "bench" / "results"
+RESULTS = Path(__file__).parents[3] / "tests" / "bench" / "results"
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """See above."""
+    """Measure the parts that are named, all without a name, and write them down; 1 where a part failed, 2 without
+    a GPU."""
     parser = argparse.ArgumentParser(prog="gpu bench", description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all without")
     parser.add_argument(

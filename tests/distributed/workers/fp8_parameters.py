@@ -72,7 +72,7 @@ def reads_anew(trainer: Trainer) -> bool:
 
 
 def measure(world: World, folder: Path, recipe: str, parallel: ParallelSettings) -> dict[str, Any]:
-    """Of one model: where its training begins and goes, what its engine has, how it resumes."""
+    """What becomes of one model: where its training begins and goes, what its engine has, how it resumes."""
     plain = train(world, folder, recipe, parameters=False, parallel=parallel)
     trainer = train(world, folder, recipe, parameters=True, parallel=parallel)
     found: dict[str, Any] = {

@@ -102,7 +102,8 @@ def measure(
 
 
 def balanced_figures(policy: Policy, world: World, folder: Path) -> list[float]:
-    """Of updates with the loss that balances experts: on all samples, and on one, where a second data-parallel rank idles."""
+    """Figures of updates with the loss that balances experts: on all samples, and on one, where a second data-parallel
+    rank idles."""
     load_policy_weights(policy, folder)
     trainer = Trainer(
         policy,

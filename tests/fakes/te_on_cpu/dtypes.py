@@ -57,5 +57,5 @@ _TORCH = {
 
 
 def torch_dtype(dtype: int) -> torch.dtype:
-    """Of this enumeration or of TE's own, which has the same numbers."""
+    """torch's type for one of this enumeration or of TE's own, which has the same numbers."""
     return _TORCH[DType(int(dtype))]

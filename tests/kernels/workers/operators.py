@@ -140,7 +140,7 @@ def quantize() -> None:
 
 
 def categorical() -> None:
-    """The same draws, with truncated distributions, at both ends of the uniform numbers, over one and several parts."""
+    """Draws equal those of plain PyTorch: distributions truncated, uniform numbers at both ends, one and several parts."""
     generator = torch.Generator().manual_seed(0)
     for size, part in ((57, 4096), (57, 16), (3000, 512)):
         triton_categorical.PART = part

@@ -33,7 +33,7 @@ def _wider(value: Any) -> Any:
 
 
 def transformers_logits(folder: Path, token_ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Of a model of this type, [T, V]; but for products, much of a float64 one is computed in float32."""
+    """transformers' logits of a model in this type, [T, V]; but for products, much of a float64 one is computed in float32."""
     from transformers import AutoModelForCausalLM
 
     with torch.no_grad():

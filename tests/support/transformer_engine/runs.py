@@ -32,7 +32,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Figures:
-    """Of a run: each update's loss and gradient norm, how many tensors each kind of quantiser rounded, and what the
+    """What a run gives: each update's loss and gradient norm, how many tensors each kind of quantiser rounded, and what the
     measurement found besides on each rank."""
 
     losses: list[float]

@@ -24,12 +24,12 @@ FILES = sorted(
 KEYS = {key.name for stage in STAGES.values() for key in keys(getattr(schema, stage.config))}
 TABLES = {name.split(".")[0] for name in KEYS}
 OTHERS_OPTIONS = {"--nproc-per-node", "--no-deps"}
-"""Of torchrun and pip."""
+"""Options of torchrun and pip that messages may name."""
 
 
 @functools.cache
 def options() -> set[str]:
-    """Of all tools."""
+    """The options of all tools."""
     found = {"--help"}
     for name in TOOLS:
         found |= set(_options(tool_parser(name)))

@@ -132,7 +132,7 @@ def plain() -> Plain:
 
 @pytest.fixture(scope="session")
 def inference_model(plain: Plain) -> InferenceModel:
-    """The same weights as the engine's model, float64."""
+    """The engine's model of the weights of `plain`, float64."""
     return InferenceModel(CONFIG, fused(plain.model, CONFIG))
 
 

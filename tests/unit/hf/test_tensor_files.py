@@ -46,7 +46,7 @@ def untied(models: dict[str, Path], tmp_path: Path) -> Path:
 
 
 def in_shards(folder: Path) -> dict[str, Tensor]:
-    """The same model in several files with an index; gives its tensors."""
+    """Write a folder's model anew in several files with an index; gives its tensors."""
     tensors = load_file(folder / WHOLE)
     (folder / WHOLE).unlink()
     write_tensors(folder, {name: t.nbytes for name, t in tensors.items()}, tensors.__getitem__, limit=60_000)

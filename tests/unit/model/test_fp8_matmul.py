@@ -57,7 +57,7 @@ def test_the_transposes_hold_the_same_numbers() -> None:
 )
 @pytest.mark.parametrize("fast", [True, False])
 def test_a_product_is_that_of_the_rounded_numbers(rows: int, inner: int, columns: int, fast: bool) -> None:
-    """Of any shape, e4m3 and e5m2 on the left, in float32 and rounded once more in bf16."""
+    """Products of any shape, e4m3 and e5m2 on the left, in float32 and rounded once more in bf16."""
     for dtype in FORMATS:
         left, right = wide_numbers(2, rows, inner), wide_numbers(3, columns, inner)
         a, b = scaled(left, dtype), scaled(right, FORWARD)

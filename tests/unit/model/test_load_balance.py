@@ -53,7 +53,7 @@ def plain_samples(count: int = 6, length: int = 30) -> list[TrainSample]:
 
 
 class Gradient:
-    """Of one global batch: by the model's own names, float64, the loss that balances and the whole norm."""
+    """The gradient of one global batch by the model's own names, float64; the loss that balances, and the whole norm."""
 
     def __init__(self, tensors: dict[str, Tensor], load_balance: float) -> None:
         self.tensors = {name: tensor.double() for name, tensor in tensors.items()}
@@ -97,7 +97,7 @@ def ours(
 
 
 def truth(folder: Path, samples: list[TrainSample], coefficient: float = COEFFICIENT) -> Gradient:
-    """The same from transformers' model in float64, one sequence after the other, with the loss by its definition."""
+    """The gradient by transformers' model in float64, one sequence after the other, with the loss by its definition."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, experts_implementation="eager")
     loss, scores = torch.zeros((), dtype=torch.float64), []
     for sample in samples:

@@ -271,7 +271,7 @@ def their_logits(folder: Path, token_ids: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def our_logits(folder: Path, token_ids: Tensor, world: World) -> dict[str, Tensor]:
-    """Of engine and policy."""
+    """Logits of engine and policy by name."""
     config = read_model_config(folder)
     weights = read_engine_weights(folder, config, torch.float32, world.device)
     policy = build_policy(config, world).eval()

@@ -261,7 +261,7 @@ def test_experts_of_a_dense_model_are_refused() -> None:
 @pytest.mark.parametrize("tp", [1, 2, 4, 8])
 @pytest.mark.parametrize("ep", [1, 2, 4, 8, 16])
 def test_the_plan_counts_the_weights_that_an_engine_rank_holds(tp: int, ep: int) -> None:
-    """Also where fewer ranks than share the attention hold experts, and cut them."""
+    """Among them engines in which fewer ranks than share the attention hold experts, and cut them."""
     model = KNOWN["Qwen3-30B-A3B"]
     engine = Layout(engine_tp=tp, engine_ep=ep).engine(model)
     held = 0

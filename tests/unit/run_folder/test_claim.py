@@ -350,7 +350,7 @@ def test_what_no_sample_depends_on_may_change(
 def test_a_requeued_job_continues_its_own_run_and_still_moves_another_aside(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same command line, `--run.overwrite true` in it, runs again after a node's failure."""
+    """One command line, `--run.overwrite true` in it, runs again after a node's failure."""
     folder = started(Stage3Config, tmp_path / "run", done=2)
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     assert not claim(config(Stage3Config, folder, "--run.overwrite"))

@@ -41,7 +41,7 @@ def write_manifest_without_version(folder: Path, manifest: Manifest) -> None:
 
 
 def edited(path: Path, version: object) -> None:
-    """The same JSON lines with another version, or without one."""
+    """Give the JSON lines of a file another version, or none."""
     if version == "as written":
         return
     records: Records = [json.loads(line) for line in path.read_text().splitlines()]

@@ -22,7 +22,7 @@ KV_SLOTS = 16_384
 
 
 def another(model: ServedModel) -> ServedModel:
-    """The same model with an engine of its own."""
+    """A served model of equal weights with an engine of its own."""
     engine = Engine(model.engine.model, Grammar(model.vocabulary), EngineConfig(num_kv_slots=KV_SLOTS))
     return replace(model, engine=engine)
 
@@ -42,6 +42,6 @@ def served(demo: ServedModel) -> Iterator[Running]:
 
 @pytest.fixture
 def client(served: Running) -> Iterator[httpx.Client]:
-    """Of that server."""
+    """A client of the server that `served` runs."""
     with httpx.Client(base_url=served.url, timeout=SECONDS) as http:
         yield http

@@ -27,7 +27,7 @@ BOUNDED = settings(
 
 
 def statuses(operation: APIOperation, mode: GenerationMode) -> set[int]:
-    """Of the answers to generated requests, each of which is what the document says."""
+    """Status codes of the answers to generated requests, each of which is what the document says."""
     seen: set[int] = set()
 
     @BOUNDED

@@ -25,7 +25,7 @@ WORDS = [{"role": "user", "content": "Sort by cost: pen=59*6, cup=13*5\nWork in 
 
 @pytest.fixture(scope="module")
 def client(demo: ServedModel) -> Iterator[httpx.Client]:
-    """Of a server whose memory holds less than its limit and a prompt."""
+    """A client of a server whose memory holds less than its limit and a prompt."""
     engine = Engine(demo.engine.model, Grammar(demo.vocabulary), EngineConfig(num_kv_slots=SLOTS))
     with (
         running(replace(demo, engine=engine), Settings(max_tokens=250)) as server,

@@ -12,7 +12,7 @@ from npr_ext.errors import UserError
 
 
 def library_config(architecture: Architecture) -> Qwen3Config | Qwen3MoeConfig | Qwen2Config | LlamaConfig:
-    """The same shape in transformers' words."""
+    """An architecture in transformers' words."""
     shape = {
         "num_hidden_layers": architecture.num_layers,
         "hidden_size": architecture.hidden_size,

@@ -97,7 +97,7 @@ def stage1_config(*, dynamic_sampling: bool = True) -> Stage1Config:
 
 
 def gradient(samples: Sequence[TrainSample]) -> torch.Tensor:
-    """Of DAPO's token mean for logits over 50 tokens, float64 [50]."""
+    """Gradient of DAPO's token mean for logits over 50 tokens, float64 [50]."""
     logits = torch.linspace(-1, 1, 50, dtype=torch.float64).requires_grad_()
     ids = torch.tensor([token for sample in samples for token in sample.response_ids])
     advantages = torch.tensor([sample.advantage for sample in samples for _ in sample.response_ids])

@@ -192,7 +192,7 @@ def test_qwen3_235b_on_512_ranks_is_planned_quickly_and_sends_every_element_once
 
 
 def expected_elements(engine: EngineLayout) -> int:
-    """Of one replica: each expert once a copy of the expert grid, KV heads, router and norms on every rank."""
+    """Elements that one replica holds: each expert once a copy of the expert grid, KV heads, router and norms on every rank."""
     dim, hidden = MODEL.head_dim, MODEL.hidden_size
     queries = MODEL.num_heads * dim * hidden * 2  # and the output projection
     attention = queries + engine.tp * (2 * dim * hidden + 2 * dim + 2 * hidden + MODEL.num_experts * hidden)

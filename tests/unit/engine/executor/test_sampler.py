@@ -19,7 +19,7 @@ DRAWS = 20_000
 
 
 def inputs(rows: int, penalised: list[int] | None = None, **changes: float) -> SampleInputs:
-    """The same parameters for all rows, uniform numbers on a grid."""
+    """Equal parameters for all rows, uniform numbers on a grid."""
     fields: dict[str, Any] = {
         "temperature": np.full(rows, changes.get("temperature", 1.0), np.float32),
         "top_p": np.full(rows, changes.get("top_p", 1.0), np.float32),
