@@ -62,7 +62,7 @@ def metrics(
 
 
 def reward(item: Scored, config: Stage1Config) -> float:
-    """Format + accuracy, the latter only where the format is right (REFERENCE.md, stage 1), + overlong shaping.
+    """Format + accuracy, the latter only where the format is right (megatron_npr/README.md, stage 1), + overlong shaping.
 
     Summed as fractions and rounded once, so that equal rewards are equal floats, whatever they are sums of.
     """

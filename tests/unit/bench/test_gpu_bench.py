@@ -24,8 +24,13 @@ from npr_engine.model.transformer import InferenceModel
 from npr_engine.testing import GRAMMAR
 from npr_engine.trace import examine
 from npr_ext.testing import random_layout
+from tests.support.places import ROOT
 
 CPU = torch.device("cpu")
+
+
+def test_figures_are_kept_where_the_pages_say() -> None:
+    assert gpu.RESULTS == ROOT / "tests" / "bench" / "results"
 
 
 def test_layout_and_attention_figures_are_those_of_the_standard_layout() -> None:
