@@ -60,7 +60,7 @@ class RowLayout:
 
 
 class LayoutCache:
-    """The last few layouts by the identity of the int32 [5, T] tensor that carried them through Megatron.
+    """The last few layouts of a policy by the identity of the int32 [5, T] tensor that carried them through Megatron.
 
     All layers of a micro-batch (and its recompute) then share one derived attention plan and key exchange. The tensor itself
     is held, so its address cannot be reused while the entry lives.
@@ -80,12 +80,6 @@ class LayoutCache:
                 self._entries.popitem(last=False)
         return entry[1]
 
-    def clear(self) -> None:
-        self._entries.clear()
-
-
-LAYOUTS = LayoutCache()
-
 
 def _row_layout(layout_5T: Tensor, cp_group: dist.ProcessGroup | None) -> RowLayout:
     layout = BranchLayout.from_tensor(layout_5T)
@@ -99,7 +93,7 @@ class BranchAttention(MegatronModule):
     """Megatron core attention over a branch layout; `attention_mask` carries the int32 [5, T] layout of the whole row.
 
     q [S, 1, N, H], k and v [S, 1, K, H] -> [S, 1, N * H]; heads are this tensor-parallel rank's share, the S tokens this
-    context-parallel rank's (all T without).
+    context-parallel rank's (all T without). `layouts` is one for all layers of a policy.
     """
 
     def __init__(
@@ -112,8 +106,11 @@ class BranchAttention(MegatronModule):
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
+        *,
+        layouts: LayoutCache,
     ) -> None:
         super().__init__(config=config)
+        self.layouts = layouts
         self.layer_number = layer_number
         self.softmax_scale = softmax_scale
         assert pg_collection is not None
@@ -129,7 +126,7 @@ class BranchAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: object = None,
     ) -> Tensor:
-        row = LAYOUTS.get(attention_mask, self.cp_group)
+        row = self.layouts.get(attention_mask, self.cp_group)
         key_SKH, value_SKH = key.squeeze(1), value.squeeze(1)
         if row.exchange is not None:
             assert self.cp_group is not None
@@ -159,9 +156,11 @@ class LayoutRotaryEmbedding(torch.nn.Module):
         return torch.cat((angles, angles), dim=-1)[:, None, None, :]
 
 
-def layer_spec(*, qk_norm: bool, experts: bool = False, linears: LinearModules = OWN) -> ModuleSpec:
+def layer_spec(
+    layouts: LayoutCache, *, qk_norm: bool, experts: bool = False, linears: LinearModules = OWN
+) -> ModuleSpec:
     """One transformer layer of Qwen3 (with norms of the heads), Qwen3-MoE (with experts), Qwen2.5 or Llama, with branch
-    attention."""
+    attention; `layouts` is one for all layers of a policy."""
     norm = RMSNorm if qk_norm else None
     return ModuleSpec(
         module=TransformerLayer,
@@ -171,7 +170,7 @@ def layer_spec(*, qk_norm: bool, experts: bool = False, linears: LinearModules =
                 params={"attn_mask_type": AttnMaskType.arbitrary},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=linears.norm_column,
-                    core_attention=BranchAttention,
+                    core_attention=ModuleSpec(module=BranchAttention, params={"layouts": layouts}),
                     linear_proj=linears.row,
                     q_layernorm=norm,
                     k_layernorm=norm,

@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from megatron_npr.config import Fp8Settings, ParallelSettings, Recompute
 from megatron_npr.model.fp8_linears import LinearConfig
-from megatron_npr.model.layers import RMSNorm, layer_spec
+from megatron_npr.model.layers import LayoutCache, RMSNorm, layer_spec
 from megatron_npr.model.linears import LinearModules, layer_linears, linear_modules
 from megatron_npr.model.policy import Policy, PolicyChunk
 from megatron_npr.model.transformer_config import transformer_config
@@ -84,6 +84,7 @@ def build_policy(
         fp8=fp8,
         linears=linears,
     )
+    layouts = LayoutCache()
     with megatron_context():
         chunks = [
             _build_chunk(
@@ -94,6 +95,7 @@ def build_policy(
                 number,
                 unused_ids,
                 entropy_coefficient,
+                layouts,
             )
             for number in range(world.vpp_size)
         ]
@@ -108,6 +110,7 @@ def _build_chunk(
     number: int,
     unused_ids: Sequence[int],
     entropy_coefficient: float | None,
+    layouts: LayoutCache,
 ) -> PolicyChunk:
     stage = number if world.vpp_size > 1 else None  # Megatron's name for "not interleaved"
     first = get_transformer_layer_offset(config, vp_stage=stage, pp_rank=world.pp_rank)
@@ -121,6 +124,7 @@ def _build_chunk(
         transformer_layer_spec=TransformerBlockSubmodules(
             layer_specs=[
                 layer_spec(
+                    layouts,
                     qk_norm=model.qk_norm,
                     experts=model.num_experts > 0,
                     linears=layer_linears(linears, config, layer),

@@ -39,7 +39,6 @@ from megatron_npr.data.packing import (
 )
 from megatron_npr.model.context_parallel import shard_bounds
 from megatron_npr.model.experts import Router
-from megatron_npr.model.layers import LAYOUTS
 from megatron_npr.model.linears import token_multiple
 from megatron_npr.model.load_balance import ExpertLoad
 from megatron_npr.model.policy import Policy
@@ -298,7 +297,6 @@ class Trainer:
     def _run(
         self, rows: Sequence[PackedRow], loss_of: Callable[[Tensor, PackedRow], Any], *, forward_only: bool
     ) -> list[dict[str, Tensor]]:
-        LAYOUTS.clear()
         world, length = self.world, rows[0].token_ids.shape[1]
         own_tokens = shard_bounds(length, world.cp_rank, world.cp_size)
         schedule = get_forward_backward_func()

@@ -61,10 +61,13 @@ class Transformers:
     def of_folder(cls, folder: Path, dtype: torch.dtype) -> Transformers:
         """The model of a folder, on the CPU."""
         from transformers import AutoModelForCausalLM
-        from transformers.utils.logging import disable_progress_bar
+        from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
         disable_progress_bar()
-        return cls(AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, local_files_only=True))
+        try:
+            return cls(AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, local_files_only=True))
+        finally:
+            enable_progress_bar()
 
     def decode(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> Decoded:
         ids_BP = torch.tensor(prompts, device=self._model.device)

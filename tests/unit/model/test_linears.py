@@ -17,7 +17,7 @@ from megatron_npr.data.packing import RowPlan, row_length
 from megatron_npr.demo.base import FOLDER
 from megatron_npr.hf.huggingface import read_model_config
 from megatron_npr.model import linears
-from megatron_npr.model.layers import layer_spec
+from megatron_npr.model.layers import LayoutCache, layer_spec
 from megatron_npr.model.linears import (
     SCALED_MM,
     TRANSFORMER_ENGINE,
@@ -88,14 +88,15 @@ def test_weights_have_the_names_that_megatron_gives_transformer_engines(
 
 def test_the_layer_of_transformer_engine_is_ours_with_other_linear_layers() -> None:
     """Class for class: what a GPU with Transformer Engine builds differs in the projections alone."""
-    ours = layer_spec(qk_norm=True).submodules
-    theirs = layer_spec(qk_norm=True, linears=linears.TRANSFORMER_ENGINE).submodules
+    layouts = LayoutCache()
+    ours = layer_spec(layouts, qk_norm=True).submodules
+    theirs = layer_spec(layouts, qk_norm=True, linears=linears.TRANSFORMER_ENGINE).submodules
     attention = theirs.self_attention.submodules
     assert attention.linear_qkv is transformer_engine.TELayerNormColumnParallelLinear
     assert attention.linear_proj is transformer_engine.TERowParallelLinear
     assert theirs.mlp.submodules.linear_fc1 is transformer_engine.TELayerNormColumnParallelLinear
     assert theirs.mlp.submodules.linear_fc2 is transformer_engine.TERowParallelLinear
-    assert attention.core_attention is ours.self_attention.submodules.core_attention
+    assert attention.core_attention == ours.self_attention.submodules.core_attention
     assert attention.q_layernorm is ours.self_attention.submodules.q_layernorm
 
 
