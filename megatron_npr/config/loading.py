@@ -103,7 +103,11 @@ def to_toml(config: Section) -> str:
     lines: list[str] = []
     for section, table in config.model_dump().items():
         lines.append(f"[{section}]")
-        lines += [f"{key} = {toml_value(NONE if value is None else value)}" for key, value in table.items()]
+        lines += [
+            f"{key} = {toml_value(NONE if value is None else value)}"
+            for key, value in table.items()
+            if f"{section}.{key}" not in config.taken_from
+        ]
         lines.append("")
     return "\n".join(lines)
 
@@ -140,6 +144,7 @@ def _fields(cls: type[Section]) -> dict[str, FieldInfo]:
         f"{s}.{k}": field
         for s, section in _sections(cls).items()
         for k, field in section.model_fields.items()
+        if f"{s}.{k}" not in cls.taken_from
     }
 
 
@@ -148,6 +153,8 @@ def _check_key(cls: type[Section], name: str, where: str) -> None:
     section, _, key = name.partition(".")
     if name in known or (not key and section in _sections(cls) and where != f"--{name}"):
         return
+    if name in cls.taken_from:
+        raise UserError(f"{where}: {name} is not of this command: set {cls.taken_from[name]}")
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
     elsewhere = [other for other in known if other.partition(".")[2] == key]
     similar = close or elsewhere or difflib.get_close_matches(name, known, n=1, cutoff=0.5)

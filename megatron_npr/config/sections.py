@@ -4,6 +4,7 @@ Nothing here imports torch: the command line has to answer `--help` and report m
 """
 
 import unicodedata
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -18,6 +19,9 @@ NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
+MOST_RESPONSES = 1 << 22
+"""Of one round; every one takes memory on every rank."""
+
 NO_TEXT = {"Cc": "a control character", "Cs": "no UTF-8", "Zl": "a line break", "Zp": "a line break"}
 """Unicode categories that no name of a file or model has, and that would tear a line of a message or file apart."""
 
@@ -28,6 +32,9 @@ class Section(BaseModel):
     """Base of all tables: immutable, numbers finite, texts of one line; a key that is not in the schema is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    taken_from: ClassVar[Mapping[str, str]] = {}
+    """Of a whole configuration: keys of its tables that it does not take -> the key that says it instead."""
 
     @field_validator("*")
     @classmethod
@@ -204,6 +211,14 @@ class RolloutSettings(Section):
             )
         return self
 
+    def require_feasible_round(self) -> None:
+        """ValueError where a round of training has more responses than any machine holds, before it tries to list them."""
+        if self.prompts_per_step * self.samples_per_prompt > MOST_RESPONSES:
+            raise ValueError(
+                f"rollout.prompts_per_step {self.prompts_per_step} times rollout.samples_per_prompt "
+                f"{self.samples_per_prompt} are more than {MOST_RESPONSES:,} responses a round: lower one of them"
+            )
+
     def require_differences(self) -> None:
         """ValueError where all responses of a group are the same one, from which advantages teach nothing."""
         if self.samples_per_prompt == 1:
@@ -353,7 +368,9 @@ class EvalSettings(Section):
         description='problems: a JSON or JSONL file, or "demo" for the held-out generated ones'
     )
     count: PositiveInt | None = Field(None, description="use only the first problems; none = all")
-    samples_per_problem: PositiveInt = Field(8, description="responses to each problem")
+    samples_per_problem: Annotated[int, Field(ge=1, le=MOST_RESPONSES)] = Field(
+        8, description="responses to each problem"
+    )
     modes: tuple[EvalMode, ...] = Field(
         ("parallel",),
         description="parallel: the engine branches; unforced: same prompt, plain decoding; sequential: the "

@@ -1,5 +1,6 @@
 """What each subcommand is configured by: the tables put together, with each stage's own values."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
@@ -59,6 +60,7 @@ class RlConfig(TrainingConfig):
     @model_validator(mode="after")
     def _groups_can_differ(self) -> "RlConfig":
         self.rollout.require_differences()
+        self.rollout.require_feasible_round()
         return self
 
 
@@ -120,6 +122,10 @@ class EvalConfig(StageConfig):
     """`npr eval`: accuracy, validity, parallelism and speed on held-out problems."""
 
     command: ClassVar[str] = "eval"
+    taken_from: ClassVar[Mapping[str, str]] = {
+        "rollout.samples_per_prompt": "eval.samples_per_problem",
+        "rollout.branching": "eval.modes",
+    }
     run: RunSettings = RunSettings(dir=Path("runs/eval"))
     rollout: RolloutSettings = RolloutSettings(prompts_per_step=256, top_p=0.7)
     eval: EvalSettings = Field()

@@ -17,7 +17,8 @@ from megatron_npr.monitoring.statistics import mean_with_interval
 from megatron_npr.report import StageFigures
 from megatron_npr.rl.verifier import Verifier
 from megatron_npr.rollout.rollout_file import write_rollouts
-from megatron_npr.stages.evaluate import Evaluation, evaluate, mode_settings
+from megatron_npr.stages.evaluate import evaluate, mode_settings
+from megatron_npr.stages.evaluation import Evaluation
 from megatron_npr.stages.prompt_sets import evaluation_prompts
 from megatron_npr.training.session import folder_engine, open_session
 

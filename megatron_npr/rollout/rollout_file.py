@@ -1,7 +1,9 @@
 """Rollouts on disk: one JSON object a line, everything the engine said about a response."""
 
+import itertools
 import json
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +57,33 @@ def pieces(rollout: Rollout, vocabulary: Vocabulary) -> tuple[str, ...]:
 def write_rollouts(path: Path, rollouts: Iterable[Rollout], vocabulary: Vocabulary) -> None:
     """Write a JSONL file with the tokens' texts beside their ids, in one piece or not at all."""
     with whole_file(path) as file:
-        for rollout in rollouts:
-            record = {
-                FORMAT_VERSION: CURRENT[KIND],
-                **to_record(rollout),
-                "pieces": pieces(rollout, vocabulary),
-            }
-            file.write(json.dumps(record) + "\n")
+        file.writelines(_lines(rollouts, vocabulary))
+
+
+def append_rollouts(path: Path, rollouts: Iterable[Rollout], vocabulary: Vocabulary) -> None:
+    """Extend such a file; the rollouts are on the disk when this returns."""
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(_lines(rollouts, vocabulary))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def keep_rollouts(path: Path, count: int) -> None:
+    """Leave the first `count` lines of such a file, if it is there: a crash may have left more than what is accounted for."""
+    if path.is_file():
+        with path.open("r+b") as file:
+            end = sum(len(line) for line in itertools.islice(file, count))
+            file.truncate(end)
+
+
+def _lines(rollouts: Iterable[Rollout], vocabulary: Vocabulary) -> Iterator[str]:
+    for rollout in rollouts:
+        record = {
+            FORMAT_VERSION: CURRENT[KIND],
+            **to_record(rollout),
+            "pieces": pieces(rollout, vocabulary),
+        }
+        yield json.dumps(record) + "\n"
 
 
 def read_rollouts(path: Path) -> list[Rollout]:

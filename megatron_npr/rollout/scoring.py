@@ -117,6 +117,11 @@ def outcomes(scored: Sequence[Scored]) -> dict[str, Share]:
     return {name: Share(count, len(scored)) for name, count in counts.items()}
 
 
+def invalid(scored: Sequence[Scored]) -> Share:
+    """Responses that were cut or malformed, where blocks are asked for."""
+    return Share(sum(not item.valid for item in scored), len(scored))
+
+
 def agree_on_round(
     step: int, turns: Sequence[Turn], scored: Sequence[Scored], updates: Sequence[NDArray[np.float64]] = ()
 ) -> None:

@@ -94,7 +94,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class FoundRun:
-    """A run that stands in a folder. `done` counts steps of a checkpoint (training), rounds (sample) or modes (eval)."""
+    """A run that stands in a folder. `done` counts steps of a checkpoint (training) or rounds (sample, eval)."""
 
     folder: Path
     mark: Mark
@@ -108,7 +108,7 @@ class FoundRun:
         return bool(self.names - STARTED)
 
     def __str__(self) -> str:
-        unit = {"sample": "round", "eval": "mode"}.get(self.mark.command or "", "step")
+        unit = "round" if self.mark.command in ("sample", "eval") else "step"
         if self.done is not None:
             state = f"{unit} {self.done}"
             if unit == "step" and MODEL in self.names:

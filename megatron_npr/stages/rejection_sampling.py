@@ -77,7 +77,8 @@ class Search:
             },
             tokens=self.counts["tokens"],
             shown=("kept",),
-            shares={name: Share(self.counts[name], tried) for name in OUTCOMES},
+            shares={name: Share(self.counts[name], tried) for name in OUTCOMES}
+            | {"invalid": Share(tried - self.counts["valid"], tried)},
         )
 
 

@@ -21,7 +21,7 @@ from megatron_npr.monitoring.monitor import mean
 from megatron_npr.rl.advantage import flat_groups, grpo_advantages
 from megatron_npr.rl.losses import LossSum, dapo_loss
 from megatron_npr.rollout.collect import train_sample
-from megatron_npr.rollout.scoring import Scored
+from megatron_npr.rollout.scoring import Scored, invalid
 from megatron_npr.stages.rl_stage import open_rl_stage
 from megatron_npr.training.trainer import StepReport
 
@@ -41,7 +41,10 @@ def run(config: Stage1Config) -> None:
                 done,
                 metrics(done.scored, rewards, updates, reports),
                 reports=reports,
-                shares={"flat_groups": share_of_flat(rewards, done.scored)},
+                shares={
+                    "invalid": invalid(done.scored),
+                    "flat_groups": share_of_flat(rewards, done.scored),
+                },
             )
 
 

@@ -59,6 +59,8 @@ OWN = {
         "2",
         "--eval.modes",
         "sequential,unforced",
+        "--rollout.prompts_per_step",
+        "2",
     ],
 }
 
@@ -91,6 +93,8 @@ def outcome(folder: Path) -> dict[str, object]:
             made[name] = [
                 {k: v for k, v in line.items() if "seconds" not in k and "memory" not in k} for line in lines
             ]
+        elif name == "rollouts.jsonl":  # which count the steps of the engine since it was made
+            made[name] = [{**json.loads(line), "decode_steps": None} for line in content.splitlines()]
         elif name == "eval.json":
             made[name] = re.sub(rb'"tokens_per_second": [^,]*', b"", content)
     return made
@@ -129,7 +133,7 @@ def test_a_second_start_in_a_used_folder_loses_nothing(
 
 
 def cut_back(command: str, folder: Path) -> None:
-    """As a crash in the middle of the second step, round or mode leaves the folder."""
+    """As a crash in the middle of the second step or round leaves the folder."""
     (folder / "eval.json").unlink(missing_ok=True)
     (folder / "samples.jsonl").unlink(missing_ok=True)
     shutil.rmtree(folder / "model", ignore_errors=True)
@@ -155,15 +159,9 @@ def test_a_run_that_was_cut_off_ends_as_if_it_had_not_been(
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_sampling_keeps_what_it_has_on_ctrl_c_and_continues(samples: Path, tmp_path: Path) -> None:
-    """In a process of its own, interrupted as soon as the first round is done."""
-    folder = tmp_path / "run"
-    command = [
-        sys.executable,
-        "-m",
-        "megatron_npr",
-        *words("sample", folder, samples, "--rollout.prompts_per_step", "1"),
-    ]
+def interrupted(folder: Path, given: list[str]) -> list[str]:
+    """The lines of progress.jsonl after a process of its own that is interrupted as soon as the first round is done."""
+    command = [sys.executable, "-m", "megatron_npr", *given]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     with process:
@@ -174,13 +172,34 @@ def test_sampling_keeps_what_it_has_on_ctrl_c_and_continues(samples: Path, tmp_p
         process.send_signal(signal.SIGINT)
         _, said = process.communicate()
     assert process.returncode == 130, said
-    rounds = (folder / "progress.jsonl").read_text().splitlines()
+    assert "--run.resume auto" in said
+    return (folder / "progress.jsonl").read_text().splitlines()
+
+
+def test_sampling_keeps_what_it_has_on_ctrl_c_and_continues(samples: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    rounds = interrupted(folder, words("sample", folder, samples, "--rollout.prompts_per_step", "1"))
     assert 1 <= len(rounds) < 12, "it stopped in the middle"
     has = (folder / "samples.jsonl").read_text().splitlines()
     assert len(has) == sum(len(json.loads(line)["kept"]) for line in rounds)
-    assert "--run.resume auto" in said
     assert main(words("sample", folder, samples, "--run.resume", "true")) == 0
     assert (folder / "samples.jsonl").read_bytes() == samples.read_bytes()
     assert (folder / "progress.jsonl").read_text().splitlines()[: len(rounds)] == rounds, (
         "nothing was sampled again"
     )
+
+
+def test_an_evaluation_keeps_what_it_has_on_ctrl_c_and_continues(tmp_path: Path) -> None:
+    """Rounds of one problem, six in all; the truth is the same evaluation, never interrupted."""
+    folder, whole = tmp_path / "run", tmp_path / "whole"
+    one_a_round = ["--rollout.prompts_per_step", "1"]
+    rounds = interrupted(folder, words("eval", folder, folder, *one_a_round))
+    assert 1 <= len(rounds) < 6, "it stopped in the middle"
+    assert not (folder / "eval.json").exists()
+    for place, start in ((folder, ["--run.resume", "true"]), (whole, [])):
+        assert main(words("eval", place, place, *one_a_round, *start)) == 0
+    assert (folder / "progress.jsonl").read_text().splitlines()[: len(rounds)] == rounds, (
+        "nothing was sampled again"
+    )
+    assert outcome(folder) == outcome(whole)
+    assert len((folder / "rollouts.jsonl").read_bytes().splitlines()) == 3 * 2

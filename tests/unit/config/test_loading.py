@@ -165,6 +165,26 @@ def test_sampling_takes_one_response_a_trial_and_does_not_write_down_another_num
     )
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "instead"),
+    [
+        ("samples_per_prompt", "4", "eval.samples_per_problem"),
+        ("branching", "false", "eval.modes"),
+    ],
+)
+def test_what_an_evaluation_takes_from_another_key_is_refused_and_not_listed(
+    key: str, value: str, instead: str, tmp_path: Path
+) -> None:
+    given = ["--model.path", "m", "--eval.problems", "demo"]
+    line = f"rollout.{key} is not of this command: set {instead}"
+    assert message(EvalConfig, None, [*given, f"--rollout.{key}", value]) == f"--rollout.{key}: {line}"
+    path = write(tmp_path, f"[rollout]\n{key} = {value}\n")
+    assert message(EvalConfig, path, given) == f"{path}: {line}"
+    names = {listed.name for listed in keys(EvalConfig)}
+    assert f"rollout.{key}" not in names and instead in names
+    assert f"{key} =" not in to_toml(load_config(EvalConfig, None, given))
+
+
 @pytest.mark.parametrize("cls", [Stage1Config, Stage3Config])
 @pytest.mark.parametrize(
     ("setting", "named"),
@@ -179,7 +199,10 @@ def test_rl_from_groups_that_cannot_differ_is_refused_and_other_commands_may_hav
 ) -> None:
     assert message(cls, None, [*REQUIRED, f"--rollout.{setting}"]).startswith(f"rollout.{named}")
     load_config(SampleConfig, None, [*REQUIRED, f"--rollout.{setting}"])
-    load_config(EvalConfig, None, ["--model.path", "m", "--eval.problems", "demo", f"--rollout.{setting}"])
+    if "samples" not in setting:
+        load_config(
+            EvalConfig, None, ["--model.path", "m", "--eval.problems", "demo", f"--rollout.{setting}"]
+        )
 
 
 @pytest.mark.parametrize(
@@ -189,6 +212,8 @@ def test_rl_from_groups_that_cannot_differ_is_refused_and_other_commands_may_hav
             ["--rollout.kv_slots=2", "--rollout.max_tokens=2"],
             "rollout.block_size 4 exceeds rollout.kv_slots 2",
         ),
+        (["--rollout.prompts_per_step=999999999999"], "rollout.prompts_per_step 999999999999 times"),
+        (["--rollout.samples_per_prompt=999999999999"], "are more than 4,194,304 responses a round: lower"),
         (["--rollout.max_batch_tokens=8"], "rollout.max_batch_tokens 8 must exceed rollout.max_branches 8"),
         (["--rollout.max_tokens=600000"], "rollout.max_tokens 600000 exceeds rollout.kv_slots 524288"),
         (["--optimizer.beta1=1"], "optimizer.beta1 = '1': input should be less than 1"),

@@ -3,7 +3,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_npr.rollout.rollout_file import from_record, read_rollouts, to_record, write_rollouts
+from megatron_npr.rollout.rollout_file import (
+    append_rollouts,
+    from_record,
+    keep_rollouts,
+    read_rollouts,
+    to_record,
+    write_rollouts,
+)
 from npr_engine.language.vocabulary import Vocabulary
 from npr_ext import TagIds
 from npr_ext.errors import UserError
@@ -24,6 +31,18 @@ def test_a_rollout_reads_back_equal(tmp_path: Path) -> None:
     for name, value in vars(made).items():
         np.testing.assert_array_equal(vars(back[1])[name], value)
         assert np.asarray(vars(back[1])[name]).dtype == np.asarray(value).dtype
+
+
+def test_a_file_that_grows_forgets_what_a_crash_left_behind_its_accounted_lines(tmp_path: Path) -> None:
+    path, made = tmp_path / "rollouts.jsonl", rollout()[0]
+    keep_rollouts(path, 0)
+    assert not path.exists()
+    append_rollouts(path, [made, made], vocabulary())
+    accounted = path.read_bytes()
+    append_rollouts(path, [made], vocabulary())
+    path.write_bytes(path.read_bytes()[:-5])
+    keep_rollouts(path, 2)
+    assert path.read_bytes() == accounted and len(read_rollouts(path)) == 2
 
 
 def test_a_record_holds_no_nan() -> None:

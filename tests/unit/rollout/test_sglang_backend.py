@@ -21,6 +21,8 @@ from megatron_npr.rollout.flat_buckets import flat_buckets
 from megatron_npr.rollout.sglang_backend import bucket_message, check_ids, rollout_of, sampling_dict
 from megatron_npr.runtime.process_world import close_world
 from megatron_npr.sharding.catalog import catalog
+from megatron_npr.stages import evaluate
+from megatron_npr.stages.evaluate import mode_settings
 from megatron_npr.training.session import build_engine, open_session
 from npr_engine.backend import Backend
 from npr_engine.sampling import SamplingParams
@@ -123,31 +125,28 @@ def test_weights_reach_sglang_under_the_folders_names_bit_for_bit(family: str, t
 
 def test_fp8_is_not_silently_left_out(tmp_path: Path) -> None:
     overrides = ["--run.dir", str(tmp_path), "--model.path", str(FOLDER), "--eval.problems", "demo"]
-    overrides += ["--rollout.backend", "sglang", "--rollout.branching", "false", "--rollout.fp8", "true"]
+    overrides += ["--rollout.backend", "sglang", "--rollout.fp8", "true"]
     config = load_config(EvalConfig, None, overrides)
     try:
         session = open_session(config)
         with pytest.raises(UserError, match=r"rollout\.fp8 is of rollout\.backend = 'native'"):
-            build_engine(session, {}, config.rollout)
+            build_engine(session, {}, mode_settings(config.rollout, "unforced", 1))
     finally:
         close_world()
 
 
 @pytest.mark.parametrize(
-    "branching, text", [("true", "rollout.branching = false"), ("false", "extra `sglang`")]
+    "mode, text", [("parallel", "rollout.branching = false"), ("unforced", "extra `sglang`")]
 )
-def test_the_configuration_chooses_and_says_what_is_missing(
-    branching: str, text: str, tmp_path: Path
-) -> None:
-    if branching == "false" and importlib.util.find_spec("sglang") is not None:
+def test_the_configuration_chooses_and_says_what_is_missing(mode: str, text: str, tmp_path: Path) -> None:
+    if mode == "unforced" and importlib.util.find_spec("sglang") is not None:
         pytest.skip("SGLang is installed")
     overrides = ["--run.dir", str(tmp_path), "--model.path", str(FOLDER), "--eval.problems", "demo"]
-    overrides += ["--rollout.backend", "sglang", "--rollout.branching", branching]
+    overrides += ["--rollout.backend", "sglang", "--eval.modes", mode, "--eval.count", "1"]
     config = load_config(EvalConfig, None, overrides)
     try:
-        session = open_session(config)
         with pytest.raises(UserError, match=text):
-            build_engine(session, {}, config.rollout)
+            evaluate.run(config)
     finally:
         close_world()
 

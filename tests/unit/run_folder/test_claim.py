@@ -97,7 +97,7 @@ def test_a_second_start_is_refused_with_the_step_and_both_remedies(
 ) -> None:
     folder = started(cls, tmp_path / "run", done=3)
     line = refusal(config(cls, folder))
-    unit = {"sample": "round", "eval": "mode"}.get(cls.command, "step")
+    unit = "round" if cls.command in ("sample", "eval") else "step"
     assert f"{folder} holds a run of {cls.command} ({unit} 3)" in line
     assert "--run.resume true" in line and "--run.overwrite true" in line and f"{folder}.1" in line
 
