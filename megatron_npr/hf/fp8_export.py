@@ -21,7 +21,7 @@ from torch import Tensor
 from megatron_npr.hf.tensor_names import huggingface_names
 from megatron_npr.sharding.architecture import Architecture
 from megatron_npr.sharding.catalog import catalog
-from npr_engine.model.fp8 import is_projection
+from npr_engine.model.architecture import is_projection
 from npr_ext.errors import UserError
 from npr_ext.ops.fp8 import E4M3, scale_of
 

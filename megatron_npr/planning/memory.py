@@ -13,7 +13,7 @@ from megatron_npr.planning.job import Layout, Modules, Workload
 from megatron_npr.sharding.architecture import Architecture
 from megatron_npr.sharding.catalog import Kind, Place, engine_cut, kinds
 from megatron_npr.sharding.cuts import local_size
-from npr_engine.model.fp8 import is_projection
+from npr_engine.model.architecture import is_projection
 
 GRADIENT_BYTES = 4  # Megatron's buffers accumulate in fp32
 LOSS_CHUNK = 4096  # rows of logits at a time; megatron_npr.model.log_probs

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_npr.weight_sync.plan import Plan, Routes, for_replica
-from npr_engine.model.fp8 import is_projection
+from npr_engine.model.architecture import is_projection
 
 SCALE_BYTES = 4
 

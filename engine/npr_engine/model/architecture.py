@@ -9,6 +9,15 @@ from typing import Any
 
 from npr_ext.errors import UserError
 
+PROJECTIONS = ("linear_qkv.weight", "linear_proj.weight", "linear_fc1.weight", "linear_fc2.weight")
+"""Ends of the names of the weights that become FP8 in training, engine and export; norms, biases, routers and
+vocabularies stay."""
+
+
+def is_projection(name: str) -> bool:
+    """Whether the weight of that name (Megatron's, or its pattern) is a projection, which becomes FP8."""
+    return name.endswith(PROJECTIONS)
+
 
 @dataclass(frozen=True)
 class Architecture:

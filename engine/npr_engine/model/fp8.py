@@ -19,9 +19,6 @@ from npr_ext.ops.fp8 import E4M3, quantize_rows
 from npr_ext.ops.scaled_mm import scaled_mm
 
 FP8 = E4M3
-PROJECTIONS = ("linear_qkv.weight", "linear_proj.weight", "linear_fc1.weight", "linear_fc2.weight")
-"""Ends of the names of the weights that become FP8 in training, engine and export; norms, biases, routers and
-vocabularies stay."""
 
 
 @dataclass(frozen=True)
@@ -60,11 +57,6 @@ class Fp8Weight:
         for own, new in ((self.values_DC, other.values_DC), (self.scales_D, other.scales_D)):
             if own.data_ptr() != new.data_ptr():
                 own.copy_(new)
-
-
-def is_projection(name: str) -> bool:
-    """Whether the weight of that name (Megatron's, or its pattern) is a projection, which becomes FP8."""
-    return name.endswith(PROJECTIONS)
 
 
 def fp8_linear(x_TC: Tensor, weight: Fp8Weight, bias_D: Tensor | None = None) -> Tensor:

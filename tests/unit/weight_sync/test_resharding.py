@@ -22,7 +22,7 @@ from megatron_npr.sharding.catalog import Kind, Place, catalog, engine_cut, kind
 from megatron_npr.sharding.cuts import Cut, local_shape, local_size, pieces
 from megatron_npr.sharding.layouts import EngineLayout, TrainerLayout, split_layers
 from megatron_npr.weight_sync.plan import for_replica, plan
-from npr_engine.model.fp8 import is_projection
+from npr_engine.model.architecture import is_projection
 from npr_engine.model.transformer import ModelConfig
 
 

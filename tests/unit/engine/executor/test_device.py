@@ -25,7 +25,8 @@ from npr_engine.executor.device_forward import (
 from npr_engine.executor.device_table import DeviceTable
 from npr_engine.executor.runner import Runner
 from npr_engine.language.constraint import Constraint
-from npr_engine.model.fp8 import FP8, Fp8Weight, fp8_linear, is_projection
+from npr_engine.model.architecture import is_projection
+from npr_engine.model.fp8 import FP8, Fp8Weight, fp8_linear
 from npr_engine.model.linear import Weight
 from npr_engine.model.transformer import InferenceModel
 from npr_engine.sampling import SamplingParams
