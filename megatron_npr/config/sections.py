@@ -20,7 +20,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 MOST_RESPONSES = 1 << 22
-"""Of one round; every one takes memory on every rank."""
+"""Most responses of one round; every one takes memory on every rank."""
 
 NO_TEXT = {"Cc": "a control character", "Cs": "no UTF-8", "Zl": "a line break", "Zp": "a line break"}
 """Unicode categories that no name of a file or model has, and that would tear a line of a message or file apart."""
@@ -34,7 +34,7 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     taken_from: ClassVar[Mapping[str, str]] = {}
-    """Of a whole configuration: keys of its tables that it does not take -> the key that says it instead."""
+    """Keys of a whole configuration's tables that it does not take -> the key that says it instead."""
 
     @field_validator("*")
     @classmethod

@@ -91,12 +91,12 @@ class Finished:
         self.rounds.setdefault(mode, []).append(evaluation)
 
     def num_problems(self, mode: EvalMode) -> int:
-        """Of a mode, so far."""
+        """Problems that a mode has answered so far."""
         return sum(len(part.correct) for part in self.rounds.get(mode, ()))
 
     @property
     def num_rollouts(self) -> int:
-        """Of the mode that came first, whose rollouts are kept."""
+        """Rollouts of the mode that came first, which are kept."""
         return sum(part.correct.size for part in next(iter(self.rounds.values()), ()))
 
     def left(self, prompts: Prompts, size: int) -> list[Round]:
