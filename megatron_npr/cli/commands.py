@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import importlib
 from dataclasses import dataclass
-from typing import NoReturn, Protocol, cast
+from pathlib import Path
+from typing import Any, NoReturn, Protocol, cast
 
 from npr_ext.errors import UserError
 
@@ -85,6 +86,14 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
+
+    def parse_args(self, *given: Any, **named: Any) -> Any:
+        """The options; a path from ~/ on lies in the user's home also where the shell has left it so (`--to=~/x`)."""
+        options = super().parse_args(*given, **named)
+        for name, value in vars(options).items():
+            if isinstance(value, Path) and value.parts[:1] == ("~",):
+                setattr(options, name, value.expanduser())
+        return options
 
 
 def tool_parser(name: str) -> Parser:

@@ -1,6 +1,7 @@
 """Configuration: frozen pydantic tables, TOML files and dotted overrides; imports no torch."""
 
 from megatron_npr.config.loading import Key, keys, load_config, parse_overrides, to_toml, toml_value
+from megatron_npr.config.section import Section
 from megatron_npr.config.sections import (
     BatchSettings,
     CheckpointSettings,
@@ -21,7 +22,6 @@ from megatron_npr.config.sections import (
     RolloutSettings,
     RunSettings,
     SampleSettings,
-    Section,
     SftSettings,
     SftTrainSettings,
 )

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from megatron_npr.config.sections import Section
+from megatron_npr.config.section import Section
 from megatron_npr.config.shipped import CONFIGS
 from npr_ext.errors import UserError
 

@@ -3,48 +3,24 @@
 Nothing here imports torch: the command line has to answer `--help` and report mistakes at once.
 """
 
-import unicodedata
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-INT64_END = 1 << 63
-"""TOML's integers, torch's sizes and seeds end before it."""
-PositiveInt = Annotated[int, Field(ge=1, lt=INT64_END)]
-NonNegativeInt = Annotated[int, Field(ge=0, lt=INT64_END)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Decay = Annotated[float, Field(ge=0, lt=1)]
-
-MOST_RESPONSES = 1 << 22
-"""Most responses of one round; every one takes memory on every rank."""
-
-NO_TEXT = {"Cc": "a control character", "Cs": "no UTF-8", "Zl": "a line break", "Zp": "a line break"}
-"""Unicode categories that no name of a file or model has, and that would tear a line of a message or file apart."""
+from megatron_npr.config.section import (
+    MOST_RESPONSES,
+    MOST_THREADS,
+    Decay,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+)
 
 Recompute = Literal["none", "selective", "full"]
-
-
-class Section(BaseModel):
-    """Base of all tables: immutable, numbers finite, texts of one line; a key that is not in the schema is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    taken_from: ClassVar[Mapping[str, str]] = {}
-    """Keys of a whole configuration's tables that it does not take -> the key that says it instead."""
-
-    @field_validator("*")
-    @classmethod
-    def _texts_are_one_line(cls, value: Any) -> Any:
-        if isinstance(value, str | Path):
-            for position, letter in enumerate(str(value)):
-                what = NO_TEXT.get(unicodedata.category(letter))
-                if what:
-                    raise ValueError(f"character {position + 1}, {letter!r}, is {what}: leave it out")
-        return value
 
 
 class RunSettings(Section):
@@ -56,7 +32,7 @@ class RunSettings(Section):
     overwrite: bool = Field(
         False, description="start anew and move the run in run.dir aside (DIR.1, DIR.2, ...)"
     )
-    threads: NonNegativeInt = Field(
+    threads: Annotated[int, Field(ge=0, le=MOST_THREADS)] = Field(
         0, description="CPU threads of one process; 0 shares the cores among the processes"
     )
 

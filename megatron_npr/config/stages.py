@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from pydantic import Field, model_validator
 
+from megatron_npr.config.section import Section
 from megatron_npr.config.sections import (
     BatchSettings,
     CheckpointSettings,
@@ -24,7 +25,6 @@ from megatron_npr.config.sections import (
     RolloutSettings,
     RunSettings,
     SampleSettings,
-    Section,
     SftSettings,
     SftTrainSettings,
 )

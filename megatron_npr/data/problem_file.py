@@ -31,6 +31,10 @@ def load_problems(path: Path | str, count: int | None = None) -> list[Problem]:
         raise UserError(f"{path} is a folder: name the .json or .jsonl file in it")
     if not path.is_file():
         raise UserError(f"no data file {path}: give the path of a .json or .jsonl file")
+    if path.suffix.lower() in (".csv", ".tsv"):
+        raise UserError(
+            f"{path} is a table: write it as JSON lines (pandas: DataFrame.to_json(lines=True, orient='records'))"
+        )
     problems: list[Problem] = []
     seen: dict[str, str] = {}
     for place, record in _records(path):

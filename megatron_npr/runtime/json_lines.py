@@ -14,6 +14,19 @@ from typing import Any
 
 from npr_ext.errors import UserError
 
+NO_TEXT_FILES = {
+    b"\x1f\x8b": ("compressed (gzip)", "unpack it with gunzip"),
+    b"\x28\xb5\x2f\xfd": ("compressed (zstd)", "unpack it with unzstd"),
+    b"\xfd7zXZ\0": ("compressed (xz)", "unpack it with unxz"),
+    b"BZh": ("compressed (bzip2)", "unpack it with bunzip2"),
+    b"PK\3\4": ("a zip archive", "unpack it"),
+    b"PAR1": (
+        "a Parquet file",
+        "write it as JSON lines (pandas: DataFrame.to_json(lines=True, orient='records'))",
+    ),
+}
+"""First bytes -> what a file is that people download data in, and how it becomes one that can be read."""
+
 
 def read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
     """(FILE:LINE, value) of every line; UserError names the place that is not UTF-8, not JSON or empty."""
@@ -51,6 +64,10 @@ def json_value(text: bytes, path: Path, line: int = 1) -> Any:
 def file_bytes(path: Path) -> bytes:
     """The content without a byte order mark; UserError where there is none to read."""
     try:
-        return path.read_bytes().removeprefix(codecs.BOM_UTF8)
+        content = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from None
+    for start, (what, remedy) in NO_TEXT_FILES.items():
+        if content.startswith(start):
+            raise UserError(f"{path} is {what}, not text: {remedy}")
+    return content.removeprefix(codecs.BOM_UTF8)

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import uvicorn
 
+from megatron_npr.config.section import MOST_THREADS
 from megatron_npr.server.http.app import Settings, build_app
 from megatron_npr.server.metrics import Metrics
 from megatron_npr.server.served_model import load_model
@@ -94,6 +95,8 @@ def _check(options: ServeOptions) -> None:
     ):
         if value < least:
             raise UserError(f"{flag} is {value}, it must be >= {least}")
+    if options.threads > MOST_THREADS:
+        raise UserError(f"--threads is {options.threads}, it must be <= {MOST_THREADS}")
     if options.max_tokens and slots_needed(1, options.max_tokens, EngineConfig.block_size) > options.kv_slots:
         raise UserError(
             f"--max-tokens {options.max_tokens} does not fit into --kv-slots {options.kv_slots}: lower one or raise the other"

@@ -16,6 +16,7 @@ from megatron_npr.hf.huggingface import (
     read_model_config,
 )
 from npr_engine.engine import Engine, EngineConfig
+from npr_engine.kvcache.memory_size import require_kv_memory
 from npr_engine.language.grammar import Grammar
 from npr_engine.language.vocabulary import Vocabulary
 from npr_engine.model.transformer import InferenceModel
@@ -42,7 +43,9 @@ def load_model(folder: Path, *, name: str | None, dtype: torch.dtype, kv_slots: 
     vocabulary = read_vocabulary(folder, tokenizer)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     weights = read_engine_weights(folder, config, dtype, device)
-    engine = Engine(InferenceModel(config, weights), Grammar(vocabulary), EngineConfig(num_kv_slots=kv_slots))
+    model = InferenceModel(config, weights)
+    require_kv_memory(kv_slots, model.kv_bytes_per_slot, model.device, setting="--kv-slots")
+    engine = Engine(model, Grammar(vocabulary), EngineConfig(num_kv_slots=kv_slots))
     return ServedModel(
         name=name or folder.resolve().name,
         engine=engine,

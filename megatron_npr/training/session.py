@@ -33,6 +33,7 @@ from megatron_npr.runtime.process_world import World, init_world, join_world, on
 from megatron_npr.sharding.layouts import EngineLayout
 from npr_engine.backend import Backend
 from npr_engine.engine import Engine, EngineConfig
+from npr_engine.kvcache.memory_size import require_kv_memory
 from npr_engine.language.grammar import Grammar
 from npr_engine.language.vocabulary import Vocabulary
 from npr_engine.model.linear import Weight
@@ -141,6 +142,7 @@ def build_engine(session: Session, weights: Mapping[str, Weight], settings: Roll
         expert_group=groups.experts,
         fp8=settings.fp8,
     )
+    require_kv_memory(settings.kv_slots, model.kv_bytes_per_slot, model.device, setting="rollout.kv_slots")
     return Engine(
         model,
         session.grammar,

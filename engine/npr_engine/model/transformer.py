@@ -149,6 +149,11 @@ class InferenceModel:
     def device(self) -> torch.device:
         return self._embedding_VD.device
 
+    @property
+    def kv_bytes_per_slot(self) -> int:
+        """Keys and values of one token in all layers, of this rank's heads."""
+        return 2 * self.config.num_layers * self._num_groups * self.config.head_dim * self.dtype.itemsize
+
     def new_cache(self, num_slots: int) -> KVCache:
         """An empty cache for this rank's heads; what it holds at first is never read. Tokens' positions are
         below `num_slots` from then on."""

@@ -165,6 +165,31 @@ def test_sampling_takes_one_response_a_trial_and_does_not_write_down_another_num
     )
 
 
+def test_the_home_is_known_in_files_and_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    path = write(tmp_path, '[run]\ndir = "~/runs/a"\n[model]\npath = "~x/m"\n')
+    config = load_config(Stage3Config, path, ["--data.train=~/problems.jsonl"])
+    assert config.run.dir == tmp_path / "home/runs/a" and config.data.train == str(
+        tmp_path / "home/problems.jsonl"
+    )
+    assert config.model.path == Path("~x/m"), "a name like any other"
+
+
+@pytest.mark.parametrize("key", ["run.dir", "data.train", "model.path", "log.backend"])
+def test_an_empty_value_is_refused(key: str) -> None:
+    line = message(Stage3Config, None, [*REQUIRED, f"--{key}="])
+    assert line == f"command line: {key} = '': it is empty: give a value, or leave the key out"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("optimizer.lr", "1e39"), ("rollout.temperature", "1e300"), ("run.threads", "1025")]
+)
+def test_what_the_arithmetic_or_the_machine_cannot_hold_is_refused(key: str, value: str) -> None:
+    assert f"{key} = '{value}': input should be less than or equal to " in message(
+        Stage3Config, None, [*REQUIRED, f"--{key}", value]
+    )
+
+
 @pytest.mark.parametrize(
     ("key", "value", "instead"),
     [

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
+import io
 import json
+import lzma
 import tempfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -115,3 +120,37 @@ def test_whatever_is_written_is_read(texts: list[str]) -> None:
 def test_a_last_line_that_a_crash_has_cut_off_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "lines").write_bytes(b'{"step": 1}\n{"step": 2}\n{"ste')
     assert whole_lines(tmp_path / "lines") == [{"step": 1}, {"step": 2}]
+
+
+def zipped(text: bytes) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("a.jsonl", text)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize(
+    ("pack", "what"),
+    [
+        (gzip.compress, "compressed (gzip), not text: unpack it with gunzip"),
+        (bz2.compress, "compressed (bzip2), not text: unpack it with bunzip2"),
+        (lzma.compress, "compressed (xz), not text: unpack it with unxz"),
+        (zipped, "a zip archive, not text: unpack it"),
+        (lambda text: b"PAR1" + text, "a Parquet file, not text: write it as JSON lines"),
+    ],
+)
+def test_a_packed_file_is_called_one(
+    name: str, pack: Callable[[bytes], bytes], what: str, tmp_path: Path
+) -> None:
+    record, read = READERS[name]
+    (tmp_path / name).write_bytes(pack(json.dumps(record("a")).encode() + b"\n"))
+    with pytest.raises(UserError) as caught:
+        read(tmp_path / name)
+    assert str(caught.value).startswith(f"{tmp_path / name} is {what}")
+
+
+def test_a_table_of_problems_is_called_one(tmp_path: Path) -> None:
+    (tmp_path / "a.CSV").write_text("question,answer\n1 + 1,2\n")
+    with pytest.raises(UserError, match=r"a\.CSV is a table: write it as JSON lines"):
+        load_problems(tmp_path / "a.CSV")

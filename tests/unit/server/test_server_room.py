@@ -112,3 +112,17 @@ def test_a_limit_that_memory_never_holds_is_refused_when_the_server_starts(
     assert said == (
         "npr: error: --max-tokens 4096 does not fit into --kv-slots 4096: lower one or raise the other\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "named"),
+    [
+        ("--kv-slots", "99999999999", "--kv-slots = 99999999999: their keys and values take "),
+        ("--threads", "100000", "--threads is 100000, it must be <= 1024"),
+    ],
+)
+def test_what_no_machine_has_is_refused_before_it_is_asked_for(
+    option: str, value: str, named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", str(FOLDER), "--port", "0", option, value]) == 2
+    assert capsys.readouterr().err.startswith(f"npr: error: {named}")
