@@ -6,7 +6,6 @@ Imports none of them, so that help and errors of the command line come at once.
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import warnings
 from collections.abc import Iterator
@@ -14,7 +13,6 @@ from collections.abc import Iterator
 from megatron_npr.repairs.repair import Repair
 
 _SPINS = "GOMP_SPINCOUNT"
-_STORAGE_LOGGER = "megatron.core.dist_checkpointing"
 
 
 @contextlib.contextmanager
@@ -23,15 +21,11 @@ def process_settings() -> Iterator[None]:
     before = os.environ.get(_SPINS)
     # Threads that wait for each other sleep after some 20 us instead of spinning for ms; alone that costs nothing.
     os.environ.setdefault(_SPINS, "20000")
-    logger = logging.getLogger(_STORAGE_LOGGER)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"megatron\.core|megatron_npr\.repairs\.megatron_on_cpu")
             yield
     finally:
-        logger.setLevel(level)
         if before is None:
             del os.environ[_SPINS]
 
@@ -50,13 +44,6 @@ REPAIRS = (
         "megatron-core==0.16.1",
         "each run begins with warnings about packages that are not installed",
         "it warns where it would use them",
-        _WHERE,
-    ),
-    Repair(
-        f"level of logger {_STORAGE_LOGGER}",
-        "megatron-core==0.16.1",
-        "each save warns of what our format leaves out on purpose",
-        "it does not",
         _WHERE,
     ),
     Repair(
