@@ -5,6 +5,7 @@ Those of the optimizer's state are applied around save and load only; without th
 
 from __future__ import annotations
 
+import queue
 from collections.abc import Callable
 from typing import Any
 
@@ -65,6 +66,15 @@ def _padded(joined: Tensor, buffer: Any) -> Tensor:
         offset += bucket.numel_unpadded
     return padded
 
+
+RESULTS_OF_WRITERS = Replacement(
+    "megatron.core.dist_checkpointing.strategies.filesystem_async:_get_write_results_queue",
+    _MEGATRON,
+    "a save in this process starts another for a queue: seconds of imports, and 500 MB that outlive a kill -9",
+    "it asks for that process for asynchronous saves alone",
+    "`megatron_core.RESULTS_OF_WRITERS`, around saves that wait",
+    make=lambda _: queue.Queue,
+)
 
 OPTIMIZER_STATE = (
     Replacement(
@@ -172,4 +182,4 @@ OUTSIDE = (
 )
 """Gaps that need no other code of Megatron's, only other calls: met where we make them."""
 
-REPAIRS: tuple[Repair, ...] = (*OPTIMIZER_STATE, ROUTER, EXPERT_WEIGHTS, *OUTSIDE)
+REPAIRS: tuple[Repair, ...] = (*OPTIMIZER_STATE, RESULTS_OF_WRITERS, ROUTER, EXPERT_WEIGHTS, *OUTSIDE)

@@ -28,7 +28,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 
 from megatron_npr.hf.description import copy_description
 from megatron_npr.model.policy import Policy, PolicyChunk
-from megatron_npr.repairs.megatron_core import OPTIMIZER_STATE
+from megatron_npr.repairs.megatron_core import OPTIMIZER_STATE, RESULTS_OF_WRITERS
 from megatron_npr.repairs.repair import applied
 from megatron_npr.run_folder.manifest import (
     DamagedCheckpointError,
@@ -88,7 +88,8 @@ class Checkpoints:
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir(parents=True)
         dist.barrier()
-        with megatron_context():
+        waits = () if self._queue is not None else (RESULTS_OF_WRITERS,)
+        with megatron_context(), applied(*waits):
             metadata = _metadata()
             request = dist_checkpointing.save(
                 _state(trainer, metadata, is_loading=False),

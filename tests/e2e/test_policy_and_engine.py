@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from numpy.typing import NDArray
 
 from megatron_npr.config import Stage3Config, load_config
@@ -215,6 +217,16 @@ def test_an_optimizer_that_has_not_stepped_can_be_saved_and_its_weights_stay(con
     learner.checkpoints.save(0, learner.trainer, {})
     for one, other in zip(before, learner.trainer.policy.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_a_save_that_waits_leaves_no_process_behind(
+    config: Stage3Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(filesystem_async, "_results_queue", None)  # what an asynchronous save may have left
+    learner, _ = learner_and_engine(config)
+    before = multiprocessing.active_children()
+    learner.checkpoints.save(0, learner.trainer, {})
+    assert multiprocessing.active_children() == before
 
 
 def test_a_checkpoint_of_another_model_is_one_clear_line(config: Stage3Config) -> None:
