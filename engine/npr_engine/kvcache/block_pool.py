@@ -51,6 +51,10 @@ class BlockPool:
         self._owned[blocks] = False
         self._free.extend(reversed(blocks))
 
+    def restore_order(self) -> None:
+        """The free blocks are handed out from the lowest on again, as those of a new pool are."""
+        self._free.sort(reverse=True)
+
     def slots(self, blocks: list[int]) -> NDArray[np.int32]:
         """All slots of blocks, in order."""
         offsets = np.arange(self.block_size, dtype=np.int32)

@@ -59,3 +59,7 @@ class RequestSlots:
         self.num_constrained -= int(self.constrained[slot])
         self.constrained[slot] = False
         self._free.append(slot)
+
+    def restore_order(self) -> None:
+        """The free slots are handed out from the lowest on again, as at the beginning."""
+        self._free.sort(reverse=True)

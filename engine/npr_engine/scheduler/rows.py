@@ -90,6 +90,10 @@ class Rows:
         self.request_slot[rows] = -1
         self._free.extend(rows)
 
+    def restore_order(self) -> None:
+        """The free rows are handed out from the lowest on again, as those of new arrays are."""
+        self._free.sort(reverse=True)
+
     def in_use(self) -> NDArray[np.int64]:
         """All rows that are allocated."""
         return np.setdiff1d(np.arange(len(self.num_tokens)), self._free)

@@ -37,7 +37,7 @@ class Scheduler:
         self.constraint = Constraint(grammar.vocabulary, num_token_ids)
         self._grammar = grammar
         self._rows = rows = Rows(width=64, capacity=64)
-        slots = RequestSlots(limits.max_running_requests)
+        self._slots = slots = RequestSlots(limits.max_running_requests)
         self._memory = memory = Memory(BlockPool(limits.num_blocks, limits.block_size), rows)
         self._queue = queue = ResponseQueue(limits, counters, rows, slots, memory)
         self._draws = Draws(rows, slots, self.constraint)
@@ -136,6 +136,12 @@ class Scheduler:
             self._queue.preempt(response)
         self._planner.drop_prompts()
         self._memory.prompts.clear()
+
+    def restore_order(self) -> None:
+        """What comes next gets the rows, slots and blocks that a new scheduler would give it. Where a branch's row stands in a
+        batch decides the last bits of its log-probs: they would depend on what was decoded before, and on a restart."""
+        for pool in (self._rows, self._slots, self._memory.pool):
+            pool.restore_order()
 
     def check_integrity(self) -> None:
         """Asserts that no block, KV slot, row or request slot is lost or owned twice. Not between plan() and
