@@ -7,8 +7,8 @@
 #SBATCH --time=01:00:00
 #SBATCH --output=slurm-%x-%j.log
 # A stage under Nsight Systems: kernels, NCCL and the spans of each step (NVTX), one report a process.
-#   sbatch launch/profile.sh stage3 configs/stage3.toml --train.steps 6
-#   NPROC=2 launch/profile.sh stage3 configs/stage3.toml --train.steps 6   (without Slurm)
+#   sbatch launch/profile.sh stage3 configs/stage3.toml --train.steps 6 --run.dir runs/profiled
+#   NPROC=2 launch/profile.sh stage3 configs/stage3.toml --train.steps 6 --run.dir runs/profiled   (without Slurm)
 # The first NPR_PROFILE_DELAY seconds (default 120: compiling, first steps) are left out, NPR_PROFILE_SECONDS are kept
 # (default 60). Look at it with: nsys stats runs/profile/*.nsys-rep, or nsys-ui.
 set -euo pipefail

@@ -38,7 +38,7 @@ class ToolModule(Protocol):
 
 @dataclass(frozen=True)
 class Tool:
-    """A command with a few options of its own, in a module of its own room.
+    """A command with a few options of its own, in a module of its own package.
 
     Attributes:
         summary: its line in the help.

@@ -1,9 +1,11 @@
 """Every key of every command as Markdown tables: `python -m megatron_npr.config.reference` prints what configs/README.md holds.
 
-schema ─► keys of each command ─► one table a section: key, type, default by command, meaning
+schema ─► keys of each command ─► one table a section: key; type, default and meaning, by command where they differ
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 from megatron_npr.config.loading import Key, keys
 from megatron_npr.config.stages import (
@@ -40,24 +42,33 @@ def _section(section: str, by_name: dict[str, dict[str, Key]]) -> str:
     lines = [
         f"### [{section}]",
         "",
-        f"Of {', '.join(commands)}.",
+        f"Used by {', '.join(commands)}.",
         "",
         "| key | type | default | meaning |",
         "|---|---|---|---|",
     ]
     for name, found in rows.items():
-        key = next(iter(found.values()))
-        cells = (name.partition(".")[2], key.kind, _defaults(found), key.description)
+        kinds = {command: key.kind for command, key in found.items()}
+        defaults = {command: key.default or "required" for command, key in found.items()}
+        meanings = {command: key.description for command, key in found.items()}
+        cells = (
+            name.partition(".")[2],
+            _by_command(kinds),
+            _by_command(defaults, named=len(found) < len(commands)),
+            _by_command(meanings),
+        )
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def _defaults(found: dict[str, Key]) -> str:
-    """One default where all commands agree, else the commands that differ from the first by name."""
-    values = {command: key.default or "required" for command, key in found.items()}
-    if len(set(values.values())) == 1:
-        return next(iter(values.values()))
-    return "; ".join(f"{command} {value}" for command, value in values.items())
+def _by_command(texts: Mapping[str, str], *, named: bool = False) -> str:
+    """The text by command: alone where all commands agree (with them where `named`), else each with its commands."""
+    commands_of: dict[str, list[str]] = {}
+    for command, text in texts.items():
+        commands_of.setdefault(text, []).append(command)
+    if len(commands_of) == 1 and not named:
+        return next(iter(commands_of))
+    return "; ".join(f"{', '.join(commands)}: {text}" for text, commands in commands_of.items())
 
 
 if __name__ == "__main__":

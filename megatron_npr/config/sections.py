@@ -63,8 +63,8 @@ class ModelSettings(Section):
     )
     router_aux_loss: NonNegativeFloat = Field(
         0.0,
-        description="weight of the loss that balances experts (mixture-of-experts models) over the global batch, which one "
-        "more forward pass counts; 0 = off",
+        description="weight of the loss that balances experts over the global batch; costs one more forward pass; "
+        "0 = off",
     )
 
 
@@ -79,8 +79,8 @@ class Fp8Settings(Section):
     last_layers_bf16: NonNegativeInt = Field(0, description="layers at the end that stay in bf16")
     parameters: bool = Field(
         False,
-        description="projections are FP8 in the model's memory, too, and gathered so over data-parallel ranks (the optimizer "
-        "keeps fp32); needs transformer-engine",
+        description="hold projections in FP8, gathered so over data-parallel ranks (optimizer: fp32); needs "
+        "transformer-engine",
     )
 
     @model_validator(mode="after")
@@ -158,20 +158,21 @@ class RolloutSettings(Section):
     )
     ep: PositiveInt | None = Field(
         None,
-        description="ranks that share the experts: a multiple of rollout.tp (several engines share them, in step) or a "
-        "divisor; none = parallel.ep",
+        description="ranks that share the experts: a multiple of rollout.tp (engines in step) or a divisor; "
+        "none = parallel.ep",
     )
-    kv_slots: PositiveInt = Field(524_288, description="token slots of the KV cache of one engine")
+    kv_slots: PositiveInt = Field(
+        524_288, description="token slots of the KV cache of one engine; their bytes: npr plan"
+    )
     block_size: PositiveInt = Field(4, description="token slots of one KV block")
     max_running_requests: PositiveInt = Field(
         256,
-        description="responses that one engine decodes at the same time, each with up to max_branches branches",
+        description="responses that each of the world / rollout.tp engines decodes at once, max_branches branches each",
     )
     max_batch_tokens: PositiveInt = Field(16_384, description="tokens of one engine step, prefill and decode")
     fp8: bool = Field(
         False,
-        description="decode with the layers' projections in FP8 (e4m3, a scale a channel); where layouts differ they "
-        "travel to the engine so",
+        description="decode with projections in e4m3, a scale a channel; where layouts differ they travel to the engine so",
     )
 
     @model_validator(mode="after")
@@ -256,7 +257,7 @@ class RlTrainSettings(Section):
         True, description="the policy's entropy among the metrics, for one more pass over the logits"
     )
     entropy_coefficient: NonNegativeFloat = Field(
-        0.0, description="weight of the entropy in the loss, which it lowers; 0 = off"
+        0.0, description="the entropy times this is subtracted from the loss; 0 = off"
     )
 
     @model_validator(mode="after")
@@ -281,7 +282,7 @@ class SftTrainSettings(Section):
     epochs: PositiveInt = Field(1, description="passes over the samples")
     global_batch: PositiveInt = Field(8, description="sequences of one update")
     steps: PositiveInt | None = Field(
-        None, description="number of updates instead of epochs; none = by epochs"
+        None, description="number of updates instead of epochs (none: by epochs)"
     )
 
 
@@ -349,8 +350,8 @@ class EvalSettings(Section):
     )
     modes: tuple[EvalMode, ...] = Field(
         ("parallel",),
-        description="parallel: the engine branches; unforced: same prompt, plain decoding; sequential: the "
-        "sequential instruction, plain decoding",
+        description="parallel: the engine branches; unforced: same prompt, plain decoding; sequential: "
+        "sequential prompt, plain decoding",
         min_length=1,
     )
     max_prompt_tokens: PositiveInt = Field(2048, description="longer prompts are skipped and counted")

@@ -124,13 +124,12 @@ def _returning(answer: object) -> Callable[[Any], Any]:
 
 
 def _on_cpu(symbol: str, stand_in: Callable[[Any], Any]) -> Replacement:
-    name = symbol.partition(":")[2]
     return Replacement(
         symbol,
         _MEGATRON,
         "Megatron calls it whatever the device; without a GPU it fails",
-        f"Megatron does not name {name}, or asks for the device first",
-        _WHERE,
+        "Megatron does not name it, or asks for the device first",
+        "`megatron_on_cpu.CUDA_CALLS`, around calls into Megatron",
         make=stand_in,
     )
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from itertools import groupby
+
 from megatron_npr.repairs import megatron_core, megatron_on_cpu, process, pytorch, sglang, transformer_engine
-from megatron_npr.repairs.repair import Repair
+from megatron_npr.repairs.repair import Repair, Replacement
 
 REPAIRS: tuple[Repair, ...] = (
     *megatron_core.REPAIRS,
@@ -16,18 +18,25 @@ REPAIRS: tuple[Repair, ...] = (
 
 
 def markdown() -> str:
-    """One row a repair."""
-    rows = [
-        f"| {_code(each.symbol)} | {each.seen_in} | {each.why} | {each.until} | {each.where} |"
-        for each in REPAIRS
-    ]
+    """One row a repair; those for one reason share a row, which names the first of them and how many more."""
+    rows = []
+    for (seen_in, why, until, where), same in groupby(REPAIRS, _reason):
+        first, *more = same
+        symbol = _code(first.symbol) + f" and {len(more)} more" * bool(more)
+        kind = "replacement" if isinstance(first, Replacement) else ""
+        rows.append(f"| {symbol} | {kind} | {seen_in} | {why} | {until} | {where} |")
     return "\n".join(
         (
-            "| symbol | seen in | why | no longer needed when | where, how long |",
-            "|---|---|---|---|---|",
+            "| symbol | kind | seen in | why | no longer needed when | where, how long |",
+            "|---|---|---|---|---|---|",
             *rows,
         )
     )
+
+
+def _reason(repair: Repair) -> tuple[str, str, str, str]:
+    """All that a row says beside the symbol."""
+    return repair.seen_in, repair.why, repair.until, repair.where
 
 
 def _code(symbol: str) -> str:

@@ -3,6 +3,7 @@
     files that differ from the merge base with main, or are new
     ──► modules that import one of them, and modules that import those, and so on
     ──► test files among them; folders whose conftest.py is among them
+    ──► tests/unit/repository, which reads every file, and the tests of configurations, scripts and repairs (BY_FOLDER)
 
 Imports are read from the source, modules and workers that are named in a string too. A changed file of C++, of the build or
 of what all tests share runs every test that `make test` runs.
@@ -14,7 +15,7 @@ import argparse
 import ast
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tests.support.places import ROOT
@@ -28,6 +29,14 @@ PACKAGES = {
 """Where each package lies below the project's folder."""
 EVERYTHING = {"pyproject.toml", "setup.py", "Makefile", "tests/conftest.py"}
 COMPILED = {".h", ".cpp", ".cu"}
+EVERY_FILE = "tests/unit/repository"
+"""Reads all sources and pages: sizes, links, names."""
+BY_FOLDER = {
+    "configs/": ("tests/unit/config", "tests/unit/planning"),
+    "launch/": ("tests/unit/launch",),
+    "megatron_npr/repairs/": ("tests/unit/repairs",),
+}
+"""Tests that read a folder's files other than by an import."""
 MARKS = "not slow and not gpu and not shared"
 
 
@@ -91,6 +100,18 @@ def reached(changed: Iterable[str]) -> list[str]:
     return sorted(file for file in seen if Path(file).name.startswith("test_") and (ROOT / file).is_file())
 
 
+def reading(changed: Sequence[str]) -> list[str]:
+    """The folders of tests that read these files as texts."""
+    found = {
+        folder
+        for file in changed
+        for begin in BY_FOLDER
+        if file.startswith(begin)
+        for folder in BY_FOLDER[begin]
+    }
+    return sorted({EVERY_FILE, *found}) if changed else []
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="pytest on the test files that what changed can reach")
     parser.add_argument(
@@ -100,7 +121,7 @@ def main() -> int:
     arguments = parser.parse_args()
     changed = changed_files(arguments.since)
     all_tests = any(file in EVERYTHING or Path(file).suffix in COMPILED for file in changed)
-    files = ["tests"] if all_tests else reached(changed)
+    files = ["tests"] if all_tests else [*reached(changed), *reading(changed)]
     print(
         f"{len(changed)} files changed since {arguments.since}; tests in: {' '.join(files) or 'none'}",
         flush=True,

@@ -38,6 +38,14 @@ def test_the_page_shows_the_table() -> None:
     assert markdown() in (FOLDER / "README.md").read_text(encoding="utf-8")
 
 
+def test_the_table_counts_every_repair_and_marks_the_replacements() -> None:
+    rows = markdown().splitlines()[2:]
+    counts = [1 + int((re.search(r"and (\d+) more \|", row) or [0, 0])[1]) for row in rows]
+    assert sum(counts) == len(REPAIRS) > len(rows)
+    replaced = [count for row, count in zip(rows, counts, strict=True) if "| replacement |" in row]
+    assert sum(replaced) == len(REPLACEMENTS)
+
+
 @pytest.mark.parametrize("repair", REPAIRS, ids=lambda repair: repair.symbol)
 def test_a_repair_is_of_the_version_that_we_pin_and_lies_where_it_says(repair: Repair) -> None:
     """Another pin: look whether the new version still needs it, then write down that one."""

@@ -1,4 +1,5 @@
-"""The documents beside the code hold together: links resolve, and the first questions are answered near the top."""
+"""The documents beside the code hold together: links resolve, examples run, lines are short, and the first questions are
+answered near the top."""
 
 from __future__ import annotations
 
@@ -57,9 +58,41 @@ def pages_within(hops: int) -> set[Path]:
     return reached
 
 
-def test_ten_questions_are_answered_within_two_hops_of_the_top_page() -> None:
+@pytest.mark.parametrize("page", readmes(), ids=lambda page: str(page.relative_to(ROOT)))
+def test_lines_and_cells_can_be_read_in_a_terminal(page: Path) -> None:
+    """At most 140 characters a line of text, 120 a cell of a table; 150 lines for the page that comes first."""
+    lines = page.read_text(encoding="utf-8").splitlines()
+    assert page != TOP or len(lines) <= 150
+    long = [line for line in lines if not line.startswith("|") and len(line) > 140]
+    cells = [cell.strip() for line in lines if line.startswith("|") for cell in re.split(r"(?<!\\)\|", line)]
+    assert [*long, *(cell for cell in cells if len(cell) > 120)] == []
+
+
+def examples() -> list[str]:
+    """The blocks of Python on all pages."""
+    return [
+        code
+        for page in readmes()
+        for code in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
+    ]
+
+
+@pytest.mark.parametrize("code", examples(), ids=lambda code: code.split("\n")[0])
+def test_an_example_runs_as_it_stands_in_the_project_folder(
+    code: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    exec(code, {})
+    assert capsys.readouterr().out.strip()
+
+
+def test_the_engines_page_has_an_example() -> None:
+    assert any("engine.generate" in code for code in examples())
+
+
+def test_first_questions_are_answered_within_two_hops_of_the_top_page() -> None:
     page = ROOT / "tests" / "README.md"
-    section = page.read_text(encoding="utf-8").split("## Ten questions")[1].split("\n## ")[0]
+    section = page.read_text(encoding="utf-8").split("## First questions")[1].split("\n## ")[0]
     rows = [line for line in section.splitlines() if re.match(r"\| \d+ \|", line)]
     assert len(rows) >= 10
     near = pages_within(2)

@@ -1,5 +1,5 @@
 // The tag structure of a response as a state machine: the only place in C++ that knows it.
-// Torch-free and usable from host and device. Codes mirror npr_ext/violations.py (a test compares them).
+// Torch-free and usable from host and device. Codes mirror npr_ext/layout/violations.py (a test compares them).
 #pragma once
 
 #include <cstdint>
@@ -31,7 +31,7 @@ enum Violation : int32_t {
   kBadParent = 92,
 };
 
-// Order of the fields of npr_ext.TagIds; closing tags are the odd ones.
+// Order of the fields of TagIds (npr_ext/layout/tags.py); closing tags are the odd ones.
 enum class Tag : int32_t {
   kNone = -1,
   kGuideline = 0,
