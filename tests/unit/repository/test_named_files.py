@@ -1,4 +1,4 @@
-"""Every file that a page of the project names is there: a page that moved code has left behind misleads."""
+"""Every file that a page or a comment of the C++ names is there: one that moved code has left behind misleads."""
 
 import re
 from pathlib import Path
@@ -30,6 +30,19 @@ def test_the_files_that_a_page_names_are_there(page: Path) -> None:
         and not ("/" not in name and name in known | WRITTEN_BY_A_RUN)
     ]
     assert missing == []
+
+
+def test_the_files_that_a_comment_of_the_extension_names_are_there() -> None:
+    folders = [ROOT / package for package in PACKAGES]
+    named = {
+        name
+        for path in (ROOT / "cuda_ext").rglob("*.*")
+        if path.suffix in (".h", ".cpp", ".cu")
+        for comment in re.findall(r"//.*", path.read_text(encoding="utf-8"))
+        for name in re.findall(r"(?:[\w-]+/)+[\w-]+\.(?:py|md)\b", comment)
+    }
+    assert "npr_ext/layout/violations.py" in named
+    assert [name for name in sorted(named) if not any((folder / name).is_file() for folder in folders)] == []
 
 
 def test_names_are_found_with_and_without_a_folder() -> None:
