@@ -11,8 +11,8 @@ NPR_ISA_BEGIN
 
 // Below this many products a thread costs more than it helps.
 constexpr int64_t kProductsPerThread = 1 << 16;
-// Up to this many rows dot products are faster (measured on a Zen 5 core, 96 to 1536 features).
-constexpr int64_t kMostDotRows = 8;
+// Bytes of x that are transposed at a time: they stay in a core's cache while all of W passes by.
+constexpr int64_t kPackedBytes = 1 << 18;
 
 // work(begin, end) over ranges of outputs that begin at multiples of `step`.
 template <typename Work>
@@ -33,19 +33,30 @@ void linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bia
                               x.size(0),
                               x.size(1),
                               weight.size(0)};
-  if (job.rows <= kMostDotRows) {
-    const DotLinear<Products> dots(job);
-    split_outputs(job.out_features, 16, x.numel(), [&](int64_t begin, int64_t end) { dots.run(begin, end); });
+  if (job.rows <= FewRowsLinear<Products>::kMostRows) {
+    const FewRowsLinear<Products> few(job);
+    split_outputs(job.out_features, FewRowsLinear<Products>::kOutputs, x.numel(),
+                  [&](int64_t begin, int64_t end) { few.run(begin, end); });
     return;
   }
-  const PanelLinear<Products> panels(job);
-  const at::Tensor scratch = at::empty({panels.scratch_size()}, x.options().dtype(c10::CppTypeToScalarType<T>::value));
-  T* packed = scratch.mutable_data_ptr<T>();
-  at::parallel_for(0, panels.num_panels(), 4, [&](int64_t begin, int64_t end) {
-    for (int64_t panel = begin; panel < end; ++panel) panels.pack(panel, packed);
-  });
-  split_outputs(job.out_features, PanelLinear<Products>::kOutputs, x.numel(),
-                [&](int64_t begin, int64_t end) { panels.run(packed, begin, end); });
+  constexpr int64_t kPanelRows = PanelLinear<Products>::kMostRows;
+  const int64_t row_bytes = std::max<int64_t>(1, job.in_features) * static_cast<int64_t>(sizeof(Stored));
+  const int64_t most_rows = std::max<int64_t>(1, kPackedBytes / (row_bytes * kPanelRows)) * kPanelRows;
+  at::Tensor scratch;
+  for (int64_t first = 0; first < job.rows; first += most_rows) {
+    LinearJob<Stored> part = job;
+    part.x += first * job.in_features;
+    part.output += first * job.out_features;
+    part.rows = std::min(most_rows, job.rows - first);
+    const PanelLinear<Products> panels(part);
+    if (first == 0) scratch = at::empty({panels.scratch_size()}, x.options().dtype(c10::CppTypeToScalarType<T>::value));
+    T* packed = scratch.mutable_data_ptr<T>();
+    at::parallel_for(0, panels.num_panels(), 4, [&](int64_t begin, int64_t end) {
+      for (int64_t panel = begin; panel < end; ++panel) panels.pack(panel, packed);
+    });
+    split_outputs(job.out_features, PanelLinear<Products>::kOutputs, part.rows * job.in_features,
+                  [&](int64_t begin, int64_t end) { panels.run(packed, begin, end); });
+  }
 }
 
 NPR_ISA_END

@@ -2,10 +2,9 @@
 // packs W at each call, which for few rows costs more than the product. Up to about a dozen rows the product waits for
 // W to come from memory, so W is asked for in the order of its addresses, ahead of its use.
 //
-// Few rows: dot products. A register tile of kX x kW sums runs along the shared dimension C, reduced side by side at
-// its end.
-// More rows: x is transposed once into panels of up to 3 vectors of rows, [C][rows]; each element of W is then
-// broadcast against the panel: kOutputs outputs x 3 vectors of rows.
+// Few rows: FewRowsLinear transposes W in registers. More rows: PanelLinear transposes x once into panels of up to 3
+// vectors of rows, [C][rows], and broadcasts each element of W against the panel. An element of the result is the same to
+// the bit in both: its products are summed in one order (OrderedSum).
 #pragma once
 
 #include <algorithm>
@@ -48,99 +47,129 @@ class WeightsAhead {
   const char* next_;
 };
 
-template <typename Products>
-class DotLinear {
-  using Stored = typename Products::Stored;
-  using T = typename Products::Sum;
-  static constexpr int kMostX = 5;
-  static constexpr int kStep = kLanes<T> * Products::kPerLane;
-  static constexpr int kStepBytes = kStep * static_cast<int>(sizeof(Stored));
-  // Outputs of a tile of `num_x` rows: as the registers allow, but few rows of W at a time are read fastest (measured).
-  static constexpr int tile_outputs(int num_x) {
-    constexpr unsigned kSums = kVectorRegisters == 32 ? 24 : 8;
-    constexpr unsigned kMostW = 8 / Products::kPerLane;
-    return static_cast<int>(std::bit_floor(std::min(kSums / static_cast<unsigned>(num_x), kMostW)));
+// The order in which the products of an element are summed, the same for any number of rows and at any place among them:
+// kSummands steps one after the other (a step: one product, or a pair), kSummands such sums, and these, behind the bias.
+// In one chain the logits of a model with 1536 features inside would have 2 to 10 times the error of a library's GEMM.
+constexpr int64_t kSummands = 16;
+
+template <typename T, int kCount>
+struct OrderedSum {
+  Vec<T> sums[kCount] = {};
+  Vec<T> parts[kCount] = {};
+  Vec<T> totals[kCount];
+
+  explicit OrderedSum(Vec<T> bias) {
+    for (int i = 0; i < kCount; ++i) totals[i] = bias;
   }
-
- public:
-  explicit DotLinear(const LinearJob<Stored>& job) : job_(job) {}
-
-  // Outputs [begin, end) of every row; ranges may run at the same time.
-  void run(int64_t begin, int64_t end) const {
-    if (job_.rows == 0) return;
-    const int64_t blocks = (job_.rows + kMostX - 1) / kMostX;
-    const auto widest = (job_.rows + blocks - 1) / blocks;
-    if (widest == 1) run_tiles<tile_outputs(1)>(blocks, begin, end);
-    if (widest == 2) run_tiles<tile_outputs(2)>(blocks, begin, end);
-    if (widest == 3) run_tiles<tile_outputs(3)>(blocks, begin, end);
-    if (widest == 4) run_tiles<tile_outputs(4)>(blocks, begin, end);
-    if (widest == 5) run_tiles<tile_outputs(5)>(blocks, begin, end);
+  // After every kSummands steps; `steps`: how many there were so far.
+  [[gnu::always_inline]] void end_summands(int64_t steps) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kCount; ++i) {
+      parts[i] += sums[i];
+      sums[i] = Vec<T>{};
+    }
+    if (steps % (kSummands * kSummands) == 0) end_parts();
+  }
+  // After the last step.
+  void end_steps() {
+    for (int i = 0; i < kCount; ++i) {
+      parts[i] += sums[i];
+      sums[i] = Vec<T>{};
+    }
+    end_parts();
   }
 
  private:
-  // Blocks of rows of nearly equal height.
-  template <int kW>
-  void run_tiles(int64_t blocks, int64_t begin, int64_t end) const {
-    for (int64_t d = begin; d < end; d += kW) {
-      const int outputs = static_cast<int>(std::min<int64_t>(kW, end - d));
-      for (int64_t block = 0; block < blocks; ++block) {
-        const int64_t t = block * job_.rows / blocks;
-        const int64_t rows = (block + 1) * job_.rows / blocks - t;
-        if (rows == 1) tile<1, kW>(t, d, outputs);
-        if (rows == 2) tile<2, kW>(t, d, outputs);
-        if (rows == 3) tile<3, kW>(t, d, outputs);
-        if (rows == 4) tile<4, kW>(t, d, outputs);
-        if (rows == 5) tile<5, kW>(t, d, outputs);
-      }
+  [[gnu::always_inline]] void end_parts() {
+#pragma GCC unroll 8
+    for (int i = 0; i < kCount; ++i) {
+      totals[i] += parts[i];
+      parts[i] = Vec<T>{};
+    }
+  }
+};
+
+// Up to kMostRows rows. W is read where it lies, a block of kLanes outputs at a time, and transposed in registers: a lane
+// is an output, and each element of x is broadcast against it. While W comes from memory the transposition costs nothing.
+template <typename Products>
+class FewRowsLinear {
+  using Stored = typename Products::Stored;
+  using T = typename Products::Sum;
+  static constexpr int kPerLane = Products::kPerLane;
+  static constexpr int kBlockSteps = Products::kBlockSteps;
+  static_assert(kBlockSteps % kSummands == 0 || kSummands % kBlockSteps == 0);
+
+ public:
+  static constexpr int kOutputs = kLanes<T>;  // of a tile
+  static constexpr int kMostRows = 6;
+
+  explicit FewRowsLinear(const LinearJob<Stored>& job) : job_(job) {}
+
+  // Outputs [begin, end) of every row; ranges may run at the same time.
+  void run(int64_t begin, int64_t end) const {
+    for (int64_t d = begin; d < end; d += kOutputs) {
+      const int outputs = static_cast<int>(std::min<int64_t>(kOutputs, end - d));
+      if (job_.rows == 1) tile<1>(d, outputs);
+      if (job_.rows == 2) tile<2>(d, outputs);
+      if (job_.rows == 3) tile<3>(d, outputs);
+      if (job_.rows == 4) tile<4>(d, outputs);
+      if (job_.rows == 5) tile<5>(d, outputs);
+      if (job_.rows == 6) tile<6>(d, outputs);
     }
   }
 
+ private:
   // A tile at the edge computes its last output several times rather than branch in the inner loop.
-  template <int kX, int kW>
-  void tile(int64_t t, int64_t d, int outputs) const {
-    constexpr int kSums = kX * kW;
-    constexpr int kGroups = (kSums + kLanes<T> - 1) / kLanes<T>;
+  template <int kX>
+  void tile(int64_t d, int outputs) const {
     const int64_t size = job_.in_features;
-    const Stored* x = job_.x + t * size;
-    const Stored* w[kW];
-    for (int j = 0; j < kW; ++j) w[j] = job_.weight + (d + std::min(j, outputs - 1)) * size;
-    WeightsAhead<Products> ahead(w[0], kW, size);
-    Vec<T> sums[kGroups * kLanes<T>] = {};
-    int64_t c = 0;
-    for (; c + kStep <= size; c += kStep) {
-      ahead.template advance<kW * kStepBytes>();
-      Vec<T> xs[kX];
-#pragma GCC unroll 8
-      for (int i = 0; i < kX; ++i) xs[i] = in_register(Products::load(x + i * size + c));
-#pragma GCC unroll 8
-      for (int j = 0; j < kW; ++j) {
-        const Vec<T> ws = in_register(Products::load(w[j] + c));
-#pragma GCC unroll 8
-        for (int i = 0; i < kX; ++i) sums[i * kW + j] = Products::add(sums[i * kW + j], xs[i], ws);
+    const int64_t whole_steps = size / kPerLane;
+    const Stored* w[kOutputs];
+    for (int j = 0; j < kOutputs; ++j) w[j] = job_.weight + (d + std::min(j, outputs - 1)) * size;
+    WeightsAhead<Products> ahead(w[0], kOutputs, size);
+    OrderedSum<T, kX> sum(job_.bias == nullptr ? Vec<T>{} : load_part(job_.bias + d, outputs));
+    int64_t step = 0;
+    for (; step + kBlockSteps <= whole_steps; step += kBlockSteps) {
+      ahead.template advance<kBlockSteps * kOutputs * kPerLane * static_cast<int>(sizeof(Stored))>();
+      Vec<T> block[kOutputs];
+#pragma GCC unroll 16
+      for (int j = 0; j < kOutputs; ++j) block[j] = Products::load_block(w[j] + step * kPerLane);
+      transpose<kOutputs, T>(block);
+#pragma GCC unroll 32
+      for (int k = 0; k < kBlockSteps; ++k) {
+        add_step<kX>(sum, (step + k) * kPerLane, Products::step_of(block, k), Products::broadcast);
+        if ((k + 1) % kSummands == 0) sum.end_summands(step + k + 1);
       }
+      if (kBlockSteps < kSummands && (step + kBlockSteps) % kSummands == 0) sum.end_summands(step + kBlockSteps);
     }
-    if (c < size) {
-      const int left = static_cast<int>(size - c);
-      Vec<T> xs[kX];
-      for (int i = 0; i < kX; ++i) xs[i] = Products::load_part(x + i * size + c, left);
-      for (int j = 0; j < kW; ++j) {
-        const Vec<T> ws = Products::load_part(w[j] + c, left);
+    if (step * kPerLane < size) {
+      Vec<T> block[kOutputs];
+      for (int j = 0; j < kOutputs; ++j) {
+        block[j] = Products::load_block_part(w[j] + step * kPerLane, static_cast<int>(size - step * kPerLane));
+      }
+      transpose<kOutputs, T>(block);
+      for (int k = 0; step + k < whole_steps; ++k) {
+        add_step<kX>(sum, (step + k) * kPerLane, Products::step_of(block, k), Products::broadcast);
+        if ((step + k + 1) % kSummands == 0) sum.end_summands(step + k + 1);
+      }
+      sum.end_steps();
+      if (whole_steps * kPerLane < size) {
+        const Vec<T> last = Products::step_of(block, static_cast<int>(whole_steps - step));
+        for (int i = 0; i < kX; ++i) {
+          const Vec<T> x = Products::broadcast_first(job_.x + i * size + whole_steps * kPerLane);
+          sum.totals[i] = Products::add(sum.totals[i], x, last);
+        }
+      }
+    } else {
+      sum.end_steps();
+    }
+    for (int i = 0; i < kX; ++i) store_part(job_.output + i * job_.out_features + d, sum.totals[i], outputs);
+  }
+
+  template <int kX, typename Broadcast>
+  [[gnu::always_inline]] void add_step(OrderedSum<T, kX>& sum, int64_t c, Vec<T> w, Broadcast broadcast) const {
 #pragma GCC unroll 8
-        for (int i = 0; i < kX; ++i) sums[i * kW + j] = Products::add(sums[i * kW + j], xs[i], ws);
-      }
-    }
-    alignas(kVectorBytes) T totals[kGroups * kLanes<T>];
-#pragma GCC unroll 4
-    for (int group = 0; group < kGroups; ++group) {
-      store<T>(totals + group * kLanes<T>, reduce_rows<T>(sums + group * kLanes<T>, Add{}));
-    }
-    for (int i = 0; i < kX; ++i) {
-      Stored* to = job_.output + (t + i) * job_.out_features + d;
-      for (int j = 0; j < outputs; ++j) {
-        const T bias = job_.bias == nullptr ? T{} : widen(job_.bias[d + j]);
-        to[j] = narrow<Stored>(totals[i * kW + j] + bias);
-      }
-    }
+    for (int i = 0; i < kX; ++i) sum.sums[i] = Products::add(sum.sums[i], broadcast(job_.x + i * job_.in_features + c), w);
   }
 
   LinearJob<Stored> job_;
@@ -153,13 +182,10 @@ class PanelLinear {
   static constexpr int kPerLane = Products::kPerLane;
   static constexpr int kMaxVectors = 3;
   static constexpr int kUnroll = 4;
-  // Steps that are summed in a row, and such sums: the rounding error grows with them. Adding up the parts costs
-  // up to 3 % of the time; without it, the logits of a model with 1536 features inside have 2 to 10 times the error of
-  // a library's GEMM.
-  static constexpr int64_t kSummands = 16;
 
  public:
   static constexpr int kOutputs = std::max(1, kLanes<T> / 2);  // of a tile
+  static constexpr int kMostRows = kMaxVectors * kLanes<T>;     // of a panel
 
   explicit PanelLinear(const LinearJob<Stored>& job)
       : job_(job),
@@ -220,8 +246,6 @@ class PanelLinear {
 
   template <int kVectors>
   void tile(const T* x, int64_t t, int64_t d, int outputs) const {
-    // Few sums would wait for each other's latency: then every other step is summed apart.
-    constexpr int kSplit = kVectors == 1 ? 2 : 1;
     constexpr int kVector = kVectors * kLanes<T>;
     const Stored* w[kOutputs];
     for (int j = 0; j < kOutputs; ++j) w[j] = job_.weight + (d + std::min(j, outputs - 1)) * job_.in_features;
@@ -235,24 +259,21 @@ class PanelLinear {
     Vec<T> parts[kVectors][kOutputs] = {};
     for (int64_t step = 0; step < whole_steps;) {
       const int64_t end = std::min(step + kSummands, whole_steps);
-      Vec<T> sums[kSplit][kVectors][kOutputs] = {};
+      Vec<T> sums[kVectors][kOutputs] = {};
       for (; step + kUnroll <= end; step += kUnroll) {
         ahead.template advance<kUnroll * kOutputs * kPerLane* static_cast<int>(sizeof(Stored))>();
 #pragma GCC unroll 4
         for (int u = 0; u < kUnroll; ++u) {
-          add_step(x + (step + u) * kVector, w, (step + u) * kPerLane, sums[u % kSplit], Products::broadcast);
+          add_step(x + (step + u) * kVector, w, (step + u) * kPerLane, sums, Products::broadcast);
         }
       }
       for (; step < end; ++step) {
-        add_step(x + step * kVector, w, step * kPerLane, sums[0], Products::broadcast);
+        add_step(x + step * kVector, w, step * kPerLane, sums, Products::broadcast);
       }
-#pragma GCC unroll 2
-      for (int part = 0; part < kSplit; ++part) {
 #pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) {
+      for (int v = 0; v < kVectors; ++v) {
 #pragma GCC unroll 8
-          for (int j = 0; j < kOutputs; ++j) parts[v][j] += sums[part][v][j];
-        }
+        for (int j = 0; j < kOutputs; ++j) parts[v][j] += sums[v][j];
       }
       if (end % (kSummands * kSummands) == 0 || end == whole_steps) {
         for (int v = 0; v < kVectors; ++v) {
