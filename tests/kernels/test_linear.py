@@ -14,7 +14,7 @@ from npr_ext.testing import using_isa
 SEEDS = st.integers(0, 10**6)
 ISAS = st.sampled_from(cpu_isas())
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
-# All kinds of tiles: dot products of 1 to 4 rows, panels of 1 to 3 vectors, and what is left over at each edge.
+# All kinds of tiles: 1 to 6 rows, panels of 1 to 3 vectors, and what is left over at each edge.
 ROWS = st.one_of(st.integers(1, 10), st.integers(11, 130))
 INSIDE = st.one_of(st.integers(1, 70), st.sampled_from([96, 127, 128, 129, 576, 1536]))
 OUTSIDE = st.one_of(st.integers(1, 40), st.sampled_from([127, 192, 1025]))
@@ -64,6 +64,23 @@ def test_the_error_is_at_most_twice_that_of_pytorch(
         ours = linear(x, weight)
     theirs = F.linear(x, weight)
     assert rms(ours.double() - exact) <= 2 * rms(theirs.double() - exact)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    SEEDS, st.sampled_from([torch.float32, torch.float64, torch.bfloat16]), INSIDE, OUTSIDE, ISAS, st.data()
+)
+def test_a_row_has_the_same_bits_whatever_rows_are_beside_it(
+    seed: int, dtype: torch.dtype, inside: int, outside: int, isa: str, data: st.DataObject
+) -> None:
+    rows = data.draw(st.one_of(ROWS, st.integers(131, 700)), "rows")
+    first = data.draw(st.integers(0, rows - 1), "first")
+    count = data.draw(st.one_of(st.integers(1, 8), st.integers(1, rows)), "count")
+    part = slice(first, min(rows, first + count))
+    x, weight = embedded(seed, dtype, rows, inside), embedded(seed + 1, dtype, outside, inside)
+    bias = embedded(seed + 2, dtype, 1, outside)[0]
+    with using_isa(isa):
+        assert torch.equal(linear(x[part], weight, bias), linear(x, weight, bias)[part])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
