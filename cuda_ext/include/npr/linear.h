@@ -3,8 +3,8 @@
 // W to come from memory, so W is asked for in the order of its addresses, ahead of its use.
 //
 // Few rows: FewRowsLinear transposes W in registers. More rows: PanelLinear transposes x once into panels of up to 3
-// vectors of rows, [C][rows], and broadcasts each element of W against the panel. An element of the result is the same to
-// the bit in both: its products are summed in one order (OrderedSum).
+// vectors of rows, [C][rows], and broadcasts each element of W against the panel. An element of the result is the same
+// to the bit in both: its products are summed in one order (OrderedSum).
 #pragma once
 
 #include <algorithm>
@@ -47,9 +47,10 @@ class WeightsAhead {
   const char* next_;
 };
 
-// The order in which the products of an element are summed, the same for any number of rows and at any place among them:
-// kSummands steps one after the other (a step: one product, or a pair), kSummands such sums, and these, behind the bias.
-// In one chain the logits of a model with 1536 features inside would have 2 to 10 times the error of a library's GEMM.
+// The order in which the products of an element are summed, the same for any number of rows and at any place among
+// them: kSummands steps one after the other (a step: one product, or a pair), kSummands such sums, and these, behind
+// the bias. In one chain the logits of a model with 1536 features inside would have 2 to 10 times the error of a
+// library's GEMM.
 constexpr int64_t kSummands = 16;
 
 template <typename T, int kCount>
@@ -89,8 +90,9 @@ struct OrderedSum {
   }
 };
 
-// Up to kMostRows rows. W is read where it lies, a block of kLanes outputs at a time, and transposed in registers: a lane
-// is an output, and each element of x is broadcast against it. While W comes from memory the transposition costs nothing.
+// Up to kMostRows rows. W is read where it lies, a block of kLanes outputs at a time, and transposed in registers: a
+// lane is an output, and each element of x is broadcast against it. While W comes from memory the transposition costs
+// nothing.
 template <typename Products>
 class FewRowsLinear {
   using Stored = typename Products::Stored;
@@ -130,7 +132,7 @@ class FewRowsLinear {
     OrderedSum<T, kX> sum(job_.bias == nullptr ? Vec<T>{} : load_part(job_.bias + d, outputs));
     int64_t step = 0;
     for (; step + kBlockSteps <= whole_steps; step += kBlockSteps) {
-      ahead.template advance<kBlockSteps * kOutputs * kPerLane * static_cast<int>(sizeof(Stored))>();
+      ahead.template advance<kBlockSteps * kOutputs * kPerLane* static_cast<int>(sizeof(Stored))>();
       Vec<T> block[kOutputs];
 #pragma GCC unroll 16
       for (int j = 0; j < kOutputs; ++j) block[j] = Products::load_block(w[j] + step * kPerLane);
@@ -169,7 +171,8 @@ class FewRowsLinear {
   template <int kX, typename Broadcast>
   [[gnu::always_inline]] void add_step(OrderedSum<T, kX>& sum, int64_t c, Vec<T> w, Broadcast broadcast) const {
 #pragma GCC unroll 8
-    for (int i = 0; i < kX; ++i) sum.sums[i] = Products::add(sum.sums[i], broadcast(job_.x + i * job_.in_features + c), w);
+    for (int i = 0; i < kX; ++i)
+      sum.sums[i] = Products::add(sum.sums[i], broadcast(job_.x + i * job_.in_features + c), w);
   }
 
   LinearJob<Stored> job_;
@@ -185,7 +188,7 @@ class PanelLinear {
 
  public:
   static constexpr int kOutputs = std::max(1, kLanes<T> / 2);  // of a tile
-  static constexpr int kMostRows = kMaxVectors * kLanes<T>;     // of a panel
+  static constexpr int kMostRows = kMaxVectors * kLanes<T>;    // of a panel
 
   explicit PanelLinear(const LinearJob<Stored>& job)
       : job_(job),

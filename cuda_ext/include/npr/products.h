@@ -15,7 +15,8 @@ struct SingleProducts {
   using Stored = StoredType;
   using Sum = ComputeOf<Stored>;
   static constexpr int kPerLane = 1;
-  // Steps in a vector of stored elements: a block of such vectors, one an output, is transposed into vectors of outputs.
+  // Steps in a vector of stored elements: a block of such vectors, one an output, is transposed into vectors of
+  // outputs.
   static constexpr int kBlockSteps = kVectorBytes / static_cast<int>(sizeof(Stored));
 
   static Vec<Sum> load(const Stored* from) { return npr::load(from); }

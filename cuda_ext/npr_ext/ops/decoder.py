@@ -41,8 +41,9 @@ def categorical(
 
 def linear(x_TC: Tensor, weight_DC: Tensor, bias_D: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias, [T, D]; right for any T, meant for the 1 to some hundred rows of a decode step or
-    a prefill chunk: the weight is read from where it lies, never packed. bfloat16 is summed in float32, at
-    AVX512_BF16 by the processor's own products of bfloat16 pairs (subnormal numbers then count as zero)."""
+    a prefill chunk: the weight is read from where it lies, never packed. A row has the same bits whatever
+    rows are beside it. bfloat16 is summed in float32, at AVX512_BF16 by the processor's own products of
+    bfloat16 pairs (subnormal numbers then count as zero)."""
     product: Tensor = torch.ops.npr.linear(x_TC, weight_DC, bias_D)
     return product
 
