@@ -36,7 +36,7 @@ HONOURED = frozenset(
         "optimizer": "lr min_lr schedule warmup_steps warmup_fraction weight_decay beta1 beta2 eps grad_clip overlap "
         "bucket_size",
         "batch": "micro_batch_tokens share_prompts",
-        "train": "steps epochs updates_per_step entropy entropy_coefficient",
+        "train": "steps epochs updates_per_step entropy entropy_coefficient agreement_warning agreement_limit",
         "dapo": "clip_low clip_high dual_clip overlong_buffer dynamic_sampling",
         "papo": "train_forced std_epsilon",
         "memory": "offload_optimizer offload_gradients release_kv",

@@ -260,6 +260,13 @@ class RlTrainSettings(Section):
         0.0, description="the entropy times this is subtracted from the loss; 0 = off"
     )
 
+    agreement_warning: NonNegativeFloat = Field(
+        0.005, description="mean |log-prob of the trainer - the engine's| that is warned of; 0 = off"
+    )
+    agreement_limit: NonNegativeFloat = Field(
+        0.0, description="mean |log-prob of the trainer - the engine's| that ends the run; 0 = off"
+    )
+
     @model_validator(mode="after")
     def _a_bonus_needs_the_entropy(self) -> "RlTrainSettings":
         if self.entropy_coefficient and not self.entropy:

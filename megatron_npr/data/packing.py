@@ -24,6 +24,7 @@ from npr_ext.errors import UserError
 from npr_ext.layout.branch_layout import TILE, bucket_length
 
 ROW_MULTIPLE = 64
+NO_SEGMENT = -1
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class TrainSample:
     """One response to train on, in packed order, as the engine (or the SFT encoder) produced it; never re-tokenised.
 
     prompt_ids int32 [P]; response_ids int32 [R]; loss_mask bool [R] (False: forced or otherwise without loss);
-    old_log_probs float32 [R] (of the policy that sampled; zeros where unused); advantage: one scalar a response.
+    old_log_probs float32 [R] (of the policy that sampled; zeros where unused); advantage: one scalar a response;
+    segments int8 [R]: an `rl.agreement.Segment` of each token that the engine sampled, None for a response of other origin.
     """
 
     prompt_ids: NDArray[np.int32]
@@ -39,6 +41,7 @@ class TrainSample:
     loss_mask: NDArray[np.bool_]
     old_log_probs: NDArray[np.float32]
     advantage: float = 0.0
+    segments: NDArray[np.int8] | None = None
 
     def __post_init__(self) -> None:
         assert len(self.response_ids) == len(self.loss_mask) == len(self.old_log_probs), (
@@ -58,7 +61,8 @@ class TrainSample:
 class PackedRow:
     """One micro-batch. token_ids int64 [1, T]; layout int32 [5, T]; the rest for the M trained tokens.
 
-    targets int64 [M]: index in the row of each trained token that has a predecessor; sample_of int64 [M]: index of its
+    targets int64 [M]: index in the row of each trained token that has a predecessor; segments int8 [M]: see TrainSample,
+    NO_SEGMENT where there is none; sample_of int64 [M]: index of its
     sample in the list that was packed (-1 nowhere); within int64 [M]: its index in that response. in_response bool [T]: whether
     a token is one of a response, neither of a prompt nor padding.
     """
@@ -69,6 +73,7 @@ class PackedRow:
     targets: Tensor
     advantages: Tensor
     old_log_probs: Tensor
+    segments: Tensor
     sample_of: Tensor
     within: Tensor
     num_real_tokens: int
@@ -93,6 +98,7 @@ class PackedRow:
             targets=self.targets[kept],
             advantages=self.advantages[kept],
             old_log_probs=self.old_log_probs[kept],
+            segments=self.segments[kept],
             sample_of=self.sample_of[kept],
             within=self.within[kept],
         )
@@ -205,6 +211,7 @@ def pack_row(
         targets=targets,
         advantages=torch.from_numpy(np.concatenate(builder.advantages))[targets],
         old_log_probs=torch.from_numpy(np.concatenate(builder.old_log_probs))[targets],
+        segments=torch.from_numpy(np.concatenate(builder.segments))[targets],
         sample_of=sample_of[targets],
         within=torch.from_numpy(np.concatenate(builder.within))[targets],
         num_real_tokens=num_real,
@@ -219,6 +226,7 @@ class _RowBuilder:
         self.loss_mask: list[NDArray[np.bool_]] = []
         self.advantages: list[NDArray[np.float32]] = []
         self.old_log_probs: list[NDArray[np.float32]] = []
+        self.segments: list[NDArray[np.int8]] = []
         self.sample_of: list[NDArray[np.int64]] = []
         self.within: list[NDArray[np.int64]] = []
         self.lengths: list[int] = []
@@ -248,7 +256,7 @@ class _RowBuilder:
             self.lengths += [1] * count
             self.prompt_lengths += [1] * count
             self.parents += [-1] * count
-            self._columns(np.full(count, pad_id, np.int32), np.zeros(count, np.bool_), -1, 0.0, None)
+            self._columns(np.full(count, pad_id, np.int32), np.zeros(count, np.bool_), -1)
 
     def _segment(self, *, prompt_length: int, parent: int) -> None:
         self.lengths.append(0)
@@ -257,24 +265,33 @@ class _RowBuilder:
 
     def _untrained(self, token_ids: NDArray[np.int32]) -> None:
         self.lengths[-1] += len(token_ids)
-        self._columns(token_ids, np.zeros(len(token_ids), np.bool_), -1, 0.0, None)
+        self._columns(token_ids, np.zeros(len(token_ids), np.bool_), -1)
 
     def _response(self, sample: TrainSample, index: int) -> None:
         self.lengths[-1] += len(sample.response_ids)
-        self._columns(sample.response_ids, sample.loss_mask, index, sample.advantage, sample.old_log_probs)
+        self._columns(
+            sample.response_ids,
+            sample.loss_mask,
+            index,
+            sample.advantage,
+            sample.old_log_probs,
+            sample.segments,
+        )
 
     def _columns(
         self,
         token_ids: NDArray[np.int32],
         loss_mask: NDArray[np.bool_],
         index: int,
-        advantage: float,
-        old_log_probs: NDArray[np.float32] | None,
+        advantage: float = 0.0,
+        old_log_probs: NDArray[np.float32] | None = None,
+        segments: NDArray[np.int8] | None = None,
     ) -> None:
         count = len(token_ids)
         self.tokens.append(token_ids.astype(np.int32, copy=False))
         self.loss_mask.append(loss_mask)
         self.advantages.append(np.full(count, advantage, np.float32))
         self.old_log_probs.append(np.zeros(count, np.float32) if old_log_probs is None else old_log_probs)
+        self.segments.append(np.full(count, NO_SEGMENT, np.int8) if segments is None else segments)
         self.sample_of.append(np.full(count, index, np.int64))
         self.within.append(np.arange(count, dtype=np.int64))

@@ -26,6 +26,7 @@ class Monitor:
     is_main: bool
     times: PhaseTimes
     jumps: Jumps = field(default_factory=lambda: Jumps(FAULTS))
+    told: dict[str, float] = field(default_factory=dict)
 
     def step(
         self,
@@ -45,6 +46,12 @@ class Monitor:
         for line in self.jumps.take(shares) if self.is_main else ():
             self.progress.warn(f"step {step}: {line}")
         self.progress.advance(1, tokens=tokens, **{name: values[name] for name in shown})
+
+    def warn_above(self, step: int, name: str, value: float, limit: float) -> None:
+        """A line where a figure is above its limit (0: it has none), and again when it has doubled since."""
+        if 0 < limit < value and value >= 2 * self.told.get(name, 0.0):
+            self.told[name] = value
+            self.progress.warn(f"step {step}: {name} is {value:.3g}, above {limit:g}")
 
 
 @contextlib.contextmanager

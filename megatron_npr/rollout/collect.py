@@ -19,6 +19,7 @@ from megatron_npr.data.packing import TrainSample
 from megatron_npr.data.rounds import Turn
 from megatron_npr.data.seeds import derive_seed
 from megatron_npr.monitoring.spans import span
+from megatron_npr.rl.agreement import segments_of
 from megatron_npr.rollout.engine_groups import EngineShare
 from megatron_npr.runtime.process_world import World
 from npr_engine.backend import Backend
@@ -94,4 +95,5 @@ def train_sample(rollout: Rollout, advantage: float, *, train_forced: bool = Fal
         loss_mask=loss_mask,
         old_log_probs=np.nan_to_num(rollout.logprobs, nan=0.0),
         advantage=advantage,
+        segments=segments_of(rollout.branch_ids, rollout.forced),
     )

@@ -19,6 +19,7 @@ from megatron_npr.data.rounds import Turn, round_turns
 from megatron_npr.monitoring.jumps import Share
 from megatron_npr.monitoring.monitor import Monitor, mean, monitored
 from megatron_npr.monitoring.spans import span
+from megatron_npr.rl.agreement import Agreement
 from megatron_npr.rl.verifier import Verifier
 from megatron_npr.rollout.collect import collect
 from megatron_npr.rollout.scoring import Scored, agree_on_round, outcomes, score
@@ -29,6 +30,11 @@ from megatron_npr.training.room import check_rollout_room
 from megatron_npr.training.session import Session, open_session
 from megatron_npr.training.trainer import StepReport
 from npr_engine.backend import Backend
+from npr_ext.errors import UserError
+
+SAMPLER_SHIFT = "sampler_shift"
+"""Metric: mean over responses of the mean |log-prob under the distribution sampled from - under the policy|: what
+temperature, truncation and penalty add to any difference between engine and trainer."""
 
 
 @dataclass(frozen=True)
@@ -46,11 +52,13 @@ class RolloutRound:
 
     def metrics(self) -> dict[str, float]:
         """What every round is measured by."""
+        sampled = [item.rollout for item in self.scored if not item.rollout.forced.all()]
         return {
             "accuracy": mean(item.correct for item in self.scored),
             "format_valid": mean(item.valid for item in self.scored),
             "response_tokens": mean(item.rollout.num_tokens for item in self.scored),
             "rollout_memory_gb": self.memory_gb,
+            SAMPLER_SHIFT: mean(np.nanmean(np.abs(one.sampler_logprobs - one.logprobs)) for one in sampled),
         }
 
 
@@ -91,14 +99,31 @@ class RlStage:
     ) -> None:
         """The engine has the new weights, and whoever watches the step's figures; collective."""
         self.learner.update_engine(self.engine)
-        entropies = [report.entropy for report in reports]
+        # Later updates of a step have moved away from the weights that sampled.
+        agreement = reports[0].agreement if reports else Agreement.of({})
+        own = {"entropy": mean(report.entropy for report in reports)} | agreement.metrics()
         self.monitor.step(
             done.step,
-            done.metrics() | self.learner.metrics(reports) | {"entropy": mean(entropies)} | values,
+            done.metrics() | self.learner.metrics(reports) | own | values,
             tokens=sum(item.rollout.num_tokens for item in done.scored),
             shown=("accuracy", "format_valid"),
             shares=outcomes(done.scored) | shares,
         )
+        self._watch(done.step, agreement)
+
+    def _watch(self, step: int, agreement: Agreement) -> None:
+        """UserError where trainer and engine differ more than train.agreement_limit allows; the same on every rank."""
+        settings = self.config.train
+        self.monitor.warn_above(step, "agreement/mean", agreement.mean, settings.agreement_warning)
+        if 0 < settings.agreement_limit < agreement.mean:
+            parts = ", ".join(
+                f"{part.name.lower()} {mean:.3g}" for part, (mean, _) in agreement.segments.items()
+            )
+            raise UserError(
+                f"step {step}: log-probs of trainer and engine differ by {agreement.mean:.3g} in the mean ({parts}), more than"
+                f" train.agreement_limit = {settings.agreement_limit:g}: see which part differs, or raise the limit; the last"
+                " checkpoint stays"
+            )
 
 
 @contextlib.contextmanager

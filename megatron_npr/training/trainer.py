@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -43,12 +43,16 @@ from megatron_npr.model.linears import token_multiple
 from megatron_npr.model.load_balance import ExpertLoad
 from megatron_npr.model.policy import Policy
 from megatron_npr.monitoring.spans import span
+from megatron_npr.rl.agreement import Agreement, agreement_sums, is_maximum
 from megatron_npr.rl.losses import LossSum, with_entropy
 from megatron_npr.runtime.agreement import agree
 from megatron_npr.runtime.peak_memory import peak_memory
 from megatron_npr.runtime.process_world import World, megatron_context
 from megatron_npr.training.distributed_optimizer import build_optimizer, build_schedule, wrap_chunks
 from npr_ext import TagIds
+
+MEAN = "mean/"
+"""Before the name of a loss's metric among the sums of a step: it becomes a mean over the computed tokens."""
 
 Objective = Callable[[Tensor, PackedRow], LossSum]
 """(log_probs [M], row) -> sum of the loss over the row's M trained tokens."""
@@ -59,7 +63,7 @@ class StepReport:
     """What one update did. `loss` is the mean over the trained tokens of the global batch, `metrics` are means over those of
     them that were computed (all but the idle ones); `imbalance`: attended pairs of the busiest data-parallel rank over
     their mean; `load_balance`: the loss that balances experts (1: even), mean over the layers, NaN where it is off;
-    `memory_gb`: the peak."""
+    `memory_gb`: the peak; `agreement`: of the trained tokens that were sampled, before the update."""
 
     loss: float
     grad_norm: float
@@ -72,6 +76,7 @@ class StepReport:
     imbalance: float
     metrics: dict[str, float]
     load_balance: float
+    agreement: Agreement
 
     @property
     def entropy(self) -> float:
@@ -143,11 +148,10 @@ class Trainer:
             memory_gb=peak.gb,
             imbalance=packed.imbalance,
             metrics={
-                name: totals[name] / computed
-                for name in totals
-                if name not in ("loss", "targets", "idle", "tokens", "load_balance")
+                name.removeprefix(MEAN): totals[name] / computed for name in totals if name.startswith(MEAN)
             },
             load_balance=totals["load_balance"],
+            agreement=Agreement.of(totals),
         )
 
     @span("optimizer")
@@ -319,16 +323,22 @@ class Trainer:
         sums: dict[str, float] = {}
         if self.world.is_last_stage and self.world.tp_rank == 0:
             for output in outputs:
-                for name, value in output.items():
-                    sums[name] = sums.get(name, 0.0) + float(value)
+                _combine(sums, {name: float(value) for name, value in output.items()})
             if self.world.cp_rank == 0:
                 sums["tokens"] = float(sum(row.num_real_tokens for row in rows))
         gathered: list[Any] = [None] * self.world.size
         dist.all_gather_object(gathered, sums)
-        return {
-            name: sum(part.get(name, 0.0) for part in gathered)
-            for name in {n for part in gathered for n in part}
-        }
+        totals: dict[str, float] = {}
+        for part in gathered:
+            _combine(totals, part)
+        return totals
+
+
+def _combine(totals: dict[str, float], part: Mapping[str, float]) -> None:
+    """Take the figures of some tokens into those of others: sums, and for some names maxima."""
+    for name, value in part.items():
+        known = totals.get(name, 0.0)
+        totals[name] = max(known, value) if is_maximum(name) else known + value
 
 
 def _forward_step(
@@ -363,7 +373,8 @@ def _loss_of_row(
     idle_targets: int,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """`figures`: log-probs [1, M], with the entropy [2, M]."""
-    loss = objective(figures[0], row)
+    log_probs = figures[0]
+    loss = objective(log_probs, row)
     if entropy_coefficient is not None:
         loss = with_entropy(loss, figures[1], entropy_coefficient)
     idle = torch.tensor(idle_targets if row is idle_row else 0, dtype=torch.int, device=figures.device)
@@ -372,7 +383,8 @@ def _loss_of_row(
         "loss": loss.total.detach(),
         "targets": count.double(),
         "idle": idle.double(),
-        **loss.metrics,
+        **{MEAN + name: value for name, value in loss.metrics.items()},
+        **agreement_sums(log_probs, row.old_log_probs.to(log_probs), row.segments.to(log_probs.device)),
     }
     return loss.total, count, report
 

@@ -15,9 +15,10 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from numpy.typing import NDArray
 
 from megatron_npr.config import Stage3Config, load_config
-from megatron_npr.data.packing import TrainSample
+from megatron_npr.data.packing import PackedRow, TrainSample
 from megatron_npr.data.rounds import Turn
 from megatron_npr.demo.base import FOLDER
+from megatron_npr.rl.agreement import Agreement, Segment
 from megatron_npr.rl.losses import papo_loss, sft_loss
 from megatron_npr.rollout.collect import collect, train_sample
 from megatron_npr.run_folder.manifest import read_manifest, write_manifest
@@ -28,7 +29,7 @@ from megatron_npr.training.session import open_session
 from megatron_npr.training.trainer import StepReport
 from npr_engine.backend import Backend
 from npr_engine.rollout import Rollout
-from npr_ext import branch_layout
+from npr_ext import BranchLayout, branch_layout
 from npr_ext.errors import UserError
 from tests.support.logits.transformers import log_prob_noise
 from tests.support.places import CONFIGS
@@ -94,6 +95,35 @@ def test_trainer_gives_the_engines_log_probs_for_every_sampled_token(config: Sta
         forks += int((rollout.branch_ids[first_sampled] > 0).sum())
         joins += int((rollout.branch_ids[first_sampled] == 0).sum())
     assert forks > 20 and joins > 5, f"{forks} tokens right after a fork, {joins} after a join were compared"
+
+
+def test_a_position_that_is_off_behind_a_join_shows_there_and_else_there_is_rounding(
+    config: Stage3Config,
+) -> None:
+    learner, engine = learner_and_engine(config)
+    rollouts = rollouts_of(learner, engine, config)
+    samples = [
+        replace(train_sample(rollout, 0.0), loss_mask=compared_tokens(learner, rollout))
+        for rollout in rollouts
+    ]
+    rows = learner.trainer.pack(samples, branching=True).rows
+    good = agreement_of(learner, rows)
+    assert good.largest <= noise(rollouts)
+    planted = []
+    for row in rows:
+        layout = row.layout.clone()
+        joined = row.targets[row.segments == Segment.JOINED]
+        layout[0, BranchLayout.from_tensor(row.layout).predecessor[joined].long()] += 1
+        planted.append(replace(row, layout=layout))
+    bad = agreement_of(learner, planted)
+    mean, _ = bad.segments[Segment.JOINED]
+    assert mean > 1000 * good.mean
+    assert all(mean > other for segment, (other, _) in bad.segments.items() if segment != Segment.JOINED)
+
+
+def agreement_of(learner: Learner, rows: list[PackedRow]) -> Agreement:
+    totals = learner.trainer.accumulate(rows, lambda lp, row: papo_loss(lp, row.advantages))
+    return Agreement.of(totals)
 
 
 def test_shared_prompts_give_the_same_log_probs(config: Stage3Config) -> None:

@@ -19,7 +19,7 @@ from megatron_npr.data.prompts import ASSETS
 from megatron_npr.demo.base import FOLDER
 from megatron_npr.rl.verifier import Verdict, Verifier
 from megatron_npr.rollout.scoring import Scored
-from megatron_npr.stages import stage1, stage3
+from megatron_npr.stages import rl_stage, stage1, stage3
 from megatron_npr.training import trainer
 from npr_ext.errors import UserError
 from tests.support.places import CONFIGS
@@ -64,8 +64,8 @@ def backwards(original: Function) -> Function:
 
 
 FAULTS: dict[str, tuple[str, tuple[Any, str, Callable[[Function], Function]]]] = {
-    "problems": ("stage3", (stage3, "round_turns", with_next_seed)),
-    "verdicts": ("stage3", (stage3, "score", all_wrong)),
+    "problems": ("stage3", (rl_stage, "round_turns", with_next_seed)),
+    "verdicts": ("stage3", (rl_stage, "score", all_wrong)),
     "updates": ("stage1", (stage1, "split_updates", without_the_last)),
     "rows": ("stage1", (trainer, "plan_rows", backwards)),
 }
@@ -118,15 +118,15 @@ def main(arguments: Sequence[str]) -> None:
             report[name] = said(partial(run, stage, folder / name, data))
 
     # Where the second rank stands, the file does not exist; and its verifier has no patience.
-    here, original = Path.cwd(), stage3.Verifier
+    here, original = Path.cwd(), rl_stage.Verifier
     if SECOND:
         os.chdir(folder)
-        stage3.Verifier = partial(Verifier, timeout_seconds=0.0)  # type: ignore[misc, assignment]
+        rl_stage.Verifier = partial(Verifier, timeout_seconds=0.0)  # type: ignore[misc, assignment]
     relative = os.path.relpath(data, here)
     more = ("--rollout.max_tokens", "140", "--rollout.samples_per_prompt", "4")
     report["slow"] = said(partial(run, "stage3", folder / "slow", relative, *more))
     os.chdir(here)
-    stage3.Verifier = original
+    rl_stage.Verifier = original
     if not SECOND:
         out.write_text(json.dumps(report))
 
