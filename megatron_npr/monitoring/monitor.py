@@ -26,7 +26,7 @@ class Monitor:
     is_main: bool
     times: PhaseTimes
     jumps: Jumps = field(default_factory=lambda: Jumps(FAULTS))
-    told: dict[str, float] = field(default_factory=dict)
+    warned_of: dict[str, float] = field(default_factory=dict)
 
     def step(
         self,
@@ -49,8 +49,8 @@ class Monitor:
 
     def warn_above(self, step: int, name: str, value: float, limit: float) -> None:
         """A line where a figure is above its limit (0: it has none), and again when it has doubled since."""
-        if 0 < limit < value and value >= 2 * self.told.get(name, 0.0):
-            self.told[name] = value
+        if 0 < limit < value and value >= 2 * self.warned_of.get(name, 0.0):
+            self.warned_of[name] = value
             self.progress.warn(f"step {step}: {name} is {value:.3g}, above {limit:g}")
 
 

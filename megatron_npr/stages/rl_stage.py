@@ -28,7 +28,7 @@ from megatron_npr.stages.prompt_sets import training_prompts
 from megatron_npr.training.learner import Learner
 from megatron_npr.training.room import check_rollout_room
 from megatron_npr.training.session import Session, open_session
-from megatron_npr.training.trainer import StepReport
+from megatron_npr.training.step_report import StepReport
 from npr_engine.backend import Backend
 from npr_ext.errors import UserError
 

@@ -23,7 +23,7 @@ from megatron_npr.rl.losses import LossSum, dapo_loss
 from megatron_npr.rollout.collect import train_sample
 from megatron_npr.rollout.scoring import Scored, invalid
 from megatron_npr.stages.rl_stage import open_rl_stage
-from megatron_npr.training.trainer import StepReport
+from megatron_npr.training.step_report import StepReport
 
 
 def run(config: Stage1Config) -> None:

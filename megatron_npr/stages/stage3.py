@@ -22,7 +22,7 @@ from megatron_npr.rollout.collect import train_sample
 from megatron_npr.rollout.scoring import Scored
 from megatron_npr.stages.rl_stage import open_rl_stage
 from megatron_npr.training.learner import Learner
-from megatron_npr.training.trainer import StepReport
+from megatron_npr.training.step_report import StepReport
 
 
 def run(config: Stage3Config) -> None:

@@ -28,7 +28,8 @@ from megatron_npr.training.checkpoint import Checkpoints
 from megatron_npr.training.engine_weights import EngineWeights, full_weights
 from megatron_npr.training.offload import TrainerMemory, rollout_memory
 from megatron_npr.training.session import Session, build_engine
-from megatron_npr.training.trainer import StepReport, Trainer
+from megatron_npr.training.step_report import StepReport
+from megatron_npr.training.trainer import Trainer
 from megatron_npr.weight_sync.exchange import Exchanged
 from npr_engine.backend import Backend
 from npr_ext.errors import UserError

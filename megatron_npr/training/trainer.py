@@ -12,8 +12,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -43,45 +42,17 @@ from megatron_npr.model.linears import token_multiple
 from megatron_npr.model.load_balance import ExpertLoad
 from megatron_npr.model.policy import Policy
 from megatron_npr.monitoring.spans import span
-from megatron_npr.rl.agreement import Agreement, agreement_sums, is_maximum
+from megatron_npr.rl.agreement import Agreement, agreement_sums
 from megatron_npr.rl.losses import LossSum, with_entropy
 from megatron_npr.runtime.agreement import agree
 from megatron_npr.runtime.peak_memory import peak_memory
 from megatron_npr.runtime.process_world import World, megatron_context
 from megatron_npr.training.distributed_optimizer import build_optimizer, build_schedule, wrap_chunks
+from megatron_npr.training.step_report import MEAN, StepReport, combine
 from npr_ext import TagIds
-
-MEAN = "mean/"
-"""Before the name of a loss's metric among the sums of a step: it becomes a mean over the computed tokens."""
 
 Objective = Callable[[Tensor, PackedRow], LossSum]
 """(log_probs [M], row) -> sum of the loss over the row's M trained tokens."""
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """What one update did. `loss` is the mean over the trained tokens of the global batch, `metrics` are means over those of
-    them that were computed (all but the idle ones); `imbalance`: attended pairs of the busiest data-parallel rank over
-    their mean; `load_balance`: the loss that balances experts (1: even), mean over the layers, NaN where it is off;
-    `memory_gb`: the peak; `agreement`: of the trained tokens that were sampled, before the update."""
-
-    loss: float
-    grad_norm: float
-    lr: float
-    num_targets: int
-    num_tokens: int
-    num_rows: int
-    seconds: float
-    memory_gb: float
-    imbalance: float
-    metrics: dict[str, float]
-    load_balance: float
-    agreement: Agreement
-
-    @property
-    def entropy(self) -> float:
-        """Mean entropy of the trained tokens' distributions, in nats; NaN where it was not asked for."""
-        return self.metrics.get("entropy", math.nan)
 
 
 class Trainer:
@@ -323,22 +294,15 @@ class Trainer:
         sums: dict[str, float] = {}
         if self.world.is_last_stage and self.world.tp_rank == 0:
             for output in outputs:
-                _combine(sums, {name: float(value) for name, value in output.items()})
+                combine(sums, {name: float(value) for name, value in output.items()})
             if self.world.cp_rank == 0:
                 sums["tokens"] = float(sum(row.num_real_tokens for row in rows))
         gathered: list[Any] = [None] * self.world.size
         dist.all_gather_object(gathered, sums)
         totals: dict[str, float] = {}
         for part in gathered:
-            _combine(totals, part)
+            combine(totals, part)
         return totals
-
-
-def _combine(totals: dict[str, float], part: Mapping[str, float]) -> None:
-    """Take the figures of some tokens into those of others: sums, and for some names maxima."""
-    for name, value in part.items():
-        known = totals.get(name, 0.0)
-        totals[name] = max(known, value) if is_maximum(name) else known + value
 
 
 def _forward_step(

@@ -26,7 +26,7 @@ from megatron_npr.runtime.process_world import check_sizes, close_world
 from megatron_npr.stages.prompt_sets import training_prompts
 from megatron_npr.training.learner import Learner
 from megatron_npr.training.session import open_session
-from megatron_npr.training.trainer import StepReport
+from megatron_npr.training.step_report import StepReport
 from npr_engine.backend import Backend
 from npr_engine.rollout import Rollout
 from npr_ext import BranchLayout, branch_layout

@@ -15,7 +15,8 @@ from megatron_npr.data.packing import TrainSample, plan_rows
 from megatron_npr.model.policy_builder import build_policy
 from megatron_npr.rl.losses import papo_loss
 from megatron_npr.runtime.process_world import World, world_of
-from megatron_npr.training.trainer import StepReport, Trainer
+from megatron_npr.training.step_report import StepReport
+from megatron_npr.training.trainer import Trainer
 from npr_engine.model.transformer import ModelConfig
 from npr_ext.testing import TAGS, random_layout
 

@@ -34,7 +34,8 @@ from megatron_npr.planning.times import model_flops
 from megatron_npr.rl.losses import sft_loss
 from megatron_npr.runtime.peak_memory import peak_memory
 from megatron_npr.runtime.process_world import World, world_of
-from megatron_npr.training.trainer import StepReport, Trainer
+from megatron_npr.training.step_report import StepReport
+from megatron_npr.training.trainer import Trainer
 from npr_engine.model.transformer import ModelConfig
 from npr_ext.testing import TAGS, random_layout
 
