@@ -138,7 +138,7 @@ class Engine:
         self._need_memory()
         requests = self._requests(prompts, sampling, request_ids)
         if not self._scheduler.num_unfinished:
-            self._scheduler.restore_order()
+            self._scheduler.begin_anew()
         place = {request.request_id: index for index, request in enumerate(requests)}
         rollouts: list[Rollout | None] = [None] * len(requests)
         for request in requests:

@@ -1,8 +1,8 @@
 """`npr COMMAND ...`: finds the command, reads its configuration or options, and says in one line what is wrong with them.
 
-Exit codes: 0 done, 1 a threshold of the demo missed or a failure of ours (with its traceback), 2 a mistake of the user's,
-130 interrupted. A reader that goes away (`npr ... | head`) changes none of them. Everything that needs torch is imported
-only when it runs, so that help and errors come at once.
+Exit codes: 0 done, 1 a threshold of the demo missed or a failure of ours (with its traceback), 2 a mistake of the user's or a
+disk that is full or read-only, 130 interrupted. A reader that goes away (`npr ... | head`) changes none of them. Everything
+that needs torch is imported only when it runs, so that help and errors come at once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from megatron_npr.cli.help import overview, stage_help, suggestion
 from megatron_npr.cli.interruption import how_to_continue
 from megatron_npr.repairs.process import process_settings
 from megatron_npr.runtime.lasting_output import lasting_output
-from megatron_npr.runtime.output_place import check_folder
+from megatron_npr.runtime.output_place import check_folder, refused_write
 from npr_ext.errors import UserError
 
 if TYPE_CHECKING:
@@ -40,6 +40,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             _say(f"npr: interrupted; {how_to_continue(words)}")
             return INTERRUPTED
+        except BaseException as error:  # torch's own of checkpoints is no Exception
+            refused = refused_write(error)
+            if refused is None:
+                raise
+            place = refused.filename or "the disk"
+            # On whichever rank: the others may have room.
+            print(
+                f"npr: error: cannot write to {place}: {refused.strerror}; {how_to_continue(words)}",
+                file=sys.stderr,
+                flush=True,
+            )
+            return 2
 
 
 def _dispatch(words: list[str]) -> int:

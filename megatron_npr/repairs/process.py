@@ -24,6 +24,10 @@ def process_settings() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"megatron\.core|megatron_npr\.repairs\.megatron_on_cpu")
+            # torch counts a collective's own wrapper as its caller, so that is who it warns whoever calls.
+            warnings.filterwarnings(
+                "ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger"
+            )
             yield
     finally:
         if before is None:
@@ -44,6 +48,13 @@ REPAIRS = (
         "megatron-core==0.16.1",
         "each run begins with warnings about packages that are not installed",
         "it warns where it would use them",
+        _WHERE,
+    ),
+    Repair(
+        "warnings of torch.distributed.c10d_logger",
+        "torch==2.13.0",
+        "each run that trains begins with warnings about collectives that Megatron still calls by their old names",
+        "Megatron calls `reduce_scatter_single` and `all_gather_single`",
         _WHERE,
     ),
     Repair(

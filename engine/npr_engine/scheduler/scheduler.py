@@ -137,9 +137,12 @@ class Scheduler:
         self._planner.drop_prompts()
         self._memory.prompts.clear()
 
-    def restore_order(self) -> None:
-        """What comes next gets the rows, slots and blocks that a new scheduler would give it. Where a branch's row stands in a
-        batch decides the last bits of its log-probs: they would depend on what was decoded before, and on a restart."""
+    def begin_anew(self) -> None:
+        """Nothing waits or runs: what comes next finds no cached prompt, and gets the rows, slots and blocks that a new
+        scheduler would give it. Where a row stands in a batch, and what stands beside it, decides the last bits of its
+        log-probs: they would depend on what was decoded before, and on a restart."""
+        assert not self.num_unfinished
+        self.restart_all()
         for pool in (self._rows, self._slots, self._memory.pool):
             pool.restore_order()
 

@@ -28,6 +28,22 @@ BREAKS_A_PIPE = """
     os.close(end)
     os.write(other, b'x')
 """
+FILLS_THE_DISK = "    with open('/dev/full', 'w') as file: file.write('x')"
+FILLS_IT_ON_RANK_1 = """
+    from torch.distributed.checkpoint import CheckpointException
+    try:
+        open('/dev/full', 'w', buffering=1).write(chr(10))
+    except OSError as error:
+        failure = error
+    raise CheckpointException('write', {1: (failure, None)})
+"""
+FILLS_IT_BEHIND_ANOTHER = """
+    try:
+        open('/dev/full', 'w', buffering=1).write(chr(10))
+    except OSError as error:
+        raise RuntimeError('a worker failed') from error
+"""
+FULL = "npr: error: cannot write to the disk: No space left on device; continue with: npr stage3"
 
 
 def ended(tmp_path: Path, body: str, *, closed: str = "stdout") -> tuple[int, bool, str]:
@@ -54,6 +70,15 @@ def ended(tmp_path: Path, body: str, *, closed: str = "stdout") -> tuple[int, bo
         (f"{TALKS}\n    raise UserError('no file')", 2, "npr: error: no file"),
         (f"{TALKS}\n    raise KeyboardInterrupt", 130, "npr: interrupted; continue with"),
         (f"{TALKS}\n    raise RuntimeError('ours')", 1, "RuntimeError: ours"),
+        (FILLS_THE_DISK, 2, FULL),
+        (FILLS_IT_ON_RANK_1, 2, FULL),
+        (FILLS_IT_BEHIND_ANOTHER, 2, FULL),
+        (
+            "    raise OSError(30, 'Read-only file system', 'a/b')",
+            2,
+            "cannot write to a/b: Read-only file system",
+        ),
+        ("    raise OSError(5, 'Input/output error', 'a/b')", 1, "OSError: [Errno 5]"),
         ("    raise MemoryError", 1, "MemoryError"),
         ("    raise ConnectionResetError", 1, "ConnectionResetError"),
         ("    sys.exit(3)", 3, ""),

@@ -25,6 +25,7 @@ from megatron_npr.repairs.process import process_settings
 from megatron_npr.repairs.repair import Repair, Replacement, applied
 from megatron_npr.repairs.sglang import handles_by_uuid, policy_log_probs
 from megatron_npr.repairs.table import REPAIRS, markdown
+from megatron_npr.runtime.process_world import World
 from npr_ext.errors import UserError
 from npr_ext.ops.flex import MAX_BUCKETS, compiled_attention
 from tests.support.places import ROOT
@@ -113,6 +114,23 @@ def test_a_command_leaves_the_process_as_it_was(spins: str | None, monkeypatch: 
         assert list(warnings.filters) != before
     assert list(warnings.filters) == before
     assert os.environ.get("GOMP_SPINCOUNT") == spins
+
+
+def test_a_command_begins_without_torchs_warnings_of_collectives_that_megatron_calls_by_old_names(
+    world: World,
+) -> None:
+    def reduced() -> None:
+        torch.distributed.reduce_scatter_tensor(torch.zeros(2), torch.zeros(2))
+        torch.distributed.all_gather_into_tensor(torch.zeros(2), torch.zeros(2))
+
+    with pytest.warns(FutureWarning, match="all_gather_into_tensor"):
+        reduced()
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        with process_settings():
+            reduced()
+            warnings.warn("of others", FutureWarning, stacklevel=1)
+    assert [str(each.message) for each in seen] == ["of others"]
 
 
 @pytest.mark.parametrize("value", [None, "0"])
