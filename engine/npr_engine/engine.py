@@ -114,7 +114,9 @@ class Engine:
         self.model = model
         self.config = config
         num_blocks = config.num_kv_slots // config.block_size
-        limits = Limits(num_blocks, config.block_size, config.max_batch_tokens, config.max_running_requests)
+        # A response that runs holds a slot at least: no more can run, and tables have a place for each.
+        running = min(config.max_running_requests, config.num_kv_slots)
+        limits = Limits(num_blocks, config.block_size, config.max_batch_tokens, running)
         self._scheduler = Scheduler(grammar, limits, model.config.vocab_size)
         self._runner = Runner(model, num_blocks * config.block_size, self._scheduler.constraint)
         self._weights_version = 0

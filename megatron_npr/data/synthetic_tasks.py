@@ -17,6 +17,7 @@ from typing import Literal, TypeAlias
 
 from megatron_npr.data.problem import Problem
 from megatron_npr.data.seeds import derive_seed
+from npr_ext.errors import UserError
 
 Split: TypeAlias = Literal["train", "heldout"]
 
@@ -25,6 +26,9 @@ NAMES = ("pen", "cup", "map", "hat", "box")
 
 NUM_PARTS = {3: 1, 4: 2, 5: 2}
 """Number of parts -> relative frequency."""
+
+MOST_PROBLEMS = 1 << 20
+"""Each is drawn and held in memory before a run begins; at some number there are no others left."""
 
 MIN_FACTOR, MAX_FACTOR = 12, 99
 MIN_DIGIT, MAX_DIGIT = 3, 9
@@ -99,7 +103,9 @@ def demo_tasks(split: Split, count: int, seed: int) -> list[Task]:
 
 
 def demo_problems(split: Split, count: int, seed: int) -> list[Problem]:
-    """`count` different problems of one split; the same seed gives the same problems."""
+    """`count` different problems of one split; the same seed gives the same problems. UserError for more than MOST_PROBLEMS."""
+    if count > MOST_PROBLEMS:
+        raise UserError(f"{count} problems of the demo: lower the count to at most {MOST_PROBLEMS:,}")
     return [
         task.problem(f"{split}-{seed}-{index}") for index, task in enumerate(demo_tasks(split, count, seed))
     ]

@@ -41,7 +41,8 @@ class RequestSlots:
         slot = self._free.pop()
         self.tokens_left[slot], self.last_position[slot] = tokens_left, last_position
         self.temperature[slot], self.top_p[slot] = params.temperature, params.top_p
-        self.top_k[slot], self.min_p[slot] = params.top_k, params.min_p
+        # More than every token is no limit, whatever the number.
+        self.top_k[slot], self.min_p[slot] = min(params.top_k, np.iinfo(np.int32).max), params.min_p
         self.penalty[slot], self.constrained[slot] = params.repetition_penalty, params.constrain
         self.num_constrained += params.constrain
         stops = len(params.stop_token_ids)

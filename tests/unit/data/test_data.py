@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_npr.data.problem_file import load_problems, problem_of
+from megatron_npr.data.synthetic_tasks import demo_problems
 from npr_ext.errors import UserError
 from tests.support.places import SHARED
 
@@ -107,3 +108,8 @@ def test_the_shared_files_load_whole(name: str, count: int) -> None:
     problems = load_problems(SHARED / "data" / name)
     assert len(problems) == count
     assert not any("####" in problem.answer for problem in problems)
+
+
+def test_more_problems_of_the_demo_than_there_can_be_are_refused_at_once() -> None:
+    with pytest.raises(UserError, match="1000000000000 problems of the demo: lower the count to at most"):
+        demo_problems("heldout", 10**12, 0)

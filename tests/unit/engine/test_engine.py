@@ -147,3 +147,12 @@ def test_statistics_tell_who_runs_and_who_waits(new_engine: Callable[..., Engine
     assert (engine.stats().running, engine.stats().waiting) == (0, 3)
     engine.step()
     assert (engine.stats().running, engine.stats().waiting) == (2, 1)
+
+
+def test_numbers_beyond_all_tokens_and_all_memory_are_no_limit(new_engine: Callable[..., Engine]) -> None:
+    prompts = PROMPTS[:4]
+    usual = new_engine().generate(prompts, SamplingParams(max_tokens=30))
+    vast = SamplingParams(max_tokens=30, top_k=10**12, max_branches=8, max_blocks=10**12)
+    engine = new_engine(max_running_requests=10**12, max_batch_tokens=10**12)
+    for one, other in zip(engine.generate(prompts, vast), usual, strict=True):
+        assert one.token_ids.tolist() == other.token_ids.tolist()
