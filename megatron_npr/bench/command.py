@@ -12,12 +12,14 @@ from npr_ext.errors import UserError
 
 if TYPE_CHECKING:
     from megatron_npr.bench.cpu.engine import EngineBench
+    from megatron_npr.bench.cpu.step import StepBench
 
 ENGINE_THREADS = 2
 BENCHES = {
     "layout": "what laying out tokens costs",
     "attention": "branch attention against dense attention",
     "engine": "decoding, branches and KV memory of the engine",
+    "step": "a training step against a transformers user's",
     "weight_sync": "planning a weight update of 512 ranks",
     "plan": "the memory model against training runs",
     "text": "reading a megabyte of hostile text",
@@ -35,6 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         bench.add_argument("--threads", type=int, default=0, help=f"CPU threads (default: {default})")
         if name == "engine":
             _add_engine_arguments(bench)
+        if name == "step":
+            _add_step_arguments(bench)
 
 
 def _add_engine_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,6 +53,19 @@ def _add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vllm-python", type=Path, metavar="PATH", help="interpreter that has vLLM")
 
 
+def _add_step_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--against", choices=("transformers",), default="transformers", help="whose step")
+    parser.add_argument(
+        "--shape",
+        action="append",
+        metavar="NxT",
+        help="N sequences of T tokens, several times for several (default: 8x1024, 4x2048, 1x8192)",
+    )
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="default fp32")
+    parser.add_argument("--layers", type=int, default=8, help="of the model (default 8)")
+    parser.add_argument("--pairs", type=int, default=5, help="timed updates of each, in turns (default 5)")
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Measure and print the figures."""
     import torch
@@ -59,7 +76,8 @@ def run(arguments: argparse.Namespace) -> int:
     if threads:
         torch.set_num_threads(threads)
     module = importlib.import_module(f"megatron_npr.bench.cpu.{arguments.name}")
-    figures = module.measure(_engine_bench(arguments)) if arguments.name == "engine" else module.measure()
+    settings = {"engine": _engine_bench, "step": _step_bench}.get(arguments.name)
+    figures = module.measure() if settings is None else module.measure(settings(arguments))
     print(json.dumps(figures, indent=None if arguments.json else 2))
     return 0
 
@@ -73,3 +91,24 @@ def _engine_bench(arguments: argparse.Namespace) -> EngineBench:
     if arguments.against is None and arguments.vllm_python is not None:
         raise UserError("--vllm-python says where vLLM is: add --against vllm")
     return EngineBench(arguments.model or default_folder(), arguments.vllm_python, arguments.repeats)
+
+
+def _step_bench(arguments: argparse.Namespace) -> StepBench:
+    from megatron_npr.bench.cpu.step import StepBench
+
+    for name in ("layers", "pairs"):
+        if getattr(arguments, name) < 1:
+            raise UserError(f"--{name} is {getattr(arguments, name)}, it must be >= 1")
+    shapes = tuple(map(_shape, arguments.shape or ("8x1024", "4x2048", "1x8192")))
+    return StepBench(shapes, arguments.dtype, arguments.layers, arguments.pairs)
+
+
+def _shape(text: str) -> tuple[int, int]:
+    sequences, _, tokens = text.partition("x")
+    if not (
+        sequences.isdecimal() and tokens.isdecimal() and int(sequences) > 0 and 64 <= int(tokens) <= 8192
+    ):
+        raise UserError(
+            f"--shape is {text!r}, it must be NxT: N sequences of T tokens, 64 to 8192, e.g. 8x1024"
+        )
+    return int(sequences), int(tokens)
