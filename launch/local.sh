@@ -25,8 +25,9 @@ elif [[ -n ${SLURM_JOB_ID:-} ]]; then # the batch script: the first node is wher
     export MASTER_ADDR=${nodes%%$'\n'*} MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000)) NPR_SLURM_TASK=1
     exec srun --kill-on-bad-exit=1 "$root/launch/local.sh" "$@"
 elif [[ ${NPROC:-1} -gt 1 ]]; then
-    exec "$python" -m torch.distributed.run --standalone --nproc-per-node "$NPROC" \
-        --no-python "${wrap[@]}" "$python" -m megatron_npr "$@"
+    # torchrun's --standalone by number: a machine may not know its own name, nor "localhost".
+    exec "$python" -m torch.distributed.run --rdzv-backend c10d --rdzv-endpoint 127.0.0.1:0 --local-addr 127.0.0.1 \
+        --nproc-per-node "$NPROC" --no-python "${wrap[@]}" "$python" -m megatron_npr "$@"
 else
     exec "${wrap[@]}" "$python" -m megatron_npr "$@"
 fi

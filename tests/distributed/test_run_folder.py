@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_npr.demo.base import FOLDER
-from tests.support.launch import worker_environment
+from tests.support.launch import ONE_MACHINE, worker_environment
 from tests.support.patience import SECONDS
 
 
@@ -18,7 +18,7 @@ def test_a_used_folder_is_refused_on_every_rank_in_one_line(tmp_path: Path) -> N
     """No rank waits for the one that refuses: the job ends at once."""
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n')
     words = [
-        "--standalone",
+        *ONE_MACHINE,
         "--nproc-per-node=2",
         f"--log-dir={tmp_path / 'logs'}",
         "-m",

@@ -12,6 +12,10 @@ from pathlib import Path
 from tests.support.patience import SECONDS
 
 
+ONE_MACHINE = ("--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1")
+"""torchrun's --standalone by number: a machine may not know its own name, nor "localhost" (a chroot has no /etc/hosts)."""
+
+
 def worker_module(worker: str) -> str:
     """Started with `python -m`, a worker imports the tests' own modules as the tests do: tests.NAME."""
     return f"tests.distributed.workers.{worker}"
@@ -25,7 +29,7 @@ def worker_environment() -> dict[str, str]:
 def torchrun(module: str, arguments: Iterable[object], processes: int, timeout: float = SECONDS) -> None:
     """A world of `processes` that run a module; AssertionError with the end of what they said if one of them fails."""
     with tempfile.TemporaryDirectory() as logs:  # torchrun leaves its own behind
-        launcher = ["--standalone", f"--nproc-per-node={processes}", f"--log-dir={logs}", "-m", module]
+        launcher = [*ONE_MACHINE, f"--nproc-per-node={processes}", f"--log-dir={logs}", "-m", module]
         process = subprocess.Popen(
             [sys.executable, "-m", "torch.distributed.run", *launcher, *map(str, arguments)],
             stdout=subprocess.PIPE,

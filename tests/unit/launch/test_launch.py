@@ -63,8 +63,8 @@ def test_several_processes_come_from_torchrun(tmp_path: Path) -> None:
     python = executable(tmp_path / "python", '#!/usr/bin/env bash\necho "$*"\n')
     done = run([str(ROOT / "launch/stage1.sh"), "x.toml"], NPR_PYTHON=str(python), NPROC="2")
     assert done.stdout == (
-        "-m torch.distributed.run --standalone --nproc-per-node 2"
-        f" --no-python {python} -m megatron_npr stage1 x.toml --run.resume auto\n"
+        "-m torch.distributed.run --rdzv-backend c10d --rdzv-endpoint 127.0.0.1:0 --local-addr 127.0.0.1"
+        f" --nproc-per-node 2 --no-python {python} -m megatron_npr stage1 x.toml --run.resume auto\n"
     )
 
 
