@@ -11,7 +11,6 @@ from pathlib import Path
 
 from tests.support.patience import SECONDS
 
-
 ONE_MACHINE = ("--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1")
 """torchrun's --standalone by number: a machine may not know its own name, nor "localhost" (a chroot has no /etc/hosts)."""
 
