@@ -47,6 +47,9 @@ class Noise:
 
 USUAL_NOISE = Noise()
 NOISE_OF_EXPERTS = Noise(norm=0.1, next_loss=0.05)  # a token also goes to another expert then
+NOISE_OF_BIASES = Noise(
+    next_loss=0.05
+)  # Adam makes the keys' bias, whose gradient is rounding alone, move as far as any weight
 NEAR_FP32 = 0.03
 """How far a loss under FP8 may be from that in fp32, or by another recipe."""
 
@@ -227,7 +230,8 @@ def test_it_trains_in_fp8_nearly_as_in_fp32(family: str, recipe: str, answers: A
 
 @pytest.mark.parametrize("family", [DENSE, EXPERTS, pytest.param(BIASED, marks=pytest.mark.slow)])
 def test_its_current_scaling_is_that_of_our_scaled_products(family: str, answers: Answers, own: Own) -> None:
-    assert_alike(answers[f"{family}, tensorwise"], own(family, linears.SCALED_MM, "{}"))
+    noise = NOISE_OF_BIASES if family == BIASED else USUAL_NOISE
+    assert_alike(answers[f"{family}, tensorwise"], own(family, linears.SCALED_MM, "{}"), noise)
 
 
 def test_format_and_layers_in_bf16_are_those_of_our_scaled_products(answers: Answers, own: Own) -> None:
