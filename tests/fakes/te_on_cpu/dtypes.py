@@ -7,7 +7,14 @@ import enum
 import torch
 
 
-class DType(enum.IntEnum):
+class _ByValue(enum.IntEnum):
+    """Pickled as the compiled half's are, by value: Python before 3.11.4 asks for an attribute, which torch.load refuses."""
+
+    def __reduce_ex__(self, protocol: object) -> tuple[object, tuple[int]]:
+        return type(self), (int(self),)
+
+
+class DType(_ByValue):
     kByte = 0
     kInt32 = 2
     kFloat32 = 4
@@ -18,7 +25,7 @@ class DType(enum.IntEnum):
     kFloat4E2M1 = 10
 
 
-class FP8FwdTensors(enum.IntEnum):
+class FP8FwdTensors(_ByValue):
     GEMM1_INPUT = 0
     GEMM1_WEIGHT = 1
     GEMM1_OUTPUT = 2
@@ -30,7 +37,7 @@ class FP8FwdTensors(enum.IntEnum):
     GEMM3_OUTPUT = 8
 
 
-class FP8BwdTensors(enum.IntEnum):
+class FP8BwdTensors(_ByValue):
     GRAD_OUTPUT1 = 0
     GRAD_INPUT1 = 1
     GRAD_OUTPUT2 = 2
@@ -39,7 +46,7 @@ class FP8BwdTensors(enum.IntEnum):
     GRAD_INPUT3 = 5
 
 
-class NVTE_Fused_Attn_Backend(enum.IntEnum):
+class NVTE_Fused_Attn_Backend(_ByValue):
     NVTE_No_Backend = -1
     NVTE_F16_arbitrary_seqlen = 1
     NVTE_FP8 = 2
