@@ -72,7 +72,7 @@ def test_adams_moments_and_fp32_weights_leave_and_the_policys_own_weights_stay(
 
 PHASES = """
 import torch
-from megatron_npr.training.offload import peak_memory
+from megatron_npr.runtime.peak_memory import peak_memory
 for size in (200_000_000, 0, 100_000_000):
     with peak_memory(torch.device("cpu")) as peak:
         torch.ones(size, dtype=torch.uint8)
