@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import select
+import selectors
 import signal
 import subprocess
 import tempfile
@@ -153,9 +153,13 @@ class Vllm:
         """The next line; its other processes may hold the pipe open after it has died, so its end is watched for too."""
         out = self._process.stdout
         assert out is not None
-        while not select.select([out], [], [], 1.0)[0]:
-            if self._process.poll() is not None:
-                raise self._death()
+        with (
+            selectors.DefaultSelector() as selector
+        ):  # not select(): it knows the first 1,024 files of a process alone
+            selector.register(out, selectors.EVENT_READ)
+            while not selector.select(1.0):
+                if self._process.poll() is not None:
+                    raise self._death()
         line = out.readline()
         if not line:
             self._process.wait()

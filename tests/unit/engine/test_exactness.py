@@ -139,17 +139,33 @@ def test_forks_feed_each_token_once(new_engine: Callable[..., Engine]) -> None:
     assert engine.stats().computed_tokens == fed
 
 
-def test_a_group_computes_its_prompt_once_until_the_weights_change(new_engine: Callable[..., Engine]) -> None:
+def test_a_group_computes_its_prompt_once_and_the_next_round_begins_anew(
+    new_engine: Callable[..., Engine],
+) -> None:
     engine, prompt = new_engine(), PROMPTS[0] * 20
     params = SamplingParams(max_tokens=1, branching=False)
     engine.generate([prompt] * 8, params)
     assert engine.stats().computed_tokens == len(prompt) - 1 + 8
-    engine.generate([prompt], params)
-    assert engine.stats().computed_tokens == len(prompt) - 1 + 9
+    engine.generate([prompt], params)  # as after a restart, which knows no prompt
+    assert engine.stats().computed_tokens == 2 * (len(prompt) - 1) + 9
+
+
+def test_requests_one_after_the_other_compute_their_prompt_once_until_the_weights_change(
+    new_engine: Callable[..., Engine],
+) -> None:
+    engine, prompt = new_engine(), PROMPTS[0] * 20
+
+    def serve(name: str) -> None:
+        engine.submit(engine.request(prompt, SamplingParams(max_tokens=1, branching=False), name))
+        while engine.num_unfinished:
+            engine.step()
+
+    serve("first")
+    serve("second")
+    assert engine.stats().computed_tokens == len(prompt) - 1 + 2
     engine.weights_updated(1)
-    (rollout,) = engine.generate([prompt], params)
-    assert engine.stats().computed_tokens == 2 * (len(prompt) - 1) + 10
-    assert rollout.weights_version == 1
+    serve("third")
+    assert engine.stats().computed_tokens == 2 * (len(prompt) - 1) + 3
 
 
 def test_ignoring_eos_decodes_exactly_max_tokens(new_engine: Callable[..., Engine]) -> None:

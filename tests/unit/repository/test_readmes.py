@@ -4,7 +4,6 @@ answered near the top."""
 from __future__ import annotations
 
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -16,10 +15,13 @@ TOP = ROOT / "README.md"
 
 
 def readmes() -> list[Path]:
-    names = subprocess.run(
-        ["git", "ls-files", "--", "*README.md"], cwd=ROOT, capture_output=True, text=True, check=False
-    ).stdout.split()
-    return [ROOT / name for name in names] or [TOP, *sorted(ROOT.glob("*/README.md"))]
+    """Those of the project; not of what is installed, built or written by runs."""
+    others = {"runs", "build", "node_modules"}
+    return [
+        path
+        for path in sorted(ROOT.rglob("README.md"))
+        if not any(part in others or part.startswith(".") for part in path.relative_to(ROOT).parts)
+    ]
 
 
 def links(page: Path) -> list[str]:
