@@ -52,6 +52,14 @@ class TrainSample:
             "a sample needs a prompt: its first response token is predicted by it"
         )
 
+    @classmethod
+    def whole(
+        cls, prompt_ids: NDArray[np.int32], response_ids: NDArray[np.int32], advantage: float = 0.0
+    ) -> TrainSample:
+        """A response that no engine sampled: every token is trained, and has no old log-prob."""
+        count = len(response_ids)
+        return cls(prompt_ids, response_ids, np.ones(count, np.bool_), np.zeros(count, np.float32), advantage)
+
     @property
     def num_tokens(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)
@@ -62,9 +70,9 @@ class PackedRow:
     """One micro-batch. token_ids int64 [1, T]; layout int32 [5, T]; the rest for the M trained tokens.
 
     targets int64 [M]: index in the row of each trained token that has a predecessor; segments int8 [M]: see TrainSample,
-    NO_SEGMENT where there is none; sample_of int64 [M]: index of its
-    sample in the list that was packed (-1 nowhere); within int64 [M]: its index in that response. in_response bool [T]: whether
-    a token is one of a response, neither of a prompt nor padding.
+    NO_SEGMENT where there is none; sample_of int64 [M]: index of its sample in the list that was packed (-1 nowhere);
+    within int64 [M]: its index in that response. in_response bool [T]: whether a token is one of a response, neither of a
+    prompt nor padding.
     """
 
     token_ids: Tensor

@@ -34,13 +34,7 @@ class SftSample:
 
     def train_sample(self) -> TrainSample:
         """All assistant tokens carry loss."""
-        count = len(self.response_ids)
-        return TrainSample(
-            prompt_ids=np.array(self.prompt_ids, np.int32),
-            response_ids=np.array(self.response_ids, np.int32),
-            loss_mask=np.ones(count, np.bool_),
-            old_log_probs=np.zeros(count, np.float32),
-        )
+        return TrainSample.whole(np.array(self.prompt_ids, np.int32), np.array(self.response_ids, np.int32))
 
 
 def write_samples(path: Path, samples: Iterable[SftSample]) -> None:

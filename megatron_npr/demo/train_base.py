@@ -103,6 +103,6 @@ def write_source(folder: Path) -> None:
 def next_batch(sequences: Iterator[tuple[NDArray[np.int32], NDArray[np.int32]]]) -> list[TrainSample]:
     """The sequences of one update; the loss is on the responses."""
     return [
-        TrainSample(prompt, response, np.ones(len(response), np.bool_), np.zeros(len(response), np.float32))
+        TrainSample.whole(prompt, response)
         for prompt, response in itertools.islice(sequences, base.SEQUENCES_PER_UPDATE)
     ]

@@ -45,17 +45,18 @@ def segments_of(branch_ids: NDArray[np.int32], forced: NDArray[np.bool_]) -> NDA
 def agreement_sums(log_probs_M: Tensor, engine_M: Tensor, segments_M: Tensor) -> dict[str, Tensor]:
     """What Agreement is made of, of some tokens; scalars by name. `segments_M` int8 [M], -1: not compared."""
     difference_M = log_probs_M.detach().double() - engine_M.double()
+    size_M = difference_M.abs()
+    # k3 of Schulman's estimators of KL(engine || trainer): r - 1 - log r for r = p_trainer / p_engine.
+    k3_M = torch.expm1(difference_M) - difference_M
     sums: dict[str, Tensor] = {}
     for segment in Segment:
         inside_M = segments_M == segment
-        # k3 of Schulman's estimators of KL(engine || trainer): r - 1 - log r for r = p_trainer / p_engine.
-        k3_M = torch.where(inside_M, torch.expm1(difference_M) - difference_M, 0.0)
-        size_M = torch.where(inside_M, difference_M.abs(), 0.0)
+        inner_M = torch.where(inside_M, size_M, 0.0)
         sums |= {
             _name(segment, "count"): inside_M.double().sum(),
-            _name(segment, "sum"): size_M.sum(),
-            _name(segment, "k3"): k3_M.sum(),
-            _name(segment, "max"): size_M.max() if len(size_M) else size_M.sum(),
+            _name(segment, "sum"): inner_M.sum(),
+            _name(segment, "k3"): torch.where(inside_M, k3_M, 0.0).sum(),
+            _name(segment, "max"): inner_M.max() if len(inner_M) else inner_M.sum(),
         }
     return sums
 

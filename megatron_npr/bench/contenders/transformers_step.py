@@ -13,20 +13,21 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from npr_engine.model.architecture import ModelConfig
 from npr_ext import branch_layout
 from npr_ext.testing import TAGS
 
 
-def model_of(*, layers: int, positions: int, dtype: torch.dtype) -> LlamaForCausalLM:
-    """A random model of SmolLM2-135M's shape with `layers` layers and 8,192 tokens, the same at each call."""
+def model_of(shape: ModelConfig, *, positions: int, dtype: torch.dtype) -> LlamaForCausalLM:
+    """A random Llama of this shape with tied embeddings, the same at each call."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=576,
-        intermediate_size=1536,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        num_hidden_layers=layers,
-        vocab_size=8192,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.ffn_hidden_size,
+        num_attention_heads=shape.num_heads,
+        num_key_value_heads=shape.num_kv_heads,
+        num_hidden_layers=shape.num_layers,
+        vocab_size=shape.vocab_size,
         tie_word_embeddings=True,
         attn_implementation="sdpa",
         max_position_embeddings=positions,

@@ -62,13 +62,7 @@ def group() -> list[TrainSample]:
     prompt = np.full(PROMPT, 20, np.int32)
     advantages = np.random.default_rng(0).normal(size=GROUP)
     return [
-        TrainSample(
-            prompt,
-            response_ids(index).numpy().astype(np.int32),
-            np.ones(RESPONSE, np.bool_),
-            np.zeros(RESPONSE, np.float32),
-            float(advantage),
-        )
+        TrainSample.whole(prompt, response_ids(index).numpy().astype(np.int32), float(advantage))
         for index, advantage in enumerate(advantages)
     ]
 

@@ -76,13 +76,7 @@ def train(architecture: Architecture, tokens: int, world: World) -> Trainer:
         num_updates=10,
     )
     response = np.random.default_rng(0).integers(12, 90, tokens - 8).astype(np.int32)
-    sample = TrainSample(
-        np.arange(12, 20, dtype=np.int32),
-        response,
-        np.ones(len(response), np.bool_),
-        np.zeros(len(response), np.float32),
-        1.0,
-    )
+    sample = TrainSample.whole(np.arange(12, 20, dtype=np.int32), response, 1.0)
     for _ in range(2):
         trainer.step([sample], lambda log_probs, row: sft_loss(log_probs), branching=False)
     return trainer

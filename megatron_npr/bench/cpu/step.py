@@ -9,13 +9,14 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from megatron_npr.bench.contenders.transformers_step import TransformersTrainer, model_of
+from megatron_npr.bench.cpu.model_step import SMALL_MODEL
 from megatron_npr.config import BatchSettings, OptimizerSettings
 from megatron_npr.data.packing import TrainSample
 from megatron_npr.hf.huggingface import read_model_config
@@ -29,6 +30,7 @@ from npr_ext.testing import TAGS, random_layout
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LR = 1e-6
+VOCABULARY = 8192
 ROW_TOKENS = 8192
 
 
@@ -56,11 +58,16 @@ def measure(bench: StepBench) -> dict[str, object]:
 def _compare(bench: StepBench, sequences: int, tokens: int) -> dict[str, object]:
     data = [random_layout(seed, tokens, 1, 5, 0.6) for seed in range(sequences)]
     with tempfile.TemporaryDirectory() as folder, world_of() as world:
-        model = model_of(layers=bench.layers, positions=tokens, dtype=DTYPES[bench.dtype])
+        shape = replace(SMALL_MODEL, num_layers=bench.layers, vocab_size=VOCABULARY)
+        model = model_of(shape, positions=tokens, dtype=DTYPES[bench.dtype])
         model.save_pretrained(folder)
         theirs = TransformersTrainer(model, [(one.token_ids, one.prompt_length) for one in data], lr=LR)
         trainer = _trainer(Path(folder), world, DTYPES[bench.dtype])
-        samples = [_sample(one.token_ids.numpy(), one.prompt_length) for one in data]
+        samples = [
+            TrainSample.whole(ids[: one.prompt_length], ids[one.prompt_length :])
+            for one in data
+            for ids in [one.token_ids.numpy().astype(np.int32)]
+        ]
 
         def ours() -> float:
             return trainer.step(samples, lambda log_probs, row: sft_loss(log_probs), branching=True).loss
@@ -88,16 +95,6 @@ def _trainer(folder: Path, world: World, dtype: torch.dtype) -> Trainer:
         tags=TAGS,
         pad_id=0,
         num_updates=1000,
-    )
-
-
-def _sample(ids: np.ndarray, prompt: int) -> TrainSample:
-    count = len(ids) - prompt
-    return TrainSample(
-        ids[:prompt].astype(np.int32),
-        ids[prompt:].astype(np.int32),
-        np.ones(count, np.bool_),
-        np.zeros(count, np.float32),
     )
 
 

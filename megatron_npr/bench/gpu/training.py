@@ -36,6 +36,7 @@ from megatron_npr.runtime.peak_memory import peak_memory
 from megatron_npr.runtime.process_world import World, world_of
 from megatron_npr.training.step_report import StepReport
 from megatron_npr.training.trainer import Trainer
+from npr_engine.kvcache.memory_size import device_memory
 from npr_engine.model.transformer import ModelConfig
 from npr_ext.testing import TAGS, random_layout
 
@@ -135,14 +136,7 @@ def standard_sample(seed: int, tokens: int) -> TrainSample:
     """The standard layout of so many tokens; all of its response is trained."""
     sample = random_layout(seed, tokens)
     ids = sample.token_ids.numpy().astype(np.int32)
-    response = ids[sample.prompt_length :]
-    return TrainSample(
-        ids[: sample.prompt_length],
-        response,
-        np.ones(len(response), np.bool_),
-        np.zeros(len(response), np.float32),
-        1.0,
-    )
+    return TrainSample.whole(ids[: sample.prompt_length], ids[sample.prompt_length :], 1.0)
 
 
 def _workload(
@@ -171,7 +165,7 @@ def lightest_recompute(
     """The first that fits the device by the memory model; on a CPU there is nothing to save."""
     if device.type != "cuda":
         return "none"
-    room = USABLE * torch.cuda.get_device_properties(device).total_memory
+    room = USABLE * device_memory(device)
     needs = {
         each: memory_of(model.shape, Layout(), _workload(dtype, tokens, each, device, fp8)).total
         for each in RECOMPUTES

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_npr.data.problem import Problem
+from megatron_npr.data.prompts import EncodedProblem
 from megatron_npr.monitoring.jumps import Share
 from megatron_npr.stages.evaluate import Finished
 from megatron_npr.stages.evaluation import ARRAYS, Evaluation
@@ -50,8 +52,14 @@ def test_rounds_join_to_the_whole() -> None:
 def test_what_is_left_begins_behind_the_finished_rounds_whatever_the_new_size() -> None:
     entries = [{"mode": "parallel", **part(0, 2).to_record()}, {"mode": "parallel", **part(2, 3).to_record()}]
     finished = Finished(Path("progress.jsonl"), entries)
-    prompts = {"parallel": tuple("abcde"), "unforced": tuple("abcde")}
-    left = [(now.mode, now.first, "".join(now.prompts)) for now in finished.left(prompts, 4)]  # type: ignore[arg-type]
+    five = tuple(
+        EncodedProblem(Problem(name, "question", "answer"), row, np.zeros(1, np.int32))
+        for row, name in enumerate("abcde")
+    )
+    left = [
+        (now.mode, now.first, "".join(prompt.problem.problem_id for prompt in now.prompts))
+        for now in finished.left({"parallel": five, "unforced": five}, 4)
+    ]
     assert left == [("parallel", 3, "de"), ("unforced", 0, "abcd"), ("unforced", 4, "e")]
     assert finished.num_rollouts == 9
 
