@@ -258,6 +258,7 @@ class PanelLinear {
       const T bias = job_.bias == nullptr ? T{} : widen(job_.bias[d + std::min(j, outputs - 1)]);
       for (int v = 0; v < kVectors; ++v) totals[v][j] = broadcast(bias);
     }
+    // OrderedSum's order, spelt out: as members of a structure the compiler keeps the sums of 3 vectors in memory.
     const int64_t whole_steps = job_.in_features / kPerLane;
     Vec<T> parts[kVectors][kOutputs] = {};
     for (int64_t step = 0; step < whole_steps;) {
